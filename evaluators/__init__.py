@@ -1,0 +1,1 @@
+"""What a policy is worth: the task, its anatomy, applying and fine-tuning a policy, measuring it."""

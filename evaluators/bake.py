@@ -1,0 +1,85 @@
+"""The numbers of an export, read from a trained, fake-quantised module: batch norms folded, weights as integers.
+
+Folding multiplies a channel's scale by |γ/σ| and puts the sign of γ into its integers, so the integers that
+training simulated are the integers that ship (exact for per-channel symmetric weights only).
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from ..spaces.plan import Plan, PlannedOp
+from .onnx_graph import Array, LayerTensors, Tensors
+from .quantise import quantisers, weight_scales
+
+
+def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
+    """All numbers that :func:`build_onnx` needs. Raises ValueError when a value is not finite."""
+    layers: dict[str, LayerTensors] = {}
+    norms: dict[str, tuple[Array, Array, Array, Array]] = {}
+    with torch.no_grad():
+        for planned in plan.ops:
+            name = planned.op.module
+            if name is None:
+                continue
+            if planned.weight_count:
+                layers[name] = _layer(module, planned, name)
+            elif planned.op.kind == "batch_norm":
+                norms[name] = _norm(cast("nn.BatchNorm2d", module.get_submodule(name)))
+        grids = {
+            tensor: (float(grid[0]), int(grid[1]))
+            for tensor, grid in ((t, q.grid()) for t, q in quantisers(module).items())
+        }
+    return Tensors(layers=layers, grids=grids, norms=norms)
+
+
+def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensors:
+    layer = cast("nn.Conv2d", module.get_submodule(name))
+    weight = layer.weight.detach().float()
+    bias = layer.bias.detach().float() if layer.bias is not None else torch.zeros(weight.shape[0])
+    factor = torch.ones(weight.shape[0])
+    if planned.op.norm is not None:
+        norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm))
+        factor, bias = _fold(norm, bias)
+    bits = planned.bits.weights
+    if bits == 32:
+        folded = weight * _per_channel(factor, weight)
+        return LayerTensors(weight=_finite(folded, name), scales=None, bias=_finite(bias, name))
+    scales = weight_scales(weight, bits)
+    top = 2 ** (bits - 1) - 1
+    integers = torch.round(weight / _per_channel(scales, weight)).clamp(-top, top)
+    integers = integers * _per_channel(torch.where(factor < 0, -1.0, 1.0), weight)
+    return LayerTensors(
+        weight=_finite(integers, name).astype(np.int8),
+        # A channel whose γ is 0 has scale 0, which no runtime accepts: the least positive number stands in.
+        scales=_finite((scales * factor.abs()).clamp_min(1e-12), name),
+        bias=_finite(bias, name),
+    )
+
+
+def _fold(norm: nn.BatchNorm2d, bias: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+    gamma = norm.weight if norm.affine else torch.ones_like(mean)
+    beta = norm.bias if norm.affine else torch.zeros_like(mean)
+    factor = gamma / torch.sqrt(var + norm.eps)
+    return factor, beta + (bias - mean) * factor
+
+
+def _norm(norm: nn.BatchNorm2d) -> tuple[Array, Array, Array, Array]:
+    mean, var = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
+    gamma = norm.weight if norm.affine else torch.ones_like(mean)
+    beta = norm.bias if norm.affine else torch.zeros_like(mean)
+    scale, shift, centre, spread = (value.detach().float().numpy() for value in (gamma, beta, mean, var))
+    return scale, shift, centre, spread
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _finite(value: Tensor, name: str) -> Array:
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"the weights of {name} are not finite")
+    return value.contiguous().numpy()

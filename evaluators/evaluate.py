@@ -1,0 +1,180 @@
+"""What a policy is worth at a rung: an idempotent function of (policy, rung, seed, steps).
+
+It runs in worker processes. The task is built once a process; results travel back as plain values, trained
+weights as checkpoints that are written whole or not at all.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import fx, nn
+
+from ..spaces.anatomy import Anatomy
+from ..spaces.plan import Plan
+from ..spaces.policy import Policy, digest
+from .apply import Compressor, compressor
+from .bake import bake
+from .data import Arrays, materialise, split_search
+from .lower import trace
+from .onnx_graph import build_onnx
+from .quality import Compute, Score, Trainer, judge, outputs_of, score
+from .runtime import Session, bits_used, check_bits
+from .task import Task, load_task
+
+RUNGS = ("bn", "short", "long")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that a worker needs to build its evaluator. ``base`` is the folder that the task's path starts from."""
+
+    task: str
+    base: str | None
+    anatomy: Anatomy
+    seed: int
+    compute: Compute
+    batch_size: int
+    threads: int
+    disabled_optimizers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length."""
+
+    policy: Policy
+    rung: str
+    seed: int
+    steps: int
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a job. The last four are the finalists' own: test split, export and parity."""
+
+    search: Score
+    losses: tuple[float, ...] = ()
+    seconds: float = 0.0
+    simulated: Score | None = None
+    exported: Score | None = None
+    top1_agreement: float | None = None
+    max_abs_diff: float | None = None
+    bits_used: dict[str, str] | None = None
+    size_bytes: int | None = None
+
+
+class Evaluator:
+    """Runs jobs on one task in one process."""
+
+    def __init__(self, recipe: Recipe, task: Task | None = None) -> None:
+        torch.set_num_threads(recipe.threads)
+        self.recipe = recipe
+        self.task = task or load_task(recipe.task, Path(recipe.base) if recipe.base else None)
+        traced = trace(copy.deepcopy(self.task.model).cpu(), self.task.example_input)
+        self.compressor: Compressor = compressor(recipe.anatomy, traced, self.task.example_input)
+        train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
+        self.trainer = Trainer(self.task, train, recipe.compute, recipe.seed, recipe.batch_size)
+        self._test: Arrays | None = None
+
+    @property
+    def test(self) -> Arrays:
+        """The test split, loaded when a finalist needs it."""
+        if self._test is None:
+            self._test = materialise(self.task.test)
+        return self._test
+
+    def __call__(self, job: Job, progress: Callable[[float], None] | None = None) -> Outcome:
+        """Evaluate. Raises Diverged, MemoryError, or whatever the user's code raises."""
+        start = time.perf_counter()
+        module, plan = self.prepare(job)
+        losses: tuple[float, ...] = ()
+        if job.rung != "bn":
+            losses = self.trainer.fit(module, job.policy, steps=job.steps, seed=job.seed, progress=progress)
+        save_checkpoint(module, checkpoint(job.folder, job.rung))
+        found = judge(module, self.search, self.task, self.recipe.compute)
+        outcome = Outcome(search=found, losses=losses)
+        if job.rung == "long":
+            outcome = self.export(job, module, plan, outcome)
+        return replace(outcome, seconds=time.perf_counter() - start)
+
+    def prepare(self, job: Job) -> tuple[fx.GraphModule, Plan]:
+        """The module as the rung before left it; from the policy where there is no such checkpoint."""
+        before = RUNGS[RUNGS.index(job.rung) - 1] if job.rung != "bn" else None
+        if before is not None and checkpoint(job.folder, before).is_file():
+            return self.load(job.policy, checkpoint(job.folder, before))
+        module, plan = self.compressor.apply(job.policy)
+        if digest(job.policy) != digest(replace(job.policy, prune={}, bits={}, removed_blocks=())):
+            self.trainer.reestimate(module)  # the untouched model keeps the statistics it came with
+        return module, plan
+
+    def load(self, policy: Policy, path: Path) -> tuple[fx.GraphModule, Plan]:
+        """A policy's module with the weights of a checkpoint."""
+        module, plan = self.compressor.shell(policy)
+        module.load_state_dict(load_file(path))
+        return module, plan
+
+    def given(self) -> tuple[Score, Score]:
+        """The given weights on the search and on the test split."""
+        model = self.task.model
+        return (
+            judge(model, self.search, self.task, self.recipe.compute),
+            judge(model, self.test, self.task, self.recipe.compute),
+        )
+
+    def export(self, job: Job, module: fx.GraphModule, plan: Plan, outcome: Outcome) -> Outcome:
+        """Write ``model.onnx`` beside the checkpoint and compare it with the simulation on the whole test split."""
+        path = job.folder / "model.onnx"
+        write_onnx(module, plan, job.policy, path)
+        session = Session(path, threads=self.recipe.threads, disabled_optimizers=self.recipe.disabled_optimizers)
+        start = time.perf_counter()
+        exported = session.outputs(self.test.inputs)
+        seconds = time.perf_counter() - start
+        simulated = outputs_of(module, self.test, self.recipe.compute)
+        used = bits_used(path, plan, self.recipe.disabled_optimizers)
+        check_bits(used, plan)
+        agreement = float((simulated.argmax(dim=1) == exported.argmax(dim=1)).float().mean())
+        return replace(
+            outcome,
+            simulated=score(simulated, self.test, self.task),
+            exported=score(exported, self.test, self.task, seconds),
+            top1_agreement=agreement,
+            max_abs_diff=float((simulated - exported).abs().max()),
+            bits_used=used,
+            size_bytes=path.stat().st_size,
+        )
+
+
+def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -> None:
+    """The module as an ONNX file with a dynamic batch axis, whole or not at all."""
+    metadata = {"nightpress.policy": digest(policy), "nightpress.model": policy.model}
+    data = build_onnx(plan, bake(module.cpu(), plan), batch=None, metadata=metadata)
+    _write(path, data)
+
+
+def checkpoint(folder: Path, rung: str) -> Path:
+    """Where a rung leaves its weights."""
+    return folder / f"{rung}.safetensors"
+
+
+def save_checkpoint(module: nn.Module, path: Path) -> None:
+    """State dict as safetensors, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, partial)
+    partial.replace(path)
+
+
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+

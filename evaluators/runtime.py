@@ -1,0 +1,110 @@
+"""ONNX Runtime: sessions with the options that the measurement used, and what its optimiser made of a graph."""
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from ..spaces.plan import Plan
+from .onnx_graph import INPUT, OUTPUT
+
+_BATCH = 64
+
+
+class Session:
+    """A model loaded in ONNX Runtime on the CPU. Raises RuntimeError with the runtime's reason in one line."""
+
+    def __init__(
+        self, path: Path, *, threads: int, disabled_optimizers: tuple[str, ...], optimised: Path | None = None
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        if optimised is not None:
+            options.optimized_model_filepath = str(optimised)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled_optimizers)
+            )
+        except Exception as error:  # the runtime raises types of its own that share no base
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RuntimeError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """The model's outputs for inputs of shape (items, …), in batches."""
+        run = cast("Any", self._session).run
+        parts = [run([OUTPUT], {INPUT: part.float().numpy()})[0] for part in inputs.split(_BATCH)]
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def optimised_graph(path: Path, disabled_optimizers: tuple[str, ...]) -> onnx.ModelProto:
+    """The graph that the runtime really executes."""
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        Session(path, threads=1, disabled_optimizers=disabled_optimizers, optimised=optimised)
+        return onnx.load(str(optimised))
+
+
+def bits_used(path: Path, plan: Plan, disabled_optimizers: tuple[str, ...]) -> dict[str, str]:
+    """For each layer what the runtime runs: ``"int8"`` or ``"fp32"``, by the kernel that holds its weights.
+
+    A layer that cannot be found in the optimised graph is ``"unknown"``.
+    """
+    graph = optimised_graph(path, disabled_optimizers).graph
+    owners = _owners(plan)
+    found: dict[str, str] = {}
+    for node in graph.node:
+        kind = _KERNELS.get(node.op_type)
+        if kind is None:
+            continue
+        # Integer kernels keep the names of their weights; fp32 weights are reordered under new names,
+        # but the node keeps its own, or that of the activation fused into it.
+        names = [name.split(".weight")[0] for name in node.input] + [_SUFFIX.sub("", node.name)]
+        for owner in {owners[name] for name in names if name in owners}:
+            found[owner] = kind
+    return {
+        planned.op.module: found.get(planned.op.module, "unknown")
+        for planned in plan.ops
+        if planned.weight_count and planned.op.module
+    }
+
+
+def _owners(plan: Plan) -> dict[str, str]:
+    """Layer by the tensor that its kernel may be named after: its own output or a fused activation's."""
+    owners = {p.op.name: p.op.module for p in plan.ops if p.weight_count and p.op.module}
+    fused = {p.op.name: owners[p.inputs[0]] for p in plan.ops if len(p.inputs) == 1 and p.inputs[0] in owners
+             and not p.weight_count}  # fmt: skip
+    return owners | fused
+
+
+def check_bits(used: dict[str, str], plan: Plan) -> None:
+    """Raises ValueError naming the first layer that does not run as the policy says."""
+    for planned in plan.ops:
+        name = planned.op.module
+        if not planned.weight_count or name is None:
+            continue
+        intended = "int8" if planned.int8 else "fp32"
+        if used[name] != intended:
+            raise ValueError(f"layer {name} was to run in {intended}, but the runtime runs it in {used[name]}")
+
+
+_KERNELS = {
+    "QLinearConv": "int8",
+    "QGemm": "int8",
+    "MatMulIntegerToFloat": "int8",
+    "Conv": "fp32",
+    "FusedConv": "fp32",
+    "Gemm": "fp32",
+    "FusedGemm": "fp32",
+    "MatMul": "fp32",
+    "FusedMatMul": "fp32",
+}
+# What the runtime's optimisers append to a node's name when they rewrite it.
+_SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+)+$")

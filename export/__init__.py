@@ -1,0 +1,1 @@
+"""What production reads: the ONNX model, runtime configurations, the policy and its card."""

@@ -1,0 +1,38 @@
+"""What a person reads: the front, its figures, tables and the report page, from a run's records."""
+
+from .front import (
+    Limits,
+    Point,
+    candidates,
+    feasible,
+    front,
+    hypervolume_over_time,
+    hypervolumes,
+    picks,
+    point,
+    rule,
+    uncompressed,
+)
+from .html import write_report
+from .summary import summary, summary_table
+from .tables import write_tables
+from .verdict import verdict
+
+__all__ = [
+    "Limits",
+    "Point",
+    "candidates",
+    "feasible",
+    "front",
+    "hypervolume_over_time",
+    "hypervolumes",
+    "picks",
+    "point",
+    "rule",
+    "summary",
+    "summary_table",
+    "uncompressed",
+    "verdict",
+    "write_report",
+    "write_tables",
+]

@@ -1,0 +1,333 @@
+"""The front: accuracy against latency, size as colour."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..search import pareto
+from ..search.records import RunRecord, TrialRecord, TrialState
+from .figure_base import GREY, LOG_FROM, PALE_GREY, PALE_RED, RED, SIZES, blank, logarithmic, no_markup
+from .front import Limits, breaches, front, limits, picked, point, uncompressed
+from .text import counted, size, title
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FOCUS = 0.25
+"""How far below the best accuracy the picture reaches at first; broken models lie far below."""
+
+SHAPES = {
+    "predicted": ("circle", 8),
+    "verified": ("circle", 12),
+    "baseline": ("diamond", 11),
+    "struck out": ("x-thin", 9),
+}
+"""Symbol and diameter of each kind of dot, in the order in which they are drawn."""
+
+
+class Dot(NamedTuple):
+    """One trial in the picture."""
+
+    trial: int
+    kind: str
+    name: str
+    accuracy: float
+    latency_ms: float
+    size_bytes: float
+    low_ms: float
+    high_ms: float
+    split: str
+    note: str
+    verified: bool
+    within: bool
+    on_front: bool
+
+
+class FrontInfo(NamedTuple):
+    """All of the picture; ``line`` are (latency, accuracy) corners of the staircase, fastest first."""
+
+    dots: tuple[Dot, ...]
+    line: tuple[tuple[float, float], ...]
+    labels: tuple[tuple[int, str], ...]
+    limits: Limits
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    logarithmic: bool
+    outside: int
+
+
+def front_info(run: RunRecord) -> FrontInfo:
+    """The picture of a run; without a trial that is known in full, one without dots."""
+    on_front = {trial.number for trial in front(run)}
+    allowed = limits(run)
+    dots = tuple(
+        dot
+        for trial in run.trials
+        if trial.state is TrialState.COMPLETE or trial.verified
+        if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
+    )
+    best = [dot for dot in dots if dot.on_front]
+    corners = pareto.non_dominated([(dot.latency_ms, -dot.accuracy) for dot in best])
+    shown = _in_focus(dots)
+    x_range, logarithmic = _latency_range([dot.latency_ms for dot in shown], allowed.max_latency_ms)
+    return FrontInfo(
+        dots=dots,
+        line=tuple(sorted((best[i].latency_ms, best[i].accuracy) for i in corners)),
+        labels=_labels(run),
+        limits=allowed,
+        x_range=x_range,
+        y_range=_accuracy_range([dot.accuracy for dot in shown]),
+        logarithmic=logarithmic,
+        outside=len(dots) - len(shown),
+    )
+
+
+def _labels(run: RunRecord) -> tuple[tuple[int, str], ...]:
+    """Names of the picks, and of the uncompressed model, from which one judges all others."""
+    labels = [(trial.number, " · ".join(names)) for trial, names in picked(run)]
+    origin = uncompressed(run)
+    if origin is not None and origin.number not in dict(labels):
+        labels.append((origin.number, "uncompressed"))
+    return tuple(labels)
+
+
+def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
+    found, latency = point(trial), trial.latency
+    quality = trial.verified.quality if trial.verified else trial.quality
+    if found is None or latency is None or quality is None:
+        return None
+    struck = trial.verified.struck_out if trial.verified else None
+    broken = breaches(allowed, found)
+    if struck:
+        kind, note = "struck out", struck
+    elif trial.role == "baseline":
+        kind, note = "baseline", "; ".join(broken)
+    else:
+        kind, note = "verified" if trial.verified else "predicted", "; ".join(broken)
+    return Dot(
+        trial=trial.number,
+        kind=kind,
+        name=title(trial),
+        accuracy=found.accuracy,
+        latency_ms=found.latency_ms,
+        size_bytes=found.size_bytes,
+        low_ms=latency.low_ms,
+        high_ms=latency.high_ms,
+        split=quality.split,
+        note=note,
+        verified=trial.verified is not None,
+        within=not broken,
+        on_front=on_front,
+    )
+
+
+def _in_focus(dots: Sequence[Dot]) -> list[Dot]:
+    """Dots that the picture shows at first: what is near the best accuracy, and all of the front."""
+    floor = max((dot.accuracy for dot in dots), default=0.0) - FOCUS
+    return [dot for dot in dots if dot.accuracy >= floor or dot.on_front]
+
+
+def _latency_range(values: list[float], limit: float | None) -> tuple[tuple[float, float], bool]:
+    """The axis, and whether it is logarithmic. A limit close to the points is kept in the picture."""
+    if not values:
+        return (0.0, 1.0), False
+    low, high = min(values), max(values)
+    if limit is not None and low < limit < 2 * high:
+        high = max(high, limit * 1.1)
+    if low > 0 and high / low > LOG_FROM:
+        return (low / 1.25, high * 1.25), True
+    return (0.0, high * 1.1), False
+
+
+def _accuracy_range(values: list[float]) -> tuple[float, float]:
+    if not values:
+        return (0.0, 1.0)
+    low, high = min(values), max(values)
+    margin = max(0.08 * (high - low), 0.01)
+    return (max(0.0, low - margin), min(1.0, high + margin) if high <= 1 else high + margin)
+
+
+def front_text(info: FrontInfo) -> str:
+    """What the picture shows, and what lies outside of it."""
+    if not info.dots:
+        return "No trial is known in full yet: there is nothing to draw."
+    on_front = sum(dot.on_front for dot in info.dots)
+    verified = sum(dot.on_front and dot.verified for dot in info.dots)
+    said = [
+        f"{counted(on_front, 'point')} of {len(info.dots)} {'is' if on_front == 1 else 'are'} on the front"
+        f" ({verified} exported and re-measured)."
+        if on_front
+        else f"There is no front: all {counted(len(info.dots), 'point')} shown lie beyond the limits."
+    ]
+    beyond = sum(not dot.within for dot in info.dots)
+    if beyond and on_front:
+        said.append(
+            f"{counted(beyond, 'point')} {'is' if beyond == 1 else 'are'} beyond the limits (shaded, pale)."
+        )
+    if any(dot.kind == "predicted" for dot in info.dots) and verified:
+        said.append("Hollow points are what the search saw: predicted latency, search split.")
+    if info.outside:
+        said.append(
+            f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all)."
+        )
+    return " ".join(said)
+
+
+def front_figure(info: FrontInfo) -> "Figure":
+    """Draw the picture. Each marker's customdata starts with its trial's number."""
+    figure = blank("latency, ms", "accuracy, %", height=540, margin_t=34)
+    _draw_limits(figure, info)
+    line_x, line_y = _staircase(info)
+    figure.add_scatter(
+        x=line_x,
+        y=line_y,
+        mode="lines",
+        line={"shape": "hv", "width": 1.5, "color": GREY},
+        name="front",
+        hoverinfo="skip",
+    )
+    sizes = [dot.size_bytes for dot in info.dots]
+    scale = (min(sizes, default=0.0), max(sizes, default=1.0))
+    for kind in SHAPES:
+        dots = [dot for dot in info.dots if dot.kind == kind]
+        if dots:
+            _draw_kind(figure, kind, dots, scale)
+    _draw_labels(figure, info)
+    figure.update_xaxes(logarithmic(*info.x_range) if info.logarithmic else {"range": list(info.x_range)})
+    figure.update_yaxes(range=[100 * v for v in info.y_range])
+    if scale[1] > scale[0]:
+        _draw_scale(figure, scale)
+    figure.update_layout(hovermode="closest")
+    return figure
+
+
+def _staircase(info: FrontInfo) -> tuple[list[float], list[float]]:
+    """The line's corners, drawn on to the right edge: a slower model may always be as accurate."""
+    if not info.line:
+        return [], []
+    x = [latency_ms for latency_ms, _ in info.line]
+    y = [100 * accuracy for _, accuracy in info.line]
+    return [*x, max(info.x_range[1], x[-1])], [*y, y[-1]]
+
+
+def _draw_kind(figure: "Figure", kind: str, dots: Sequence[Dot], scale: tuple[float, float]) -> None:
+    shape, width = SHAPES[kind]
+    struck = kind == "struck out"
+    # The legend's marker stands for the kind alone, so it has no size's colour.
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        name=kind,
+        legendgroup=kind,
+        marker={
+            "symbol": shape if kind != "predicted" else f"{shape}-open",
+            "size": width,
+            "color": RED if struck else GREY,
+        }
+        | ({"line": {"width": 2, "color": RED}} if struck else {}),
+    )
+    figure.add_scatter(
+        x=[dot.latency_ms for dot in dots],
+        y=[100 * dot.accuracy for dot in dots],
+        mode="markers",
+        name=kind,
+        legendgroup=kind,
+        showlegend=False,
+        marker={
+            "symbol": [shape if dot.verified else f"{shape}-open" for dot in dots],
+            "size": width,
+            "color": RED if struck else [_colour(dot.size_bytes, scale) for dot in dots],
+            "opacity": [1.0 if dot.within else 0.45 for dot in dots],
+            "line": {"width": 2, "color": RED} if struck else {"width": 1.5},
+        },
+        error_x=_interval(dots) if kind == "predicted" else None,
+        customdata=[_hover(dot) for dot in dots],
+        hovertemplate="<b>%{customdata[1]}</b><br>%{x:.4~g} ms · %{y:.1f} % (%{customdata[2]} split)"
+        "<br>%{customdata[3]}%{customdata[4]}<extra></extra>",
+    )
+
+
+def _interval(dots: Sequence[Dot]) -> dict[str, object]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [dot.high_ms - dot.latency_ms for dot in dots],
+        "arrayminus": [dot.latency_ms - dot.low_ms for dot in dots],
+        "color": PALE_GREY,
+        "thickness": 1,
+        "width": 0,
+    }
+
+
+def _hover(dot: Dot) -> list[int | str]:
+    note = f"<br>{no_markup(dot.note)}" if dot.note else ""
+    return [dot.trial, no_markup(dot.name), no_markup(dot.split), size(dot.size_bytes), note]
+
+
+def _colour(size_bytes: float, scale: tuple[float, float]) -> str:
+    """The size's colour as plotly would interpolate it. Given as a name for each marker, since plotly's
+    legend cannot read the numbers of a shared colour axis."""
+    from plotly.colors import sample_colorscale
+
+    low, high = scale
+    share = (size_bytes - low) / (high - low) if high > low else 0.0
+    return str(sample_colorscale([list(stop) for stop in SIZES], min(1.0, max(0.0, share)))[0])
+
+
+def _draw_scale(figure: "Figure", scale: tuple[float, float]) -> None:
+    """The colour bar, carried by a trace without points."""
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        hoverinfo="skip",
+        showlegend=False,
+        name="size",
+        marker={
+            "color": [scale[0] / 1000, scale[1] / 1000],
+            "colorscale": [list(stop) for stop in SIZES],
+            "showscale": True,
+            "colorbar": {
+                "title": {"text": "kB", "side": "top"},
+                "thickness": 10,
+                "len": 0.6,
+                "outlinewidth": 0,
+            },
+        },
+    )
+
+
+def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
+    """Names beside their points, on the side of faster and more accurate, where no points are."""
+    dots = {dot.trial: dot for dot in info.dots}
+    named = sorted(
+        ((dots[n], words) for n, words in info.labels if n in dots), key=lambda pair: -pair[0].accuracy
+    )
+    for i, (dot, words) in enumerate(named):
+        figure.add_annotation(
+            # Annotations, unlike shapes, take the exponent on a logarithmic axis.
+            x=math.log10(dot.latency_ms) if info.logarithmic else dot.latency_ms,
+            y=100 * dot.accuracy,
+            text=words,
+            font={"size": 12},
+            ax=0 if i == 0 else -36,
+            ay=-26 if i == 0 else -12,
+            xanchor="center" if i == 0 else "right",
+            showarrow=True,
+            arrowhead=0,
+            arrowwidth=1,
+            arrowcolor=GREY,
+            standoff=8,
+        )
+
+
+def _draw_limits(figure: "Figure", info: FrontInfo) -> None:
+    """Shade what the limits rule out, as far as any dot or the picture reaches."""
+    latency, accuracy = info.limits.max_latency_ms, info.limits.min_accuracy
+    right = max([info.x_range[1], *(dot.latency_ms for dot in info.dots)]) * 2
+    style = {"fillcolor": PALE_RED, "line": {"width": 0}, "layer": "below"}
+    if latency is not None and latency < info.x_range[1]:
+        figure.add_shape(type="rect", x0=latency, x1=right, y0=0, y1=1, yref="paper", **style)
+    if accuracy is not None and accuracy > info.y_range[0]:
+        figure.add_shape(type="rect", x0=0, x1=1, xref="paper", y0=0, y1=100 * accuracy, **style)

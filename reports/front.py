@@ -1,0 +1,282 @@
+"""Which trials make the front, which of them are picked, and how much of the objective box they cover.
+
+Plain functions of a run's records. Accuracy, latency and size that are not known keep a trial out; no
+placeholder ever stands in for them.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from ..search import pareto
+from ..search.records import Latency, Quality, RunRecord, TrialRecord, TrialState
+from .text import milliseconds, percent, seconds_since_epoch, size
+
+PICK_NAMES = {"best": "best", "fastest": "fastest", "knee": "knee", "accurate": "most accurate"}
+MAX_DROP = 0.01
+"""How much accuracy the default choice may lose where the config sets no min_accuracy: 1.0 point."""
+
+Losses = tuple[float, float, float]
+
+
+class Limits(NamedTuple):
+    """What the user's config rules out; None where it says nothing."""
+
+    max_latency_ms: float | None = None
+    min_accuracy: float | None = None
+    max_size_bytes: float | None = None
+
+
+class Point(NamedTuple):
+    """The three objectives of one trial, all known and finite."""
+
+    accuracy: float
+    latency_ms: float
+    size_bytes: float
+
+    @property
+    def losses(self) -> Losses:
+        return pareto.losses(*self)
+
+
+class HypervolumeStep(NamedTuple):
+    """The search's relative hypervolume from this moment on, in seconds after the run's start."""
+
+    seconds: float
+    hypervolume: float
+
+
+def limits(run: RunRecord) -> Limits:
+    """The limits of the run's config."""
+    given: dict[str, Any] = dict(run.config.get("limits") or {})
+    return Limits(*(given.get(name) for name in Limits._fields))
+
+
+def point(trial: TrialRecord) -> Point | None:
+    """What is best known of a trial: verified on the test split, else as the search saw it."""
+    verified = trial.verified
+    if verified is None:
+        return search_point(trial)
+    return _point(verified.quality, verified.latency, verified.size_bytes)
+
+
+def search_point(trial: TrialRecord) -> Point | None:
+    """What the search knew of a trial: search split, highest rung, latency before verification."""
+    return _point(trial.quality, trial.measured or trial.predicted, trial.size_bytes)
+
+
+def _point(quality: Quality | None, latency: Latency | None, size_bytes: int | None) -> Point | None:
+    if quality is None or latency is None or size_bytes is None:
+        return None
+    found = Point(quality.accuracy, latency.latency_ms, size_bytes)
+    return found if all(math.isfinite(value) for value in found) else None
+
+
+def breaches(allowed: Limits, found: Point) -> list[str]:
+    """A phrase for each limit that a point breaks."""
+    said: list[str] = []
+    if allowed.max_latency_ms is not None and found.latency_ms > allowed.max_latency_ms:
+        said.append(f"{milliseconds(found.latency_ms)} is over {milliseconds(allowed.max_latency_ms)}")
+    if allowed.min_accuracy is not None and found.accuracy < allowed.min_accuracy:
+        said.append(f"{percent(found.accuracy)} is under {percent(allowed.min_accuracy)}")
+    if allowed.max_size_bytes is not None and found.size_bytes > allowed.max_size_bytes:
+        said.append(f"{size(found.size_bytes)} is over {size(allowed.max_size_bytes)}")
+    return said
+
+
+def verified_any(run: RunRecord) -> bool:
+    """Whether some trial was exported and re-measured, so that nothing else is comparable any more."""
+    return any(trial.verified is not None for trial in run.trials)
+
+
+def candidates(run: RunRecord) -> list[TrialRecord]:
+    """Trials that may stand on the front: the verified that are not struck out, baselines among them.
+
+    As long as nothing is verified: the complete ones. Test and search split are never mixed.
+    """
+    if verified_any(run):
+        chosen = [t for t in run.trials if t.verified is not None and t.verified.struck_out is None]
+    else:
+        chosen = [t for t in run.trials if t.state is TrialState.COMPLETE]
+    return [trial for trial in chosen if point(trial) is not None]
+
+
+def feasible(run: RunRecord, trial: TrialRecord) -> bool:
+    """Whether everything is known of a trial and nothing of it is beyond the limits."""
+    found = point(trial)
+    return found is not None and not breaches(limits(run), found)
+
+
+def front(run: RunRecord) -> list[TrialRecord]:
+    """The non-dominated feasible candidates, fastest first. Search and baselines compete on it."""
+    pairs = [(trial, found) for trial in candidates(run) if (found := point(trial)) and feasible(run, trial)]
+    # Of equal points the first stays; sorting by number makes that independent of the records' order.
+    pairs.sort(key=lambda pair: pair[0].number)
+    kept = [pairs[i] for i in pareto.non_dominated([found.losses for _, found in pairs])]
+    kept.sort(key=lambda pair: (pair[1].latency_ms, -pair[1].accuracy, pair[1].size_bytes, pair[0].number))
+    return [trial for trial, _ in kept]
+
+
+def uncompressed(run: RunRecord) -> TrialRecord | None:
+    """The baseline that compresses nothing: the more accurate one, where the given weights and the same
+    after extra training both stand as baselines. Of the candidates alone: same split, same rung."""
+    found = [
+        (values.accuracy, -trial.number, trial)
+        for trial in candidates(run)
+        if trial.role == "baseline" and compresses_nothing(trial) and (values := point(trial))
+    ]
+    return max(found)[2] if found else None
+
+
+def compresses_nothing(trial: TrialRecord) -> bool:
+    """Whether the trial's policy keeps every channel, bit and block."""
+    policy = trial.policy
+    ratios: Iterable[float] = (policy.get("prune") or {}).values()
+    return not any(ratios) and not any(policy.get(key) for key in ("bits", "removed_blocks", "sparsity"))
+
+
+class Rule(NamedTuple):
+    """What a default choice must keep, and the same in words."""
+
+    min_accuracy: float
+    words: str
+
+
+def rule(run: RunRecord) -> Rule:
+    """The accuracy that ``fastest`` and ``best`` must keep, besides the other limits."""
+    floor = limits(run).min_accuracy
+    if floor is not None:
+        return Rule(floor, f"within the limits (accuracy of at least {percent(floor)})")
+    origin = uncompressed(run)
+    origin_point = point(origin) if origin else None
+    if origin_point is not None:
+        return Rule(origin_point.accuracy - MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
+    accuracies = [found.accuracy for trial in front(run) if (found := point(trial))]
+    best = max(accuracies, default=0.0)
+    return Rule(best - MAX_DROP, "within 1.0 point of the most accurate trial")
+
+
+def picks(run: RunRecord) -> dict[str, TrialRecord]:
+    """The points of the front that have a name.
+
+    ``best``, the default choice for export, is the ``fastest`` that keeps :func:`rule`; ``knee`` is the
+    nearest to the ideal point; ``accurate`` the most accurate. Empty without a front; without a point that
+    keeps the rule, ``fastest`` and ``best`` are left out.
+    """
+    shown = [(trial, found) for trial in front(run) if (found := point(trial))]
+    nearest = pareto.knee([found.losses for _, found in shown])
+    if nearest is None:
+        return {}
+    chosen: dict[str, TrialRecord] = {}
+    # A drop of exactly 1.0 point is within the rule although 0.90 - 0.01 > 0.89 in binary.
+    floor = rule(run).min_accuracy - 1e-9
+    kept = next((trial for trial, found in shown if found.accuracy >= floor), None)
+    if kept is not None:
+        chosen |= {"best": kept, "fastest": kept}
+    chosen["knee"] = shown[nearest][0]
+    chosen["accurate"] = max(shown, key=lambda pair: (pair[1].accuracy, -pair[1].latency_ms))[0]
+    return chosen
+
+
+def picked(run: RunRecord) -> list[tuple[TrialRecord, list[str]]]:
+    """Each picked trial once, with all its labels; the default choice first.
+
+    ``fastest`` is not a label of its own where it is the ``best``.
+    """
+    labels: dict[int, list[str]] = {}
+    chosen = picks(run)
+    for name, trial in chosen.items():
+        if name == "fastest" and chosen.get("best") is trial:
+            continue
+        labels.setdefault(trial.number, []).append(PICK_NAMES[name])
+    by_number = {trial.number: trial for trial in chosen.values()}
+    return [(by_number[number], names) for number, names in labels.items()]
+
+
+def speedup(run: RunRecord, trial: TrialRecord) -> float | None:
+    """How many times faster than the uncompressed model: measured beside it where that was done, else
+    against the uncompressed baseline's latency."""
+    if trial.latency is None:
+        return None
+    if trial.latency.ratio is not None:
+        return trial.latency.ratio
+    origin = uncompressed(run)
+    return origin.latency.latency_ms / trial.latency.latency_ms if origin and origin.latency else None
+
+
+def shrinkage(run: RunRecord, trial: TrialRecord) -> float | None:
+    """How many times smaller than the uncompressed model's exported file."""
+    origin, found = uncompressed(run), point(trial)
+    origin_point = point(origin) if origin else None
+    return origin_point.size_bytes / found.size_bytes if origin_point and found and found.size_bytes else None
+
+
+def reference(run: RunRecord) -> Losses | None:
+    """The hypervolume's reference point as losses; None when unknown or when it spans no volume."""
+    given: dict[str, Any] = dict(run.state.get("reference") or {})
+    values = [given.get(key) for key in ("accuracy", "latency_ms", "size_bytes")]
+    if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values):
+        return None
+    corner = pareto.losses(*(float(value) for value in values if value is not None))
+    return corner if corner[0] > -1 and corner[1] > 0 and corner[2] > 0 else None
+
+
+def hypervolumes(run: RunRecord) -> dict[str, float | None]:
+    """Relative hypervolume of the feasible candidates of the ``search`` and of the ``baselines`` alone."""
+    corner = reference(run)
+
+    def covered(trials: Sequence[TrialRecord]) -> float | None:
+        if corner is None or not trials:
+            return None
+        points = [found.losses for trial in trials if feasible(run, trial) and (found := point(trial))]
+        return pareto.relative_hypervolume(points, corner)
+
+    known = candidates(run)
+    return {
+        "search": covered([trial for trial in known if trial.role != "baseline"]),
+        "baselines": covered([trial for trial in known if trial.role == "baseline"]),
+    }
+
+
+def started(run: RunRecord) -> float | None:
+    """When the run started, in seconds since the epoch; its first trial's start where it does not say."""
+    known = seconds_since_epoch(run.state.get("started"))
+    if known is not None:
+        return known
+    return min((trial.started for trial in run.trials if trial.started is not None), default=None)
+
+
+def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
+    """How the search's hypervolume grew: a step for each complete trial, in the order of ``finished``.
+
+    On the search split, since the test split is not touched before the end.
+    """
+    corner, start, allowed = reference(run), started(run), limits(run)
+    if corner is None or start is None:
+        return []
+    steps: list[HypervolumeStep] = []
+    kept: list[Losses] = []
+    value = 0.0
+    for finished, trial in sorted(
+        ((t.finished, t) for t in run.trials if t.finished is not None), key=lambda pair: pair[0]
+    ):
+        found = search_point(trial)
+        if trial.state is not TrialState.COMPLETE or trial.role == "baseline" or found is None:
+            continue
+        if not breaches(allowed, found):
+            merged = [*kept, found.losses]
+            left = pareto.non_dominated(merged)
+            # Dominated by what is there: the volume stays, and with it this loop is quick.
+            if len(merged) - 1 in left:
+                kept = [merged[i] for i in left]
+                value = pareto.relative_hypervolume(kept, corner)
+        steps.append(HypervolumeStep(finished - start, value))
+    return steps
+
+
+def baseline_level(run: RunRecord) -> float | None:
+    """The baselines' relative hypervolume on the search split, to compare with the search's over time."""
+    corner, allowed = reference(run), limits(run)
+    found = [search_point(t) for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE]
+    points = [p.losses for p in found if p is not None and not breaches(allowed, p)]
+    return pareto.relative_hypervolume(points, corner) if corner is not None and points else None

@@ -1,0 +1,243 @@
+"""The night in plain sentences: what you get, whether the search was worth it, what to distrust."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from ..search.records import RunRecord, TrialRecord, TrialState, row
+from .front import (
+    MAX_DROP,
+    candidates,
+    feasible,
+    front,
+    hypervolumes,
+    limits,
+    picked,
+    picks,
+    point,
+    rule,
+    shrinkage,
+    speedup,
+    uncompressed,
+    verified_any,
+)
+from .text import accuracy, counted, digits, milliseconds, percent, size, times, title
+
+FINISHED = frozenset({"done", "finished", "complete", "completed"})
+FEW_TRIALS = 20
+"""Below this many complete trials of the search, a good policy was hardly looked for."""
+NOISY = 0.05
+"""Repeat error of the uncompressed model above which a latency is doubtful."""
+IMPRECISE = 0.10
+"""Held-out error of the latency predictor above which the search was steered by guesses."""
+
+
+def finished(run: RunRecord) -> bool:
+    """Whether the run went through all its phases."""
+    return str(run.state.get("state")).lower() in FINISHED
+
+
+def verdict(run: RunRecord) -> list[str]:
+    """Sentences on what was found, then on what to distrust."""
+    return [*findings(run), *doubts(run)]
+
+
+def findings(run: RunRecord) -> list[str]:
+    """What you get, and whether the search beat the uniform baselines."""
+    if not run.trials:
+        return ["No trial was recorded."]
+    chosen = picked(run)
+    if not chosen:
+        return [_no_front(run)]
+    said = [_pick_sentence(run, trial, labels) for trial, labels in chosen]
+    if "best" not in picks(run):
+        said.append(f"No point of the front is {rule(run).words}; there is no default choice.")
+    return [*said, *_against_baselines(run)]
+
+
+def _no_front(run: RunRecord) -> str:
+    known = candidates(run)
+    if not known:
+        return (
+            "No trial has accuracy, latency and size all known"
+            + (" and passed verification" if verified_any(run) else "")
+            + "; there is no front."
+        )
+    closest = min(known, key=lambda trial: _excess(run, trial))
+    found = point(closest)
+    numbers = (
+        f"{milliseconds(found.latency_ms)}, {percent(found.accuracy)}, {size(found.size_bytes)}"
+        if found
+        else "unknown"
+    )
+    return f"No trial is within the limits; {title(closest)} comes nearest ({numbers})."
+
+
+def _excess(run: RunRecord, trial: TrialRecord) -> float:
+    """How far beyond the limits a trial is, as the sum of the relative excesses."""
+    allowed, found = limits(run), point(trial)
+    if found is None:
+        return float("inf")
+    total = 0.0
+    if allowed.max_latency_ms:
+        total += max(0.0, found.latency_ms / allowed.max_latency_ms - 1)
+    if allowed.min_accuracy:
+        total += max(0.0, 1 - found.accuracy / allowed.min_accuracy)
+    if allowed.max_size_bytes:
+        total += max(0.0, found.size_bytes / allowed.max_size_bytes - 1)
+    return total
+
+
+def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str:
+    found = point(trial)
+    if found is None:
+        return f"{title(trial)} is not fully known."
+    faster, smaller = speedup(run, trial), shrinkage(run, trial)
+    compared = f" ({times(faster)} as fast as the original)" if faster else ""
+    shrunk = f" ({times(smaller)} smaller)" if smaller else ""
+    name = ", ".join(labels)
+    return (
+        f"{name[0].upper()}{name[1:]}: {title(trial)} runs in {milliseconds(found.latency_ms)}{compared} at "
+        f"{accuracy(found.accuracy, row(trial)['accuracy_se'])} accuracy{_drop(run, trial)}, "
+        f"in {size(found.size_bytes)}{shrunk}."
+    )
+
+
+def _drop(run: RunRecord, trial: TrialRecord) -> str:
+    origin = uncompressed(run)
+    before, after = point(origin) if origin else None, point(trial)
+    if origin is None or before is None or after is None or origin is trial:
+        return ""
+    points = 100 * (after.accuracy - before.accuracy)
+    if abs(points) < 0.05:
+        return ", that of the uncompressed model"
+    return f", {abs(points):.1f} points {'above' if points > 0 else 'below'} the uncompressed model"
+
+
+def _against_baselines(run: RunRecord) -> list[str]:
+    said: list[str] = []
+    covered = hypervolumes(run)
+    search, uniform = covered["search"], covered["baselines"]
+    if search is not None and uniform is not None:
+        numbers = f"{percent(search)} of the objective box against {percent(uniform)}"
+        if search > uniform and uniform > 0:
+            gain = f"{100 * (search / uniform - 1):.1f} % more hypervolume ({numbers})"
+            said.append(f"The search beat the uniform baselines: {gain}.")
+        elif search > uniform:
+            said.append(
+                f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}."
+            )
+        else:
+            said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")
+    return [*said, *_best_against_baseline(run)]
+
+
+def _best_against_baseline(run: RunRecord) -> list[str]:
+    """Hypervolume says little to most people: the same comparison for the default choice alone."""
+    best = picks(run).get("best")
+    if best is None:
+        return []
+    if best.role == "baseline":
+        return [f"The default choice is a baseline: the search found nothing faster {rule(run).words}."]
+    floor = rule(run).min_accuracy - 1e-9
+    rivals = [
+        (found.latency_ms, trial)
+        for trial in candidates(run)
+        if trial.role == "baseline" and feasible(run, trial)
+        if (found := point(trial)) and found.accuracy >= floor
+    ]
+    if not any(trial.role == "baseline" for trial in candidates(run)):
+        return ["There is no baseline to compare with."]
+    if not rivals:
+        return [f"No baseline is {rule(run).words}."]
+    latency_ms, rival = min(rivals, key=lambda pair: pair[0])
+    best_point = point(best)
+    ratio = times(latency_ms / best_point.latency_ms if best_point else None)
+    fastest = f"the fastest baseline is {title(rival)} with {milliseconds(latency_ms)}"
+    return [f"By the same rule, {rule(run).words}, {fastest}: the best trial is {ratio} as fast."]
+
+
+def doubts(run: RunRecord) -> list[str]:
+    """What to distrust tonight; empty when nothing speaks against the figures."""
+    return [*_unfinished(run), *_doubtful_latency(run), *_doubtful_accuracy(run), *_doubtful_trials(run)]
+
+
+def _unfinished(run: RunRecord) -> list[str]:
+    said: list[str] = []
+    state = str(run.state.get("state") or "")
+    where = f" in phase {run.state['phase']}" if run.state.get("phase") else ""
+    if state.lower() == "running":
+        said.append(f"The run is not over; it is still{where or ' going'}.")
+    elif state and not finished(run):
+        said.append(f"The run did not reach its end: it is {state}{where}.")
+    searched = [t for t in run.trials if t.role != "baseline" and t.state is TrialState.COMPLETE]
+    if searched and not any(t.verified for t in searched):
+        basis = (
+            "the front shows verified baselines alone"
+            if verified_any(run)
+            else "the front rests on the search split"
+        )
+        said.append(f"No trial of the search was exported and re-measured; {basis}.")
+    return said
+
+
+def _doubtful_latency(run: RunRecord) -> list[str]:
+    said: list[str] = []
+    noise: list[Mapping[str, Any]] = list(run.state.get("noise") or [])
+    errors = [n["repeat_error"] for n in noise if n.get("repeat_error") is not None]
+    noisy = [error for error in errors if error > NOISY]
+    if noisy:
+        said.append(
+            f"The machine was noisy: the uncompressed model's repeat error was over {percent(NOISY)} in "
+            f"{len(noisy)} of {counted(len(errors), 'measurement')} (worst {percent(max(noisy))})."
+        )
+    unsteady = [t for t in front(run) if t.latency and (t.latency.repeat_error or 0) > NOISY]
+    if unsteady:
+        said.append(f"Latencies on the front that did not repeat within {percent(NOISY)}: {_list(unsteady)}.")
+    heldout: Mapping[str, Any] = dict((run.target or {}).get("heldout") or {})
+    error = heldout.get("mape")
+    if error is not None and error > IMPRECISE:
+        said.append(
+            f"The latency predictor is {percent(error)} off on {counted(heldout.get('n') or 0, 'model')} "
+            "that it had not seen, so the search was steered by rough figures."
+        )
+    return said
+
+
+def _doubtful_accuracy(run: RunRecord) -> list[str]:
+    """A rule of one point means little when chance alone moves the accuracy by as much."""
+    best = picks(run).get("best")
+    values = row(best) if best else {}
+    error = values.get("accuracy_se")
+    if error is None or 2 * error <= MAX_DROP:
+        return []
+    moves = f"± {digits(200 * error, 2)} points (two standard errors)"
+    examples = counted(values["samples"], "example")
+    return [
+        f"Accuracies rest on {examples}: chance alone moves them by {moves}, as much as many differences."
+    ]
+
+
+def _doubtful_trials(run: RunRecord) -> list[str]:
+    said: list[str] = []
+    complete = [t for t in run.trials if t.role != "baseline" and t.state is TrialState.COMPLETE]
+    if len(complete) < FEW_TRIALS:
+        said.append(f"Few trials: the search completed only {len(complete)}.")
+    failed = [t for t in run.trials if t.state is TrialState.FAILED]
+    if failed:
+        reason, count = Counter(t.reason or "no reason recorded" for t in failed).most_common(1)[0]
+        often = f"; most often ({count} times): {reason}" if count > 1 else f": {reason}"
+        said.append(f"{counted(len(failed), 'trial')} of {len(run.trials)} failed{often.rstrip('.')}.")
+    struck = [t for t in run.trials if t.verified and t.verified.struck_out]
+    if struck:
+        said.append(f"Struck out by verification: {_list(struck)}.")
+    if run.unreadable:
+        said.append(
+            f"{counted(len(run.unreadable), 'record')} could not be read: {', '.join(run.unreadable[:3])}."
+        )
+    return said
+
+
+def _list(trials: list[TrialRecord], most: int = 5) -> str:
+    names = [title(trial) for trial in trials[:most]]
+    return ", ".join(names) + (f" and {len(trials) - most} more" if len(trials) > most else "")

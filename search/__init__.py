@@ -1,0 +1,1 @@
+"""Which policy comes next, where it runs and for how long."""

@@ -1,0 +1,173 @@
+"""What a night leaves behind, as plain values: trials, their measurements, and a run read from its folder.
+
+Reports and exports read these; they need neither the model nor the study.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class TrialState(StrEnum):
+    """How a trial stands or ended. Nothing else says that a value is missing."""
+
+    RUNNING = "RUNNING"
+    COMPLETE = "COMPLETE"
+    STOPPED = "STOPPED"
+    INFEASIBLE = "INFEASIBLE"
+    FAILED = "FAILED"
+
+
+class Rung(StrEnum):
+    """The fidelities: BN re-estimation only, the short fine-tune, the finalist's long one."""
+
+    BN = "bn"
+    SHORT = "short"
+    LONG = "long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """Accuracy of a policy at a rung. ``accuracy_se`` is null for metrics whose error is not known."""
+
+    rung: str
+    split: str
+    accuracy: float
+    accuracy_se: float | None
+    samples: int
+    seconds: float
+    losses: tuple[float, ...] = ()
+    """Mean training loss over each tenth of the fine-tune."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Milliseconds of one inference. Predicted: with a 90 % interval. Measured: with its repeat error
+    (how far the two lowest windows lie apart, as a share) and the reference measured in between."""
+
+    latency_ms: float
+    low_ms: float
+    high_ms: float
+    measured: bool
+    repeat_error: float | None = None
+    reference_ms: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times faster than the uncompressed model that was measured beside it."""
+        return self.reference_ms / self.latency_ms if self.reference_ms is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """A finalist or baseline after the long fine-tune: exported, run in the target's runtime, re-measured.
+
+    ``simulated`` is torch's fake-quantised accuracy; ``quality`` the exported file's, both on the test split.
+    """
+
+    quality: Quality
+    simulated: Quality
+    search_quality: Quality
+    latency: Latency
+    size_bytes: int
+    top1_agreement: float
+    max_abs_diff: float
+    bits_used: Mapping[str, str]
+    model_file: str
+    struck_out: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """A trial as the record holds it. ``policy`` is the policy's JSON form; times are seconds since the epoch."""
+
+    number: int
+    state: TrialState
+    role: str
+    """``baseline``, ``seed`` or ``search``."""
+    name: str | None
+    digest: str
+    policy: Mapping[str, Any]
+    qualities: tuple[Quality, ...] = ()
+    predicted: Latency | None = None
+    measured: Latency | None = None
+    size_bytes: int | None = None
+    macs: int | None = None
+    params: int | None = None
+    reason: str | None = None
+    reused_from: int | None = None
+    started: float | None = None
+    finished: float | None = None
+    verified: Verified | None = None
+
+    @property
+    def quality(self) -> Quality | None:
+        """The search-split accuracy at the highest rung reached."""
+        return self.qualities[-1] if self.qualities else None
+
+    @property
+    def latency(self) -> Latency | None:
+        """Measured where it was measured, else predicted."""
+        if self.verified is not None:
+            return self.verified.latency
+        return self.measured or self.predicted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run folder, read. Every part is plain data as written by the night.
+
+    ``state``: state, phase, started, deadline (ISO 8601 with zone), seconds{phase}, pid, host, reference
+    (hypervolume reference point), ``config`` as resolved; ``target`` the calibration's public figures and
+    its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` dicts with
+    trial, digest, note, who, time.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    state: Mapping[str, Any]
+    trials: tuple[TrialRecord, ...]
+    decisions: tuple[Mapping[str, Any], ...]
+    target: Mapping[str, Any] | None
+    sensitivity: Mapping[str, Any] | None
+    approvals: tuple[Mapping[str, Any], ...] = ()
+    unreadable: tuple[str, ...] = field(default=())
+
+
+def row(trial: TrialRecord) -> dict[str, Any]:
+    """A trial in the keys that scripts rely on; unknown is None."""
+    verified = trial.verified
+    quality = verified.quality if verified else trial.quality
+    latency = trial.latency
+    return {
+        "trial": trial.number,
+        "name": trial.name,
+        "role": trial.role,
+        "state": str(trial.state),
+        "digest": trial.digest,
+        "accuracy": quality.accuracy if quality else None,
+        "accuracy_se": quality.accuracy_se if quality else None,
+        "samples": quality.samples if quality else None,
+        "split": quality.split if quality else None,
+        "rung": quality.rung if quality else None,
+        "latency_ms": latency.latency_ms if latency else None,
+        "low_ms": latency.low_ms if latency else None,
+        "high_ms": latency.high_ms if latency else None,
+        "measured": latency.measured if latency else False,
+        "repeat_error": latency.repeat_error if latency else None,
+        "reference_ms": latency.reference_ms if latency else None,
+        "ratio": latency.ratio if latency else None,
+        "size_bytes": verified.size_bytes if verified else trial.size_bytes,
+        "macs": trial.macs,
+        "params": trial.params,
+        "struck_out": verified.struck_out if verified else None,
+        "reason": trial.reason,
+        "policy": dict(trial.policy),
+    }
+
+
+def trial_to_dict(trial: TrialRecord) -> dict[str, Any]:
+    """Nested plain data of a trial, for tables and pages."""
+    return asdict(trial)

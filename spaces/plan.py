@@ -1,0 +1,163 @@
+"""What a policy makes of a model: every operation with its channels and its precision.
+
+The plan is the one meaning of a policy: the fake quantisers in training, the ONNX builder and the
+latency predictor all follow it.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .anatomy import WEIGHTED, Anatomy, Group, Op, kept_channels, op_macs
+from .policy import FP32, LayerBits, Policy
+
+# These run on integers when all their inputs are quantised (ONNX Runtime: QLinearAdd, QLinearMul,
+# QLinearConcat, pooling on u8): the precision of the producers decides, the policy does not name them.
+FOLLOWERS = frozenset({"add", "mul", "cat", "max_pool", "avg_pool", "global_pool", "flatten"})
+# Their output lies on the grid of their input: no quantiser of their own.
+SAME_GRID = frozenset({"max_pool", "flatten"})
+# Fused into the integer kernel before them: the runtime drops a ReLU whose zero point is the lowest integer.
+FUSED_ACTIVATIONS = frozenset({"relu", "relu6"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedOp:
+    """An operation as the policy leaves it. Shapes are without the batch axis."""
+
+    op: Op
+    inputs: tuple[str, ...]
+    in_shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, ...]
+    groups: int
+    bits: LayerBits
+    int8: bool
+    """Whether it runs on integer kernels."""
+
+    @property
+    def macs(self) -> int:
+        return op_macs(self.op.kind, {**self.op.attrs, "groups": self.groups}, self.in_shapes[0], self.shape) if self.in_shapes else 0
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of the weight tensor; 0 for operations without one."""
+        if self.op.kind == "conv":
+            return self.shape[0] * (self.in_shapes[0][0] // self.groups) * math.prod(self.op.attrs["kernel"])
+        if self.op.kind == "linear":
+            return self.shape[-1] * self.in_shapes[0][-1]
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """``quantised`` maps a tensor that is quantised to the tensor whose grid it uses (often itself)."""
+
+    ops: tuple[PlannedOp, ...]
+    output: str
+    quantised: dict[str, str]
+
+    @property
+    def macs(self) -> int:
+        return sum(op.macs for op in self.ops)
+
+    @property
+    def params(self) -> int:
+        """Weights and biases at inference, batch norms folded."""
+        return sum(op.weight_count + op.shape[0] for op in self.ops if op.weight_count)
+
+
+def plan(anatomy: Anatomy, policy: Policy) -> Plan:
+    """Apply a policy to the anatomy. The policy must have been checked against it."""
+    removed_by_group = {
+        g.name: g.channels - kept_channels(g, policy.prune.get(g.name, 0.0)) for g in anatomy.groups
+    }
+    alias, gone = _without_blocks(anatomy, policy.removed_blocks)
+    live = [op for op in anatomy.ops if op.name not in gone]
+    inputs = {op.name: tuple(_follow(alias, name) for name in op.inputs) for op in live}
+    shapes = {op.name: _shape(op, removed_by_group) for op in live}
+    output = _follow(alias, anatomy.output)
+    bits = {op.name: policy.bits.get(op.module or "", FP32) for op in live if op.kind in WEIGHTED}
+    quantised = _quantised(live, inputs, bits, output)
+    return Plan(
+        ops=tuple(
+            PlannedOp(
+                op=op,
+                inputs=inputs[op.name],
+                in_shapes=tuple(shapes[name] for name in inputs[op.name]),
+                shape=shapes[op.name],
+                groups=_conv_groups(op, shapes[op.name]),
+                bits=bits.get(op.name, FP32),
+                int8=_runs_int8(op, inputs[op.name], bits, quantised),
+            )
+            for op in live
+        ),
+        output=output,
+        quantised=quantised,
+    )
+
+
+def pruned_groups(anatomy: Anatomy, policy: Policy) -> list[tuple[Group, int]]:
+    """Groups that lose channels, in the anatomy's order, with the number of channels that stay."""
+    kept = ((g, kept_channels(g, policy.prune.get(g.name, 0.0))) for g in anatomy.groups)
+    return [(group, count) for group, count in kept if count < group.channels]
+
+
+def _without_blocks(anatomy: Anatomy, removed: tuple[str, ...]) -> tuple[dict[str, str], set[str]]:
+    blocks = [block for block in anatomy.blocks if block.name in removed]
+    return {b.output: b.source for b in blocks}, {name for b in blocks for name in b.ops}
+
+
+def _follow(alias: dict[str, str], name: str) -> str:
+    while name in alias:  # blocks in a row, all removed
+        name = alias[name]
+    return name
+
+
+def _shape(op: Op, removed_by_group: dict[str, int]) -> tuple[int, ...]:
+    lost = sum(times * removed_by_group[group] for group, times in op.channels_by_group.items())
+    return (op.shape[0] - lost, *op.shape[1:])
+
+
+def _conv_groups(op: Op, shape: tuple[int, ...]) -> int:
+    groups: int = op.attrs.get("groups", 1)
+    # A depthwise convolution stays depthwise: its groups shrink with its channels.
+    return shape[0] * groups // op.shape[0] if groups == op.shape[0] else groups
+
+
+def _quantised(
+    live: list[Op], inputs: dict[str, tuple[str, ...]], bits: dict[str, LayerBits], output: str
+) -> dict[str, str]:
+    consumers: dict[str, list[Op]] = {op.name: [] for op in live}
+    for op in live:
+        for name in inputs[op.name]:
+            consumers[name].append(op)
+
+    def landing(name: str) -> str:
+        """Where a producer's result is quantised: behind an activation that the kernel absorbs."""
+        after = consumers[name]
+        fused = len(after) == 1 and after[0].kind in FUSED_ACTIVATIONS and name != output
+        return after[0].name if fused else name
+
+    needed: set[str] = set()
+    for op in live:
+        if op.kind in WEIGHTED and bits[op.name].int8:
+            needed.add(inputs[op.name][0])
+            if op.kind == "conv":  # an integer convolution must requantise; QGemm may return fp32
+                needed.add(landing(op.name))
+    grids: dict[str, str] = {}
+    for op in live:
+        follows = op.kind in FOLLOWERS and all(name in grids for name in inputs[op.name])
+        if follows and op.name != output:
+            if op.kind in SAME_GRID:
+                grids[op.name] = grids[inputs[op.name][0]]
+            else:
+                needed.add(landing(op.name))
+        if op.name in needed and op.name not in grids:
+            grids[op.name] = op.name
+    return grids
+
+
+def _runs_int8(
+    op: Op, inputs: tuple[str, ...], bits: dict[str, LayerBits], quantised: dict[str, str]
+) -> bool:
+    if op.kind in WEIGHTED:
+        return bits[op.name].int8
+    return op.kind in FOLLOWERS and bool(inputs) and all(name in quantised for name in inputs)

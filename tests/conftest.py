@@ -1,0 +1,23 @@
+"""What every test shares."""
+
+import os
+
+# Read when ray is imported, so set before any test module is.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+from hypothesis import settings
+
+# An example's time depends on what else the machine does; pytest-timeout bounds the whole test.
+settings.register_profile("nightpress", deadline=None)
+settings.load_profile("nightpress")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--renew", action="store_true", help="write the files in tests/golden anew")
+
+
+@pytest.fixture
+def renew(request: pytest.FixtureRequest) -> bool:
+    """Whether a test should write its golden file rather than compare with it."""
+    return bool(request.config.getoption("--renew"))
