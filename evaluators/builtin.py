@@ -98,8 +98,8 @@ def mnist_vgg() -> nn.Module:
 
 
 _MNIST: dict[str, tuple[Callable[[], nn.Module], Recipe]] = {
-    "mnist5k-resnet": (mnist_resnet, Recipe(epochs=5)),
-    "mnist5k-vgg": (mnist_vgg, Recipe(epochs=7)),
+    "mnist5k-resnet": (mnist_resnet, Recipe(epochs=6)),
+    "mnist5k-vgg": (mnist_vgg, Recipe(epochs=6)),
 }
 
 
@@ -124,8 +124,7 @@ def load_builtin(ref: str, base: Path | None = None) -> Task:
         return _torchvision_task(ref.removeprefix(_TORCHVISION), base or Path())
     known = [*_MNIST, _TORCHVISION + "<model>"]
     raise InputError(
-        f"{ref!r} is neither path/to/file.py:function nor a built-in task ({', '.join(known)})"
-        f"{nearest(ref, known)}."
+        f"{ref!r} is neither path/to/file.py:function nor a built-in task ({', '.join(known)}){nearest(ref, known)}."
     )
 
 

@@ -41,9 +41,7 @@ class Arrays:
         return Arrays(self.inputs[indices], self.targets[indices])
 
 
-def materialise(
-    dataset: MapDataset, limit_bytes: int = DEFAULT_LIMIT_BYTES, name: str = "data set"
-) -> Arrays:
+def materialise(dataset: MapDataset, limit_bytes: int = DEFAULT_LIMIT_BYTES, name: str = "data set") -> Arrays:
     """Loads every item once and keeps them in memory.
 
     A ``TensorDataset`` is in memory already: its tensors are used as they are, without a copy.
@@ -107,8 +105,7 @@ def item(dataset: MapDataset, index: int, name: str = "data set") -> tuple[Tenso
         return one_input, torch.as_tensor(one_target)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"The target of item {index} of the {name} must be a number or a tensor, "
-            f"but got {_kind(one_target)}."
+            f"The target of item {index} of the {name} must be a number or a tensor, but got {_kind(one_target)}."
         ) from error
 
 
@@ -118,9 +115,7 @@ def last_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1].strip().rstrip('.')}" if lines else type(error).__name__
 
 
-def split_search(
-    train: Arrays, fraction: float = 0.2, max_items: int = 5000, seed: int = 0
-) -> tuple[Arrays, Arrays]:
+def split_search(train: Arrays, fraction: float = 0.2, max_items: int = 5000, seed: int = 0) -> tuple[Arrays, Arrays]:
     """Carves the search split out of the training data.
 
     Where targets are ``(n,)`` integers every label keeps its share in both parts, and no label
@@ -192,8 +187,7 @@ def _quotas(targets: Tensor, size: int) -> list[tuple[Tensor, int]]:
 def _from_tensors(dataset: TensorDataset, name: str) -> Arrays:
     if len(dataset.tensors) != 2:
         raise InputError(
-            f"Items of the {name} must be (input, target), but got a TensorDataset of "
-            f"{len(dataset.tensors)} tensors."
+            f"Items of the {name} must be (input, target), but got a TensorDataset of {len(dataset.tensors)} tensors."
         )
     inputs, targets = dataset.tensors
     return Arrays(_stored_inputs(inputs), _stored_targets(targets))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import fx, nn
 
@@ -28,6 +29,8 @@ from .runtime import Session, bits_used, check_bits
 from .task import Task, load_task
 
 RUNGS = ("bn", "short", "long")
+GIVEN, SENSITIVITY = "given", "sensitivity"
+SENSITIVITY_ITEMS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +49,11 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length."""
+    """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length.
+
+    ``rung`` is one of :data:`RUNGS`, ``given`` (the given weights on both splits) or ``sensitivity``
+    (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's).
+    """
 
     policy: Policy
     rung: str
@@ -57,11 +64,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a job. The last four are the finalists' own: test split, export and parity."""
+    """What came of a job. ``divergence`` is the mean KL divergence from the uncompressed model in nats
+    (sensitivity only); what follows it are the finalists' own: test split, export and parity."""
 
     search: Score
     losses: tuple[float, ...] = ()
     seconds: float = 0.0
+    divergence: float | None = None
     simulated: Score | None = None
     exported: Score | None = None
     top1_agreement: float | None = None
@@ -82,6 +91,7 @@ class Evaluator:
         train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
         self.trainer = Trainer(self.task, train, recipe.compute, recipe.seed, recipe.batch_size)
         self._test: Arrays | None = None
+        self._given_outputs: torch.Tensor | None = None
 
     @property
     def test(self) -> Arrays:
@@ -93,7 +103,14 @@ class Evaluator:
     def __call__(self, job: Job, progress: Callable[[float], None] | None = None) -> Outcome:
         """Evaluate. Raises Diverged, MemoryError, or whatever the user's code raises."""
         start = time.perf_counter()
+        if job.rung == GIVEN:
+            search, test = (
+                judge(self.task.model, split, self.task, self.recipe.compute) for split in (self.search, self.test)
+            )
+            return Outcome(search=search, exported=test, seconds=time.perf_counter() - start)
         module, plan = self.prepare(job)
+        if job.rung == SENSITIVITY:
+            return replace(self.sensitivity(module), seconds=time.perf_counter() - start)
         losses: tuple[float, ...] = ()
         if job.rung != "bn":
             losses = self.trainer.fit(module, job.policy, steps=job.steps, seed=job.seed, progress=progress)
@@ -106,7 +123,8 @@ class Evaluator:
 
     def prepare(self, job: Job) -> tuple[fx.GraphModule, Plan]:
         """The module as the rung before left it; from the policy where there is no such checkpoint."""
-        before = RUNGS[RUNGS.index(job.rung) - 1] if job.rung != "bn" else None
+        rung = RUNGS.index(job.rung) if job.rung in RUNGS else 0
+        before = RUNGS[rung - 1] if rung else None
         if before is not None and checkpoint(job.folder, before).is_file():
             return self.load(job.policy, checkpoint(job.folder, before))
         module, plan = self.compressor.apply(job.policy)
@@ -120,13 +138,19 @@ class Evaluator:
         module.load_state_dict(load_file(path))
         return module, plan
 
-    def given(self) -> tuple[Score, Score]:
-        """The given weights on the search and on the test split."""
-        model = self.task.model
-        return (
-            judge(model, self.search, self.task, self.recipe.compute),
-            judge(model, self.test, self.task, self.recipe.compute),
+    def sensitivity(self, module: fx.GraphModule) -> Outcome:
+        """Mean KL(uncompressed ‖ compressed) over the first items of the search split."""
+        part = Arrays(self.search.inputs[:SENSITIVITY_ITEMS], self.search.targets[:SENSITIVITY_ITEMS])
+        outputs = outputs_of(module, part, self.recipe.compute)
+        if self._given_outputs is None:
+            self._given_outputs = outputs_of(self.task.model, part, self.recipe.compute)
+        divergence = F.kl_div(
+            F.log_softmax(outputs, dim=1),
+            F.log_softmax(self._given_outputs, dim=1),
+            reduction="batchmean",
+            log_target=True,
         )
+        return Outcome(search=score(outputs, part, self.task), divergence=float(divergence))
 
     def export(self, job: Job, module: fx.GraphModule, plan: Plan, outcome: Outcome) -> Outcome:
         """Write ``model.onnx`` beside the checkpoint and compare it with the simulation on the whole test split."""
@@ -171,10 +195,7 @@ def save_checkpoint(module: nn.Module, path: Path) -> None:
     partial.replace(path)
 
 
-
-
 def _write(path: Path, data: bytes) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_bytes(data)
     partial.replace(path)
-

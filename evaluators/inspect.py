@@ -5,7 +5,6 @@ tensor follow a group is observed by pruning it once and looking at the shapes, 
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -96,7 +95,9 @@ def _groups(
             dry_run = _DryRun(traced, ops, output, example)
             continue
         ops = [replace(op, channels_by_group=_with(op, root, lost.get(op.name, 0))) for op in ops]
-        group_layers = tuple(op.module for op in ops if op.module and op.kind in {"conv", "linear"} and lost.get(op.name))
+        group_layers = tuple(
+            op.module for op in ops if op.module and op.kind in {"conv", "linear"} and lost.get(op.name)
+        )
         macs = sum(_op_macs(op, ops) for op in ops if op.module in group_layers)
         groups.append(Group(name=root, channels=width, step=step, layers=group_layers, macs=macs))
     return groups, ops, left_out
@@ -205,7 +206,9 @@ def _module_paths(traced: fx.GraphModule) -> list[str]:
     """Dotted names of modules that contain others, the innermost first: blocks do not overlap."""
     targets = [str(n.target) for n in traced.graph.nodes if n.op == "call_module"]
     paths = {".".join(t.split(".")[:i]) for t in targets for i in range(1, t.count(".") + 1)}
-    return sorted(paths, key=lambda p: (-p.count("."), targets.index(next(t for t in targets if t.startswith(p + ".")))))
+    return sorted(
+        paths, key=lambda p: (-p.count("."), targets.index(next(t for t in targets if t.startswith(p + "."))))
+    )
 
 
 def _belongs(op: Op, path: str, traced: fx.GraphModule) -> bool:
@@ -216,5 +219,3 @@ def _belongs(op: Op, path: str, traced: fx.GraphModule) -> bool:
 
 def _used_outside(name: str, ops: list[Op], names: set[str]) -> bool:
     return any(name in op.inputs for op in ops if op.name not in names)
-
-

@@ -65,7 +65,10 @@ def build_onnx(plan: Plan, tensors: Tensors, *, batch: int | None = 1, metadata:
         builder.initializers,
     )
     model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="nightpress"
+        graph,
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="nightpress",
     )
     for key, value in sorted((metadata or {}).items()):
         model.metadata_props.add(key=key, value=value)
@@ -95,9 +98,7 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
         for op in plan.ops if op.op.kind == "batch_norm" and op.op.module
     }  # fmt: skip
     kinds = {op.op.name: op.op.kind for op in plan.ops}
-    grids = {
-        name: (0.02, 0 if kinds[name] in {"relu", "relu6"} else 128) for name in set(plan.quantised.values())
-    }
+    grids = {name: (0.02, 0 if kinds[name] in {"relu", "relu6"} else 128) for name in set(plan.quantised.values())}
     return Tensors(layers=layers, grids=grids, norms=norms)
 
 
@@ -144,7 +145,10 @@ class _Builder:
         name = planned.op.name
         tensors = self.tensors.layers[planned.op.module or ""]
         if tensors.scales is None:
-            return [self.constant(f"{name}.weight", tensors.weight), self.constant(f"{name}.bias", tensors.bias)]
+            return [
+                self.constant(f"{name}.weight", tensors.weight),
+                self.constant(f"{name}.bias", tensors.bias),
+            ]
         weight = self._dequantise(f"{name}.weight", tensors.weight, tensors.scales)
         if not planned.int8:  # stored small, computed in fp32
             return [weight, self.constant(f"{name}.bias", tensors.bias)]

@@ -98,7 +98,13 @@ class Trainer:
             site.observing = False  # type: ignore[assignment]
 
     def fit(
-        self, module: nn.Module, policy: Policy, *, steps: int, seed: int, progress: Callable[[float], None] | None = None
+        self,
+        module: nn.Module,
+        policy: Policy,
+        *,
+        steps: int,
+        seed: int,
+        progress: Callable[[float], None] | None = None,
     ) -> tuple[float, ...]:
         """Train in place for ``steps`` steps; returns the mean loss over each tenth of them.
 
@@ -146,9 +152,7 @@ class Trainer:
         optimiser.step()
         return loss.detach()
 
-    def _batches(
-        self, distill: Distill, steps: int, seed: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def _batches(self, distill: Distill, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         generator = torch.Generator().manual_seed(seed)
         count, size = len(self.train.targets), min(self.batch_size, len(self.train.targets))
         done, epoch = 0, 0

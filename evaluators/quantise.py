@@ -72,9 +72,9 @@ class ActivationQuantiser(nn.Module):
             self._observe(value.detach())
         scale, zero_point = self.grid()
         if value.dtype != torch.float32:  # the rounding itself must not be rounded to bf16
-            return torch.fake_quantize_per_tensor_affine(
-                value.float(), scale, zero_point, 0, ACTIVATION_LEVELS
-            ).to(value.dtype)
+            return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, ACTIVATION_LEVELS).to(
+                value.dtype
+            )
         return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, 0, ACTIVATION_LEVELS)
 
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,9 @@ def quantisers(module: nn.Module) -> dict[str, ActivationQuantiser]:
     """Activation quantisers by the tensor that they quantise."""
     prefix = quantiser_path("")
     return {
-        name.removeprefix(prefix): child for name, child in module.named_modules() if isinstance(child, ActivationQuantiser)
+        name.removeprefix(prefix): child
+        for name, child in module.named_modules()
+        if isinstance(child, ActivationQuantiser)
     }
 
 

@@ -31,7 +31,10 @@ class Session:
             options.optimized_model_filepath = str(optimised)
         try:
             self._session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled_optimizers)
+                str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=list(disabled_optimizers),
             )
         except Exception as error:  # the runtime raises types of its own that share no base
             reason = (str(error).splitlines() or [type(error).__name__])[0]

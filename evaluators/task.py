@@ -66,13 +66,14 @@ def check_task(task: Task) -> None:
     # What a user passes is not what the annotations promise.
     model, example = cast("object", task.model), cast("object", task.example_input)
     if not isinstance(model, nn.Module):
-        raise InputError(f"The task's model must be a torch.nn.Module, but got a {type(model).__name__}.")
+        raise InputError(f"The task's model must be a torch.nn.Module, but got a value of type {type(model).__name__}.")
     if not isinstance(example, Tensor):
-        raise InputError(f"The task's example_input must be a tensor, but got a {type(example).__name__}.")
+        raise InputError(
+            f"The task's example_input must be a tensor, but got a value of type {type(example).__name__}."
+        )
     if example.dim() == 0 or example.shape[0] != 1:
         raise InputError(
-            f"The task's example_input must be one input of shape (1, ...), "
-            f"but got shape {tuple(example.shape)}."
+            f"The task's example_input must be one input of shape (1, ...), but got shape {tuple(example.shape)}."
         )
     output = _try_model(model, example)
     _check_extras(task, output)
@@ -112,7 +113,7 @@ def load_task(ref: str, base: Path | None = None) -> Task:
     if not isinstance(task, Task):
         raise InputError(
             f"{function_name} in {path} must return a nightpress.evaluators.Task, but it returned "
-            f"{'None' if task is None else f'a {type(task).__name__}'}."
+            f"{'None' if task is None else f'a value of type {type(task).__name__}'}."
         )
     return task
 
@@ -154,9 +155,8 @@ def _check_extras(task: Task, output: object) -> None:
     teacher = cast("object", task.teacher)
     if teacher is not None:
         if not isinstance(teacher, nn.Module):
-            raise InputError(
-                f"The task's teacher must be a torch.nn.Module, but got a {type(teacher).__name__}."
-            )
+            kind = type(teacher).__name__
+            raise InputError(f"The teacher must be a torch.nn.Module, but got a value of type {kind}.")
         expected, came = _shape_words(output), _shape_words(_try_model(teacher, example, "teacher"))
         if came != expected:
             raise InputError(f"The teacher must give what the model gives, {expected}, but it gives {came}.")
@@ -175,7 +175,7 @@ def _check_extras(task: Task, output: object) -> None:
 
 
 def _shape_words(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"
 
 
 def _classes(output: object) -> int:
@@ -191,7 +191,7 @@ def _check_dataset(name: str, dataset: MapDataset, example: Tensor) -> None:
     missing = [method for method in ("__len__", "__getitem__") if not hasattr(dataset, method)]
     if missing:
         raise InputError(
-            f"The {name} must be a map-style data set, but a {type(dataset).__name__} has no {missing[0]}."
+            f"The {name} must be a map-style data set, but type {type(dataset).__name__} has no {missing[0]}."
         )
     if len(dataset) == 0:
         raise InputError(f"The {name} is empty, but at least one item is needed.")
@@ -207,7 +207,7 @@ def _check_labels(name: str, dataset: MapDataset, classes: int) -> None:
     targets = _quick_targets(dataset)
     labels = materialise(dataset, name=name).targets if targets is None else targets
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.dim() != 1:
-        first = f"of shape {tuple(labels[0].shape)}" if labels.dim() != 1 else f"{labels[0].item()}"
+        first = f"targets of shape {tuple(labels[0].shape)}" if labels.dim() != 1 else f"{labels[0].item()}"
         raise InputError(
             f"For the default loss labels must be integers, one an item, but the {name} has {first} "
             f"({labels.dtype}) at index 0."
@@ -275,7 +275,7 @@ def _find_function(module: ModuleType, name: str, path: Path) -> Callable[[], ob
     if callable(found):
         return found
     if found is not None:
-        raise InputError(f"{name} in {path} must be a function, but it is a {type(found).__name__}.")
+        raise InputError(f"{name} in {path} must be a function, but it is of type {type(found).__name__}.")
     # What the file imports is no candidate.
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     raise InputError(f"There is no function {name} in {path}{nearest(name, own)}.")

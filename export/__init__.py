@@ -1,1 +1,5 @@
-"""What production reads: the ONNX model, runtime configurations, the policy and its card."""
+"""What production reads: the chosen point as a folder of files that need nightpress no more."""
+
+from .bundle import export_trial
+
+__all__ = ["export_trial"]

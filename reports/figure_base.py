@@ -24,6 +24,8 @@ LOG_FROM = 5.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
 MOST_TICKS = 9
+MOST_TRIALS = 1000
+"""Trials that the report shows one by one; all are in the tables beside it."""
 
 
 class Panel(NamedTuple):

@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..search import pareto
 from ..search.records import RunRecord, TrialRecord, TrialState
-from .figure_base import GREY, LOG_FROM, PALE_GREY, PALE_RED, RED, SIZES, blank, logarithmic, no_markup
-from .front import Limits, breaches, front, limits, picked, point, uncompressed
+from .figure_base import (
+    GREY,
+    LOG_FROM,
+    MOST_TRIALS,
+    PALE_GREY,
+    PALE_RED,
+    RED,
+    SIZES,
+    blank,
+    logarithmic,
+    no_markup,
+)
+from .front import Limits, breaches, front, limits, most_interesting, picked, point, uncompressed
 from .text import counted, size, title
 
 if TYPE_CHECKING:
@@ -54,6 +65,7 @@ class FrontInfo(NamedTuple):
     y_range: tuple[float, float]
     logarithmic: bool
     outside: int
+    left_out: int
 
 
 def front_info(run: RunRecord) -> FrontInfo:
@@ -62,7 +74,7 @@ def front_info(run: RunRecord) -> FrontInfo:
     allowed = limits(run)
     dots = tuple(
         dot
-        for trial in run.trials
+        for trial in most_interesting(run, MOST_TRIALS)
         if trial.state is TrialState.COMPLETE or trial.verified
         if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
     )
@@ -79,6 +91,7 @@ def front_info(run: RunRecord) -> FrontInfo:
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
         logarithmic=logarithmic,
         outside=len(dots) - len(shown),
+        left_out=max(0, len(run.trials) - MOST_TRIALS),
     )
 
 
@@ -161,15 +174,13 @@ def front_text(info: FrontInfo) -> str:
     ]
     beyond = sum(not dot.within for dot in info.dots)
     if beyond and on_front:
-        said.append(
-            f"{counted(beyond, 'point')} {'is' if beyond == 1 else 'are'} beyond the limits (shaded, pale)."
-        )
+        said.append(f"{counted(beyond, 'point')} {'is' if beyond == 1 else 'are'} beyond the limits (shaded, pale).")
     if any(dot.kind == "predicted" for dot in info.dots) and verified:
         said.append("Hollow points are what the search saw: predicted latency, search split.")
     if info.outside:
-        said.append(
-            f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all)."
-        )
+        said.append(f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all).")
+    if info.left_out:
+        said.append(f"{counted(info.left_out, 'trial')} more: in trials.csv.")
     return " ".join(said)
 
 
@@ -301,9 +312,7 @@ def _draw_scale(figure: "Figure", scale: tuple[float, float]) -> None:
 def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
     """Names beside their points, on the side of faster and more accurate, where no points are."""
     dots = {dot.trial: dot for dot in info.dots}
-    named = sorted(
-        ((dots[n], words) for n, words in info.labels if n in dots), key=lambda pair: -pair[0].accuracy
-    )
+    named = sorted(((dots[n], words) for n, words in info.labels if n in dots), key=lambda pair: -pair[0].accuracy)
     for i, (dot, words) in enumerate(named):
         figure.add_annotation(
             # Annotations, unlike shapes, take the exponent on a logarithmic axis.

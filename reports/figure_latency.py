@@ -84,9 +84,7 @@ def latency_text(info: LatencyInfo) -> str:
     heldout = info.heldout
     if heldout.get("mape") is not None:
         count = counted(heldout.get("n") or 0, "model")
-        said.append(
-            f"On {count} that it had not seen, the predictor is {percent(heldout['mape'])} off on average."
-        )
+        said.append(f"On {count} that it had not seen, the predictor is {percent(heldout['mape'])} off on average.")
         if heldout.get("within_10") is not None:
             said.append(f"{percent(heldout['within_10'])} of them are within 10 %.")
         if heldout.get("interval_coverage") is not None:

@@ -125,9 +125,7 @@ def noise_text(info: NoiseInfo) -> str:
     values = [sample.reference_ms for sample in info.samples]
     between = f"between {digits(min(values))} and {digits(max(values))} ms"
     apart = percent(max(values) / min(values) - 1)
-    said = [
-        f"The uncompressed model, measured {counted(len(values), 'time')}, took {between}: {apart} apart."
-    ]
+    said = [f"The uncompressed model, measured {counted(len(values), 'time')}, took {between}: {apart} apart."]
     errors = [sample.repeat_error for sample in info.samples if sample.repeat_error is not None]
     if errors:
         noisy = sum(error > NOISY for error in errors)
@@ -163,8 +161,7 @@ def noise_figure(info: NoiseInfo) -> "Figure":
             "color": [RED if (sample.repeat_error or 0) > NOISY else BLUE for sample in info.samples],
         },
         customdata=[[sample.phase, percent(sample.repeat_error), sample.time] for sample in info.samples],
-        hovertemplate="%{y:.4~g} ms, repeat error %{customdata[1]}<br>%{customdata[0]} %{customdata[2]}"
-        "<extra></extra>",
+        hovertemplate="%{y:.4~g} ms, repeat error %{customdata[1]}<br>%{customdata[0]} %{customdata[2]}<extra></extra>",
         showlegend=False,
     )
     figure.update_yaxes(rangemode="tozero")
@@ -183,9 +180,7 @@ class PhasesInfo(NamedTuple):
 
 def phases_info(run: RunRecord) -> PhasesInfo:
     seconds: Mapping[str, Any] = run.state.get("seconds") or {}
-    return PhasesInfo(
-        tuple((str(name), float(value)) for name, value in seconds.items() if value is not None)
-    )
+    return PhasesInfo(tuple((str(name), float(value)) for name, value in seconds.items() if value is not None))
 
 
 def phases_text(info: PhasesInfo) -> str:

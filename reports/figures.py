@@ -74,9 +74,7 @@ def panels(run: RunRecord) -> list[Panel]:
             sensitivity_text(sensitivity),
             sensitivity_figure(sensitivity) if sensitivity.bars else None,
         ),
-        Panel(
-            "noise", "Noise of the machine", noise_text(noise), noise_figure(noise) if noise.samples else None
-        ),
+        Panel("noise", "Noise of the machine", noise_text(noise), noise_figure(noise) if noise.samples else None),
         Panel(
             "seconds",
             "Where the time went",

@@ -117,6 +117,23 @@ def front(run: RunRecord) -> list[TrialRecord]:
     return [trial for trial, _ in kept]
 
 
+def most_interesting(run: RunRecord, most: int) -> list[TrialRecord]:
+    """At most so many trials, in order of number, for a picture that more would only blacken: the front,
+    then what was verified, then the latest of the complete, of the stopped and of the rest."""
+    if len(run.trials) <= most:
+        return list(run.trials)
+    on_front = {trial.number for trial in front(run)}
+
+    def interest(trial: TrialRecord) -> tuple[int, int]:
+        if trial.number in on_front:
+            return 0, trial.number
+        if trial.verified is not None or trial.role == "baseline":
+            return 1, trial.number
+        return {TrialState.COMPLETE: 2, TrialState.STOPPED: 3}.get(trial.state, 4), -trial.number
+
+    return sorted(sorted(run.trials, key=interest)[:most], key=lambda trial: trial.number)
+
+
 def uncompressed(run: RunRecord) -> TrialRecord | None:
     """The baseline that compresses nothing: the more accurate one, where the given weights and the same
     after extra training both stand as baselines. Of the candidates alone: same split, same rung."""
@@ -263,15 +280,17 @@ def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
         found = search_point(trial)
         if trial.state is not TrialState.COMPLETE or trial.role == "baseline" or found is None:
             continue
-        if not breaches(allowed, found):
-            merged = [*kept, found.losses]
-            left = pareto.non_dominated(merged)
-            # Dominated by what is there: the volume stays, and with it this loop is quick.
-            if len(merged) - 1 in left:
-                kept = [merged[i] for i in left]
-                value = pareto.relative_hypervolume(kept, corner)
+        # Most trials are dominated and leave the volume as it is; asking first keeps this loop quick.
+        covered = any(_no_worse(other, found.losses) for other in kept)
+        if not covered and not breaches(allowed, found):
+            kept = [other for other in kept if not _no_worse(found.losses, other)] + [found.losses]
+            value = pareto.relative_hypervolume(kept, corner)
         steps.append(HypervolumeStep(finished - start, value))
     return steps
+
+
+def _no_worse(one: Losses, other: Losses) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 def baseline_level(run: RunRecord) -> float | None:

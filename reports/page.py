@@ -6,13 +6,37 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..search.records import Quality, RunRecord, TrialRecord, TrialState, row
-from .figures import Panel
-from .front import breaches, front, limits, picked, point, shrinkage, speedup, uncompressed
+from .figure_base import MOST_TRIALS, Panel
+from .front import (
+    Limits,
+    breaches,
+    front,
+    limits,
+    most_interesting,
+    picked,
+    point,
+    shrinkage,
+    speedup,
+    uncompressed,
+)
 from .text import UNKNOWN, accuracy, counted, local_time, milliseconds, plain, size, times, title
 from .verdict import doubts, findings, finished
 
-DETAIL_BYTES = 700_000
+DETAIL_BYTES = 500_000
 """What the trials' details may take, so that the page stays below 6 MB beside the 4.8 MB of plotly.js."""
+BRIEF = (
+    "trial",
+    "title",
+    "role",
+    "state",
+    "digest",
+    "accuracy",
+    "split",
+    "latency_ms",
+    "size_bytes",
+    "reason",
+)
+MOST_LETTERS = 400
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
@@ -43,9 +67,9 @@ class Unfinished(NamedTuple):
 
 def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """What the template prints without the script."""
-    best = front(run)
+    best, chosen = front(run), picked(run)
     on_front = {trial.number for trial in best}
-    labels = {trial.number: ", ".join(names) for trial, names in picked(run)}
+    labels = {trial.number: ", ".join(names) for trial, names in chosen}
 
     def rows(trials: Sequence[TrialRecord]) -> list[TableRow]:
         return [table_row(run, t, labels.get(t.number, ""), t.number in on_front) for t in trials]
@@ -58,8 +82,7 @@ def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "finished": finished(run),
         "findings": findings(run),
         "doubts": doubts(run),
-        "picks": rows([trial for trial, _ in picked(run)]),
-        "commands": {trial.number: export_command(run, trial.number) for trial, _ in picked(run)},
+        "picks": rows([trial for trial, _ in chosen]),
         "front_rows": rows(best),
         "baseline_rows": rows([trial for trial in run.trials if trial.role == "baseline"]),
         "panels": panels,
@@ -147,12 +170,17 @@ def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
+def _cut(text: str) -> str:
+    """Some errors tell pages; their beginning says what happened."""
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
+
+
 def unfinished(run: RunRecord) -> list[Unfinished]:
     """Failed, stopped and infeasible trials, and those still running, with their reasons."""
     tables: list[Unfinished] = []
     for state in (TrialState.FAILED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialState.RUNNING):
         trials = [trial for trial in run.trials if trial.state is state]
-        rows = tuple((t.number, title(t), t.reason or "no reason recorded") for t in trials[:MOST_ROWS])
+        rows = tuple((t.number, title(t), _cut(t.reason or "no reason recorded")) for t in trials[:MOST_ROWS])
         if trials:
             tables.append(Unfinished(str(state), len(trials), rows))
     return tables
@@ -164,45 +192,53 @@ def unfinished(run: RunRecord) -> list[Unfinished]:
 def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """Everything that the page's script needs, as JSON-ready data."""
     origin, chosen = uncompressed(run), picked(run)
-    best = [trial.number for trial in front(run)]
     first = chosen[0][0].number if chosen else (run.trials[0].number if run.trials else None)
     return {
         "selected": first,
-        "front": best,
+        "front": [trial.number for trial in front(run)],
         "labels": {str(trial.number): names for trial, names in chosen},
         "origin": plain(row(origin)) if origin else None,
-        "anatomy": plain(run.state.get("anatomy")),
-        "trials": details(run, best),
+        "anatomy": plain(anatomy(run)),
+        "trials": details(run),
         "approved": {str(a.get("trial")): plain(a) for a in run.approvals},
         "commands": {"before": f"nightpress export {shlex.quote(str(run.path))} ", "after": " --out DIR"},
         "figures": {panel.key: json.loads(str(panel.figure.to_json())) for panel in panels if panel.figure},
     }
 
 
-def details(run: RunRecord, best: Sequence[int]) -> list[dict[str, Any]]:
-    """A card's data for each trial, in order of number. When there are too many for one page, policies and
-    curves of the least interesting are left out (``brief``); trials.csv has them."""
-    on_front = set(best)
-    ranks = {TrialState.COMPLETE: 2, TrialState.STOPPED: 3}
+def anatomy(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
+    """What the layers' bars need of the anatomy, which may hold much more."""
+    known: Mapping[str, Any] = run.state.get("anatomy") or {}
+    needed = {
+        "groups": ("name", "channels", "step", "layers"),
+        "layers": ("name",),
+        "blocks": ("name", "layers"),
+    }
+    return {
+        part: [{key: item[key] for key in keys if key in item} for item in known.get(part) or []]
+        for part, keys in needed.items()
+    }
 
-    def interest(trial: TrialRecord) -> tuple[int, int]:
-        if trial.number in on_front:
-            return 0, trial.number
-        if trial.verified is not None or trial.role == "baseline":
-            return 1, trial.number
-        return ranks.get(trial.state, 4), trial.number
 
+def details(run: RunRecord) -> list[dict[str, Any]]:
+    """A card's data for each trial, in order of number, without what is unknown.
+
+    The page has a limited size: policies and curves of the later trials are left out (``brief``) when those
+    of the front, of the verified and of the earlier ones have filled it; trials.csv has them.
+    """
+    on_front, allowed = {trial.number for trial in front(run)}, limits(run)
     left = DETAIL_BYTES
     cards: list[dict[str, Any]] = []
-    for trial in sorted(run.trials, key=interest):
-        card = _card(trial)
+    shown = most_interesting(run, MOST_TRIALS)
+    for trial in sorted(shown, key=lambda t: (t.number not in on_front, t.verified is None, t.number)):
+        card = _card(trial, allowed)
         left -= len(json.dumps(card))
-        cards.append(card if left > 0 else _brief(card))
+        cards.append(card if left > 0 else {key: card[key] for key in BRIEF if key in card} | {"brief": True})
     return sorted(cards, key=lambda card: card["trial"])
 
 
-def _card(trial: TrialRecord) -> dict[str, Any]:
-    verified = trial.verified
+def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
+    verified, found = trial.verified, point(trial)
     stages = [_stage("search", quality) for quality in trial.qualities]
     if verified is not None:
         stages += [
@@ -210,11 +246,11 @@ def _card(trial: TrialRecord) -> dict[str, Any]:
             _stage("quantisation simulated", verified.simulated),
             _stage("exported file", verified.quality),
         ]
-    card = {
-        key: value for key, value in row(trial).items() if key not in ("rung", "samples", "low_ms", "high_ms")
-    }
+    card = row(trial)
     card |= {
         "title": title(trial),
+        "reason": _cut(trial.reason) if trial.reason else None,
+        "beyond": breaches(allowed, found) if found else [],
         "reused_from": trial.reused_from,
         "seconds": trial.finished - trial.started if trial.finished and trial.started else None,
         "predicted_ms": trial.predicted.latency_ms if trial.predicted else None,
@@ -228,7 +264,7 @@ def _card(trial: TrialRecord) -> dict[str, Any]:
             "bits_used": verified.bits_used,
         },
     }
-    return plain(card)
+    return {key: value for key, value in plain(card).items() if value is not None}
 
 
 def _stage(name: str, quality: Quality) -> dict[str, Any]:
@@ -240,13 +276,4 @@ def _stage(name: str, quality: Quality) -> dict[str, Any]:
         "se": quality.accuracy_se,
         "samples": quality.samples,
         "losses": list(quality.losses),
-    }
-
-
-def _brief(card: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **card,
-        "brief": True,
-        "policy": {},
-        "stages": [{**stage, "losses": []} for stage in card["stages"]],
     }

@@ -43,9 +43,10 @@ def summary(run: RunRecord) -> dict[str, Any]:
 def summary_table(run: RunRecord) -> list[dict[str, Any]]:
     """A row for each baseline and each pick, in percent, milliseconds and kilobytes; unknown is None."""
     on_front = {trial.number for trial in front(run)}
-    labels = {trial.number: names for trial, names in picked(run)}
+    named = picked(run)
+    labels = {trial.number: names for trial, names in named}
     chosen = [trial for trial in run.trials if trial.role == "baseline"]
-    chosen += [trial for trial, _ in picked(run) if trial.role != "baseline"]
+    chosen += [trial for trial, _ in named if trial.role != "baseline"]
     return [
         plain(
             {

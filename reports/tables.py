@@ -1,5 +1,6 @@
 """The trials as tables for other programs: CSV and Parquet."""
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,9 +49,7 @@ def frame(trials: Sequence[TrialRecord]) -> "pandas.DataFrame":
     import pandas as pd
 
     rows = [_cells(trial) for trial in trials]
-    return pd.DataFrame(
-        {name: pd.array([cells[name] for cells in rows], dtype=kind) for name, kind in COLUMNS.items()}
-    )
+    return pd.DataFrame({name: pd.array([cells[name] for cells in rows], dtype=kind) for name, kind in COLUMNS.items()})
 
 
 def _cells(trial: TrialRecord) -> dict[str, Any]:
@@ -70,7 +69,9 @@ def write_tables(run: RunRecord, folder: Path) -> list[Path]:
 
 def _write_csv(table: "pandas.DataFrame", path: Path) -> None:
     safe = table.assign(**{name: table[name].map(_inert, na_action="ignore") for name in FREE_TEXT})
-    replace(path, lambda beside: safe.to_csv(beside, index=False, encoding="utf-8"))
+    # All texts in quotes: a carriage return (progress bars in error messages) would else end the row.
+    quoting = csv.QUOTE_NONNUMERIC
+    replace(path, lambda beside: safe.to_csv(beside, index=False, encoding="utf-8", quoting=quoting))
 
 
 def _inert(text: str) -> str:

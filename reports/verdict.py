@@ -66,9 +66,7 @@ def _no_front(run: RunRecord) -> str:
     closest = min(known, key=lambda trial: _excess(run, trial))
     found = point(closest)
     numbers = (
-        f"{milliseconds(found.latency_ms)}, {percent(found.accuracy)}, {size(found.size_bytes)}"
-        if found
-        else "unknown"
+        f"{milliseconds(found.latency_ms)}, {percent(found.accuracy)}, {size(found.size_bytes)}" if found else "unknown"
     )
     return f"No trial is within the limits; {title(closest)} comes nearest ({numbers})."
 
@@ -124,9 +122,7 @@ def _against_baselines(run: RunRecord) -> list[str]:
             gain = f"{100 * (search / uniform - 1):.1f} % more hypervolume ({numbers})"
             said.append(f"The search beat the uniform baselines: {gain}.")
         elif search > uniform:
-            said.append(
-                f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}."
-            )
+            said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
         else:
             said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")
     return [*said, *_best_against_baseline(run)]
@@ -173,9 +169,7 @@ def _unfinished(run: RunRecord) -> list[str]:
     searched = [t for t in run.trials if t.role != "baseline" and t.state is TrialState.COMPLETE]
     if searched and not any(t.verified for t in searched):
         basis = (
-            "the front shows verified baselines alone"
-            if verified_any(run)
-            else "the front rests on the search split"
+            "the front shows verified baselines alone" if verified_any(run) else "the front rests on the search split"
         )
         said.append(f"No trial of the search was exported and re-measured; {basis}.")
     return said
@@ -213,9 +207,7 @@ def _doubtful_accuracy(run: RunRecord) -> list[str]:
         return []
     moves = f"± {digits(200 * error, 2)} points (two standard errors)"
     examples = counted(values["samples"], "example")
-    return [
-        f"Accuracies rest on {examples}: chance alone moves them by {moves}, as much as many differences."
-    ]
+    return [f"Accuracies rest on {examples}: chance alone moves them by {moves}, as much as many differences."]
 
 
 def _doubtful_trials(run: RunRecord) -> list[str]:
@@ -232,9 +224,7 @@ def _doubtful_trials(run: RunRecord) -> list[str]:
     if struck:
         said.append(f"Struck out by verification: {_list(struck)}.")
     if run.unreadable:
-        said.append(
-            f"{counted(len(run.unreadable), 'record')} could not be read: {', '.join(run.unreadable[:3])}."
-        )
+        said.append(f"{counted(len(run.unreadable), 'record')} could not be read: {', '.join(run.unreadable[:3])}.")
     return said
 
 

@@ -12,7 +12,9 @@ def as_losses(points: Sequence[Sequence[float]] | Array) -> Array:
     """Points as an array of shape (n, objectives). Raises ValueError when a value is not finite."""
     array = np.asarray(points, dtype=np.float64)
     if array.size and not np.isfinite(array).all():
-        raise ValueError(f"every objective must be known and finite, but got {array[~np.isfinite(array).all(axis=1)][0]}")
+        raise ValueError(
+            f"every objective must be known and finite, but got {array[~np.isfinite(array).all(axis=1)][0]}"
+        )
     return array.reshape(len(array), -1) if array.size else array.reshape(0, 0)
 
 
@@ -81,7 +83,9 @@ def spread(points: Sequence[Sequence[float]] | Array, reference: Sequence[float]
     chosen: list[int] = []
     while len(chosen) < min(count, len(losses)):
         have = hypervolume(losses[chosen], reference) if chosen else 0.0
-        gains = [-1.0 if i in chosen else hypervolume(losses[[*chosen, i]], reference) - have for i in range(len(losses))]
+        gains = [
+            -1.0 if i in chosen else hypervolume(losses[[*chosen, i]], reference) - have for i in range(len(losses))
+        ]
         best = int(np.argmax(gains))
         if gains[best] <= 0:
             break

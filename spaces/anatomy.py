@@ -124,8 +124,6 @@ def anatomy_to_dict(anatomy: Anatomy, bit_choices: tuple[tuple[int, int], ...]) 
         "digest": anatomy.digest,
         "groups": [asdict(group) for group in anatomy.groups],
         "layers": [{**asdict(layer), "bits": [list(pair) for pair in bit_choices]} for layer in anatomy.layers],
-        "blocks": [
-            {"name": b.name, "layers": b.layers, "macs": b.macs, "source": b.source} for b in anatomy.blocks
-        ],
+        "blocks": [{"name": b.name, "layers": b.layers, "macs": b.macs, "source": b.source} for b in anatomy.blocks],
         "left_out": [asdict(item) for item in anatomy.left_out],
     }

@@ -34,7 +34,11 @@ class PlannedOp:
 
     @property
     def macs(self) -> int:
-        return op_macs(self.op.kind, {**self.op.attrs, "groups": self.groups}, self.in_shapes[0], self.shape) if self.in_shapes else 0
+        return (
+            op_macs(self.op.kind, {**self.op.attrs, "groups": self.groups}, self.in_shapes[0], self.shape)
+            if self.in_shapes
+            else 0
+        )
 
     @property
     def weight_count(self) -> int:
@@ -66,9 +70,7 @@ class Plan:
 
 def plan(anatomy: Anatomy, policy: Policy) -> Plan:
     """Apply a policy to the anatomy. The policy must have been checked against it."""
-    removed_by_group = {
-        g.name: g.channels - kept_channels(g, policy.prune.get(g.name, 0.0)) for g in anatomy.groups
-    }
+    removed_by_group = {g.name: g.channels - kept_channels(g, policy.prune.get(g.name, 0.0)) for g in anatomy.groups}
     alias, gone = _without_blocks(anatomy, policy.removed_blocks)
     live = [op for op in anatomy.ops if op.name not in gone]
     inputs = {op.name: tuple(_follow(alias, name) for name in op.inputs) for op in live}
@@ -155,9 +157,7 @@ def _quantised(
     return grids
 
 
-def _runs_int8(
-    op: Op, inputs: tuple[str, ...], bits: dict[str, LayerBits], quantised: dict[str, str]
-) -> bool:
+def _runs_int8(op: Op, inputs: tuple[str, ...], bits: dict[str, LayerBits], quantised: dict[str, str]) -> bool:
     if op.kind in WEIGHTED:
         return bits[op.name].int8
     return op.kind in FOLLOWERS and bool(inputs) and all(name in quantised for name in inputs)

@@ -124,7 +124,9 @@ def policy_from_dict(data: object, source: str) -> Policy:
     top = reader.mapping(data, "policy")
     schema = top.get("schema")
     if schema != SCHEMA:
-        raise InputError(f"{source}: schema must be {SCHEMA}, the version that this nightpress reads, but got {schema!r}.")
+        raise InputError(
+            f"{source}: schema must be {SCHEMA}, the version that this nightpress reads, but got {schema!r}."
+        )
     reader.known(top, {f.name for f in fields(Policy)} | {"schema"}, "")
     distill = reader.mapping(top.get("distill", {}), "distill")
     reader.known(distill, {f.name for f in fields(Distill)}, "distill.")

@@ -39,8 +39,7 @@ class Space:
     def sample(self, suggest: Suggest) -> Policy:
         """One policy, asked choice by choice; every parameter is always asked, so the space is flat."""
         keep = {
-            group.name: suggest.integer(f"keep:{group.name}", *self.step_range(group))
-            for group in self.anatomy.groups
+            group.name: suggest.integer(f"keep:{group.name}", *self.step_range(group)) for group in self.anatomy.groups
         }
         bits = {
             layer.name: parse_bits(suggest.choice(f"bits:{layer.name}", self._bit_names()))

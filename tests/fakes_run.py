@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from nightpress.search.records import Latency, Quality, RunRecord, TrialRecord, TrialState, Verified
 
@@ -108,6 +109,9 @@ def policy(
     }
 
 
+INT8 = policy({}, {"stem": (8, 8)})
+
+
 def run(trials: Sequence[TrialRecord] = (), **fields: Any) -> RunRecord:
     """A finished run of these trials, without limits, target or sensitivity unless given."""
     known: dict[str, Any] = {
@@ -137,6 +141,45 @@ def one_trial_run() -> RunRecord:
     return run([trial(0)])
 
 
+def limited(trials: list[TrialRecord], **limits: float) -> RunRecord:
+    return run(trials, config={"limits": limits})
+
+
+def original(accuracy: float = 0.9, latency_ms: float = 1.0, **fields: Any) -> TrialRecord:
+    """The uncompressed model as a baseline."""
+    known: dict[str, Any] = {
+        "number": 0,
+        "name": "uncompressed",
+        "role": "baseline",
+        "policy": policy(),
+        **fields,
+    }
+    return trial(accuracy=accuracy, latency_ms=latency_ms, size_bytes=1_000_000, **known)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> RunRecord:
+    """Runs of a few trials with ties, unknown values, all states, some verified, some struck out."""
+    records: list[TrialRecord] = []
+    for number in range(draw(st.integers(0, 8))):
+        record = trial(
+            number,
+            draw(st.sampled_from([0.5, 0.8, 0.85, 0.9, None])),
+            draw(st.sampled_from([0.2, 0.4, 0.6, None])),
+            draw(st.sampled_from([100, 200, None])),
+            role=draw(st.sampled_from(["baseline", "seed", "search"])),
+            state=draw(st.sampled_from([TrialState.COMPLETE, *TrialState])),
+        )
+        if record.state is TrialState.COMPLETE and draw(st.integers(0, 3)) == 0:
+            record = verify(record, struck_out=draw(st.sampled_from([None, None, "slower"])))
+        records.append(record)
+    limits = {
+        "max_latency_ms": draw(st.sampled_from([None, 0.5])),
+        "min_accuracy": draw(st.sampled_from([None, 0.8])),
+    }
+    return run(records, config={"limits": limits})
+
+
 # A full night
 
 
@@ -150,9 +193,7 @@ def anatomy() -> dict[str, Any]:
         name, channels = f"stage{stage + 1}.{index % 3}", STAGE_CHANNELS[stage]
         convs = [f"{name}.conv1", f"{name}.conv2"]
         groups.append({"name": convs[0], "channels": channels, "layers": [convs[0]]})
-        layers += [
-            {"name": conv, "kind": "conv", "macs": 2_359_296, "params": 9 * channels**2} for conv in convs
-        ]
+        layers += [{"name": conv, "kind": "conv", "macs": 2_359_296, "params": 9 * channels**2} for conv in convs]
         if index % 3:
             blocks.append({"name": name, "layers": convs})
     layers.append({"name": "head", "kind": "linear", "macs": 640, "params": 650})
@@ -163,8 +204,7 @@ def _random_policy(rng: np.random.Generator, parts: Mapping[str, Any]) -> tuple[
     """A policy with the shares of width that it keeps and of layers that run in 8 bits."""
     strength, share = rng.uniform(0.0, 0.6), rng.choice([1.0, rng.uniform(0.2, 1.0)])
     prune = {
-        group["name"]: round(float(np.clip(rng.normal(strength, 0.15), 0, 0.8)) * 16) / 16
-        for group in parts["groups"]
+        group["name"]: round(float(np.clip(rng.normal(strength, 0.15), 0, 0.8)) * 16) / 16 for group in parts["groups"]
     }
     bits = {layer["name"]: (8, 8) for layer in parts["layers"] if rng.random() < share}
     removed = [block["name"] for block in parts["blocks"] if rng.random() < 0.12]
@@ -231,12 +271,8 @@ def _searched(parts: Mapping[str, Any], count: int) -> list[TrialRecord]:
 def _finalists(trials: list[TrialRecord]) -> list[TrialRecord]:
     """Verify what is not dominated in accuracy and latency, and strike one out."""
     complete = [t for t in trials if t.state is TrialState.COMPLETE and t.quality and t.predicted]
-    values = {
-        t.number: (t.quality.accuracy, t.predicted.latency_ms) for t in complete if t.quality and t.predicted
-    }
-    best = [
-        n for n, (a, ms) in values.items() if not any(b >= a and other < ms for b, other in values.values())
-    ]
+    values = {t.number: (t.quality.accuracy, t.predicted.latency_ms) for t in complete if t.quality and t.predicted}
+    best = [n for n, (a, ms) in values.items() if not any(b >= a and other < ms for b, other in values.values())]
     return [
         verify(t, struck_out="slower than the uncompressed model" if t.number == best[0] else None)
         if t.number in best
@@ -332,3 +368,42 @@ def full_run(count: int = 58, **fields: Any) -> RunRecord:
         "approvals": (),
     }
     return run([*_baselines(parts), *_finalists(_searched(parts, count))], **{**known, **fields})
+
+
+def hostile_run(attack: str) -> RunRecord:
+    """A full night in which every name, reason and note is the attack."""
+    night = full_run(24)
+    trials = [replace(t, name=attack, reason=attack, digest=attack) for t in night.trials]
+    state: dict[str, Any] = {
+        **night.state,
+        "state": attack,
+        "phase": attack,
+        "host": attack,
+        "seconds": {attack: 3.0},
+        "noise": [{"time": attack, "reference_ms": 1.0, "repeat_error": 0.2, "phase": attack}],
+        "environment": {attack: attack},
+        "anatomy": {"groups": [], "layers": [{"name": attack}], "blocks": [{"name": attack, "layers": []}]},
+    }
+    how = {**policy({attack: 0.5}, {attack: (8, 8)}, [attack]), "importance": attack}
+    worst = verify(replace(trials[-1], policy=how), struck_out=attack, bits_used={attack: attack})
+    return replace(
+        night,
+        path=Path(attack.replace("/", "|")),
+        config={"task": attack, "limits": None},
+        state=state,
+        trials=(*trials[:-1], worst),
+        decisions=({"time": attack, "phase": attack, "decision": attack, "reason": attack, "evidence": attack},),
+        sensitivity={"groups": {attack: 0.1}, attack: {attack: 0.2}},
+        target={**(night.target or {}), "runtime": attack},
+        approvals=({"trial": 1, "who": attack, "note": attack, "time": attack},),
+        unreadable=(attack,),
+    )
+
+
+SAMPLES: dict[str, RunRecord] = {
+    "full": full_run(),
+    "empty": empty_run(),
+    "one trial": one_trial_run(),
+    "none feasible": limited([trial(0)], max_latency_ms=0.1),
+}
+"""Runs that every table and page must cope with."""

@@ -62,9 +62,7 @@ def places(root: Path, kind: type[N], *folders: str) -> Iterator[tuple[str, N]]:
 # Guard 1: arrows
 
 
-def imported_modules(
-    package: tuple[str, ...], node: ast.Import | ast.ImportFrom
-) -> Iterator[tuple[str, ...]]:
+def imported_modules(package: tuple[str, ...], node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, ...]]:
     """Absolute dotted names that an import statement in `package` reaches, a relative one resolved."""
     if isinstance(node, ast.Import):
         yield from (tuple(alias.name.split(".")) for alias in node.names)
@@ -126,9 +124,7 @@ def folder_of(root: Path, package: str) -> Path:
 def unlisted_data(root: Path, package: str, patterns: dict[str, list[str]]) -> list[str]:
     """Files of a package that are not Python and that no pattern of package-data takes along."""
     folder = folder_of(root, package)
-    taken = {
-        file for pattern in patterns.get("*", []) + patterns.get(package, []) for file in folder.glob(pattern)
-    }
+    taken = {file for pattern in patterns.get("*", []) + patterns.get(package, []) for file in folder.glob(pattern)}
     return [
         f"{file.relative_to(root).as_posix()}: no pattern of package-data takes it along"
         for file in sorted(folder.rglob("*"))

@@ -41,7 +41,11 @@ def _terms(planned: PlannedOp) -> list[tuple[str, float]]:
     precision = "int8" if planned.int8 else "fp32"
     if kind not in WEIGHTED:
         return [(f"other_{precision}_elements", elements), ("other_nodes", 0 if kind == "relu" else 1)]
-    terms = [(f"{precision}_elements", elements), (f"{precision}_nodes", 1.0), (f"{precision}_weights", planned.weight_count)]
+    terms = [
+        (f"{precision}_elements", elements),
+        (f"{precision}_nodes", 1.0),
+        (f"{precision}_weights", planned.weight_count),
+    ]
     if planned.bits.weights < 32 and not planned.int8:
         terms.append(("stored_weights", planned.weight_count))
     if kind == "linear":

@@ -63,7 +63,9 @@ class Timer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -79,7 +81,12 @@ class Timer:
             self._process.stdout.close()
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
+        self,
+        models: Mapping[str, Path],
+        reference: Path | None,
+        *,
+        least_rounds: int = 4,
+        most_rounds: int = 12,
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementFailed."""
         timings: dict[str, Timing] = {}
@@ -91,7 +98,9 @@ class Timer:
             windows = self._ask(chunk, least_rounds, most_rounds)
             reference_ms = min(windows[REFERENCE]) if reference is not None else None
             timings |= {
-                key: Timing(windows_ms=tuple(windows[key]), reference_ms=reference_ms) for key in chunk if key != REFERENCE
+                key: Timing(windows_ms=tuple(windows[key]), reference_ms=reference_ms)
+                for key in chunk
+                if key != REFERENCE
             }
             if reference is not None:
                 timings[REFERENCE] = Timing(windows_ms=tuple(windows[REFERENCE]), reference_ms=reference_ms)

@@ -71,7 +71,9 @@ def check_target(target: Target) -> None:
         raise InputError(f"target.runtime must be one of {', '.join(RUNTIMES)}, but got {target.runtime!r}.")
     cores = len(os.sched_getaffinity(0))
     if not 1 <= target.threads <= cores:
-        raise InputError(f"target.threads must be between 1 and this machine's {cores} cores, but got {target.threads}.")
+        raise InputError(
+            f"target.threads must be between 1 and this machine's {cores} cores, but got {target.threads}."
+        )
     if target.batch < 1:
         raise InputError(f"target.batch must be at least 1, but got {target.batch}.")
 

@@ -4,44 +4,36 @@ function tile(name, value, small) {
   return el("div", {}, el("dt", {}, name), el("dd", {}, value, small ? el("small", {}, small) : null));
 }
 
-function tiles(trial) {
+function accuracyNote(trial) {
   const origin = data.origin;
-  const points =
-    origin && trial.accuracy !== null && origin.accuracy !== null
-      ? 100 * (trial.accuracy - origin.accuracy)
-      : null;
-  const sameSplit = origin && trial.split === origin.split;
-  const ratio =
-    trial.ratio ||
-    (origin && origin.latency_ms && trial.latency_ms ? origin.latency_ms / trial.latency_ms : null);
-  const smaller =
-    origin && origin.size_bytes && trial.size_bytes ? origin.size_bytes / trial.size_bytes : null;
-  const interval = trial.interval_ms
-    ? `predicted ${digits(trial.interval_ms[0])} to ${digits(trial.interval_ms[1])} ms`
-    : null;
-  const stage = trial.stages.at(-1);
+  // Points lost are counted on one split only; where they cannot be, the split itself is what matters.
+  if (origin && trial.split === origin.split && trial.accuracy !== null && origin.accuracy !== null) {
+    const points = 100 * (trial.accuracy - origin.accuracy);
+    return `${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points`;
+  }
+  return trial.split ? `${trial.split} split` : null;
+}
+
+function latencyNote(trial) {
+  if (trial.latency_ms === null) return null;
+  if (!trial.interval_ms) return trial.measured ? null : "predicted";
+  return `predicted ${digits(trial.interval_ms[0])} to ${digits(trial.interval_ms[1])} ms`;
+}
+
+/** How many times less than the uncompressed model; null when either is unknown. */
+function timesLess(trial, key) {
+  return data.origin && data.origin[key] && trial[key] ? data.origin[key] / trial[key] : null;
+}
+
+function tiles(trial) {
+  const beside = trial.reference_ms ? `original ${milliseconds(trial.reference_ms)} beside it` : null;
+  const smaller = timesLess(trial, "size_bytes");
   return el(
     "dl",
     { class: "tiles" },
-    tile(
-      "Accuracy",
-      withError(trial.accuracy, trial.accuracy_se),
-      points !== null && sameSplit
-        ? `${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points`
-        : stage
-          ? `${stage.split} split`
-          : null,
-    ),
-    tile(
-      "Latency",
-      milliseconds(trial.latency_ms),
-      trial.measured ? interval : trial.latency_ms === null ? null : interval || "predicted",
-    ),
-    tile(
-      "Faster",
-      times(ratio),
-      trial.reference_ms ? `original ${milliseconds(trial.reference_ms)} beside it` : null,
-    ),
+    tile("Accuracy", withError(trial.accuracy, trial.accuracy_se), accuracyNote(trial)),
+    tile("Latency", milliseconds(trial.latency_ms), latencyNote(trial)),
+    tile("Faster", times(trial.ratio || timesLess(trial, "latency_ms")), beside),
     tile("Size", size(trial.size_bytes), smaller ? `${times(smaller)} smaller` : null),
     tile("MACs", count(trial.macs), null),
     tile("Parameters", count(trial.params), null),
@@ -84,32 +76,25 @@ function layerRow(name, kept, channels, bits, gone) {
 }
 
 function layers(policy) {
-  const anatomy = data.anatomy || { groups: [], layers: [], blocks: [] };
-  const prune = policy.prune || {},
-    bits = policy.bits || {},
-    removed = new Set(policy.removed_blocks || []);
+  const anatomy = data.anatomy;
+  const prune = policy.prune || {};
+  const bits = policy.bits || {};
+  const removed = new Set(policy.removed_blocks || []);
   const nameOf = (layer) => (typeof layer === "string" ? layer : layer.name);
   const groupOf = new Map(
-    (anatomy.groups || []).flatMap((group) => (group.layers || []).map((layer) => [nameOf(layer), group])),
+    anatomy.groups.flatMap((group) => (group.layers || []).map((layer) => [nameOf(layer), group])),
   );
   const gone = new Set(
-    (anatomy.blocks || [])
+    anatomy.blocks
       .filter((block) => removed.has(block.name))
       .flatMap((block) => (block.layers || []).map(nameOf)),
   );
-  let names = (anatomy.layers || []).map((layer) => layer.name);
+  let names = anatomy.layers.map((layer) => layer.name);
   if (!names.length) names = [...new Set([...Object.keys(prune), ...Object.keys(bits)])];
   const rows = names.map((name) => {
     const group = groupOf.get(name);
-    if (group)
-      return layerRow(
-        name,
-        keptChannels(group, prune[group.name]),
-        group.channels,
-        bits[name],
-        gone.has(name),
-      );
-    return layerRow(name, 1 - (prune[name] || 0), 1, bits[name], gone.has(name));
+    const kept = group ? keptChannels(group, prune[group.name]) : 1 - (prune[name] || 0);
+    return layerRow(name, kept, group ? group.channels : 1, bits[name], gone.has(name));
   });
   return el(
     "div",
@@ -129,7 +114,7 @@ function layers(policy) {
           el("div", { class: "layers", tabindex: 0 }, ...rows),
         )
       : el("p", { class: "muted" }, "Nothing is compressed, or the layers were not recorded."),
-    removed.size ? el("p", { class: "muted" }, `Removed blocks: ${[...removed].join(", ")}`) : null,
+    removed.size ? el("p", { class: "muted below" }, `Removed blocks: ${[...removed].join(", ")}`) : null,
   );
 }
 
@@ -148,12 +133,12 @@ function settings(name, values) {
 }
 
 function curve(stage) {
-  const losses = stage.losses,
-    top = Math.max(...losses),
-    low = Math.min(...losses),
-    high = top > low ? top : low + 1;
-  const x = (i) => 44 + (i * 190) / Math.max(1, losses.length - 1),
-    y = (loss) => 84 - (72 * (loss - low)) / (high - low);
+  const losses = stage.losses;
+  const top = Math.max(...losses);
+  const low = Math.min(...losses);
+  const range = top > low ? top - low : 1;
+  const x = (i) => 44 + (i * 190) / Math.max(1, losses.length - 1);
+  const y = (loss) => 84 - (72 * (loss - low)) / range;
   const line = losses.map((loss, i) => `${x(i).toFixed(1)},${y(loss).toFixed(1)}`).join(" ");
   return el(
     "figure",
@@ -237,9 +222,10 @@ function parity(trial) {
 }
 
 function command(trial) {
+  if (trial.state !== "COMPLETE") return null;
   const text = data.commands.before + trial.trial + data.commands.after;
-  const code = el("code", {}, text),
-    button = el("button", { type: "button" }, "Copy");
+  const code = el("code", {}, text);
+  const button = el("button", { type: "button" }, "Copy");
   button.addEventListener("click", () => copy(text, code, button));
   return el("div", {}, el("h4", {}, "Export"), el("div", { class: "command" }, code, button));
 }
@@ -261,14 +247,15 @@ function copy(text, code, button) {
 }
 
 function card(trial) {
-  const labels = data.labels[trial.trial] || [],
-    approved = data.approved[trial.trial];
+  const labels = data.labels[trial.trial] || [];
+  const approved = data.approved[trial.trial];
   const tags = [
     ...labels,
     ...(data.front.includes(trial.trial) ? ["on the front"] : []),
     ...(trial.role === "search" ? [] : [trial.role]),
   ];
   const alerts = [
+    trial.beyond.length ? `Beyond the limits: ${trial.beyond.join("; ")}` : null,
     trial.struck_out ? `Struck out: ${trial.struck_out}` : null,
     trial.state === "COMPLETE" ? null : `${trial.state}: ${trial.reason || "no reason recorded"}`,
     trial.state === "COMPLETE" && !trial.verified

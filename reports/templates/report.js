@@ -1,8 +1,25 @@
 // Draws the figures, keeps the theme, and shows the trial that was chosen.
 
 const data = JSON.parse(document.getElementById("data").textContent);
+
+/** The keys of a card that are not there when nothing is known. */
+const nothing = {
+  name: null,
+  accuracy: null,
+  accuracy_se: null,
+  latency_ms: null,
+  size_bytes: null,
+  macs: null,
+  params: null,
+  reused_from: null,
+  policy: {},
+  stages: [],
+  beyond: [],
+};
+data.trials = data.trials.map((trial) => ({ ...nothing, ...trial }));
 const byNumber = new Map(data.trials.map((trial) => [trial.trial, trial]));
-const drawn = []; // elements that hold a figure
+/** Elements that hold a figure. */
+const drawn = [];
 let selected = data.selected;
 
 // Figures and their theme
@@ -22,33 +39,43 @@ function colours() {
 
 function themeUpdate() {
   const { ink, muted, card, line, family } = colours();
-  const update = {
-    "font.color": muted,
-    "font.family": family,
+  return {
+    font: { color: muted, family },
     "title.font.color": ink,
-    "hoverlabel.bgcolor": card,
-    "hoverlabel.bordercolor": line,
-    "hoverlabel.font.color": ink,
-    "hoverlabel.font.family": family,
-    "modebar.bgcolor": "rgba(0,0,0,0)",
-    "modebar.color": muted,
-    "modebar.activecolor": ink,
+    hoverlabel: { bgcolor: card, bordercolor: line, font: { color: ink, family }, align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: ink },
+    "xaxis.gridcolor": line,
+    "yaxis.gridcolor": line,
   };
-  for (const axis of ["xaxis", "yaxis"]) update[`${axis}.gridcolor`] = line;
-  return update;
 }
 
-function applyTheme() {
-  for (const plot of drawn) Plotly.relayout(plot, themeUpdate());
+/** What a trace takes from the theme: the mark of the chosen trial its colour, points a rim in the card's
+ * colour, which keeps overlapping ones apart. */
+function markerUpdate(trace) {
+  const { ink, card } = colours();
+  if (trace.name === "selected") return { "marker.color": ink };
+  if (trace.customdata && trace.name !== "struck out") return { "marker.line.color": card };
+  return null;
+}
+
+/** Draw all figures in the theme's colours; `size` says what else changes in a figure's layout. */
+function applyTheme(size = () => ({})) {
+  for (const plot of drawn) Plotly.relayout(plot, { ...themeUpdate(), ...size(plot) });
   const front = drawn.find((plot) => plot.id === "plot-front");
   if (front) {
-    const { ink, card } = colours();
     front.data.forEach((trace, i) => {
-      if (trace.name === "selected") Plotly.restyle(front, { "marker.color": ink }, i);
-      // A rim in the card's colour keeps overlapping points apart.
-      if (trace.customdata && trace.name !== "struck out")
-        Plotly.restyle(front, { "marker.line.color": card }, i);
+      const update = markerUpdate(trace);
+      if (update) Plotly.restyle(front, update, i);
     });
+  }
+}
+
+/** Set dotted keys in a nested object: drawing once in the right colours is quicker than twice. */
+function setKeys(target, update) {
+  for (const [path, value] of Object.entries(update)) {
+    const keys = path.split(".");
+    const last = keys.pop();
+    keys.reduce((at, key) => (at[key] ??= {}), target)[last] = value;
   }
 }
 
@@ -69,45 +96,38 @@ function toggleTheme() {
   applyTheme();
 }
 
+/** The mark of the chosen trial, and on a phone the colour bar on top, where it takes no width. */
+function completeFront(figure, narrow) {
+  figure.data.push({
+    type: "scatter",
+    mode: "markers",
+    name: "selected",
+    x: [],
+    y: [],
+    hoverinfo: "skip",
+    showlegend: false,
+    marker: { symbol: "circle-open", size: 22, line: { width: 2 } },
+  });
+  const scale = figure.data.find((trace) => trace.name === "size");
+  if (narrow && scale) {
+    const above = { orientation: "h", y: 1.02, yanchor: "bottom", x: 0.5, len: 0.9 };
+    Object.assign(scale.marker.colorbar, above);
+    figure.layout.margin.t = 76;
+  }
+}
+
 function drawFigures() {
-  const config = {
-    displaylogo: false,
-    responsive: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
-  };
+  const remove = ["select2d", "lasso2d", "autoScale2d"];
+  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: remove };
   for (const [key, figure] of Object.entries(data.figures)) {
     const place = document.getElementById(`plot-${key}`);
-    if (!place) continue;
-    if (key === "front") {
-      figure.data.push({
-        type: "scatter",
-        mode: "markers",
-        name: "selected",
-        x: [],
-        y: [],
-        hoverinfo: "skip",
-        showlegend: false,
-        marker: { symbol: "circle-open", size: 22, line: { width: 2 } },
-      });
-      if (place.clientWidth < 600) {
-        // On a phone the points need the width more than the colour bar does.
-        const bar = figure.data.find((trace) => trace.name === "size");
-        if (bar)
-          Object.assign(bar.marker.colorbar, {
-            orientation: "h",
-            y: 1.02,
-            yanchor: "bottom",
-            x: 0.5,
-            len: 0.9,
-          });
-        figure.layout.margin.t = 76;
-      }
-    }
+    if (key === "front") completeFront(figure, place.clientWidth < 600);
+    setKeys(figure.layout, themeUpdate());
+    if (key === "front") for (const trace of figure.data) setKeys(trace, markerUpdate(trace) || {});
     Plotly.newPlot(place, figure.data, figure.layout, config);
     drawn.push(place);
     if (key === "front") place.on("plotly_click", (event) => clicked(event.points));
   }
-  applyTheme();
 }
 
 function clicked(points) {
@@ -118,8 +138,8 @@ function clicked(points) {
 function ring(number) {
   const front = drawn.find((plot) => plot.id === "plot-front");
   if (!front) return;
-  const x = [],
-    y = [];
+  const x = [];
+  const y = [];
   for (const trace of front.data) {
     const i = (trace.customdata || []).findIndex((custom) => custom[0] === number);
     if (i >= 0) {
@@ -213,15 +233,13 @@ function beforePrint() {
   for (const part of document.querySelectorAll("details")) part.open = true;
   // Figures have fixed widths: those of a whole and of half a page.
   const wide = ["plot-front", "plot-hypervolume"];
-  for (const plot of drawn) Plotly.relayout(plot, { width: wide.includes(plot.id) ? 660 : 310 });
-  applyTheme();
+  applyTheme((plot) => ({ width: wide.includes(plot.id) ? 660 : 310 }));
 }
 
 function afterPrint() {
   if (themeOnScreen) document.documentElement.dataset.theme = themeOnScreen;
   else delete document.documentElement.dataset.theme;
-  for (const plot of drawn) Plotly.relayout(plot, { width: null, autosize: true });
-  applyTheme();
+  applyTheme(() => ({ width: null, autosize: true }));
 }
 
 labelToggle();

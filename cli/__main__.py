@@ -1,0 +1,7 @@
+"""``python -m nightpress.cli``."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

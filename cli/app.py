@@ -1,0 +1,32 @@
+"""The commands. Each parses, calls one function of the layers below, and prints."""
+
+import typer
+
+from . import night, parts
+
+app = typer.Typer(
+    name="nightpress",
+    help="Leave a trained model, a device and a deadline in the evening; review a measured Pareto front in the morning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, parts.predict, parts.measure,
+                night.run, night.status, night.report, night.compare, night.approve, night.export, parts.apply):  # fmt: skip
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    """Leave a trained model, a device and a deadline in the evening; review a measured Pareto front in the morning."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"nightpress {installed('nightpress')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())

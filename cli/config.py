@@ -1,0 +1,243 @@
+"""The one boundary where text becomes a config: YAML files, times and targets. Errors name file and key."""
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, cast, get_args, get_type_hints
+
+import yaml
+
+from ..evaluators.latency.target import RUNTIMES, Target
+from ..search.config import (
+    RUNNERS,
+    SAMPLERS,
+    BitsConfig,
+    FineTuneConfig,
+    Limits,
+    PruneConfig,
+    RunConfig,
+    SearchConfig,
+    SpaceConfig,
+)
+from ..spaces.errors import InputError
+from ..spaces.policy import ACTIVATION_BITS, WEIGHT_BITS, nearest
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileTarget:
+    """``target:`` written in full."""
+
+    runtime: str = "onnxruntime"
+    threads: int = 1
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpace:
+    """``space:`` as a file writes it."""
+
+    prune: PruneConfig | None = field(default_factory=PruneConfig)
+    bits: BitsConfig = field(default_factory=BitsConfig)
+    blocks: bool = True
+    distill: bool = True
+    sparsity: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileConfig:
+    """A run's config file: every key has a default but ``task``."""
+
+    task: str
+    target: str | FileTarget = "onnxruntime"
+    out: str | None = None
+    seed: int = 0
+    until: str | None = None
+    budget: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    space: FileSpace = field(default_factory=FileSpace)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
+    calibration_policies: int = 40
+    warm_start: tuple[str, ...] = ()
+    device: str = "auto"
+
+
+def load_config(path: Path, out: Path | None = None) -> RunConfig:
+    """Read a config file; ``out`` overrides its run folder. Raises InputError with file and key."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such config file; nightpress init DIR makes one.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the config cannot be read: {error}.") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise InputError(
+            f"{path}: not YAML{where}: {getattr(error, 'problem', None) or 'it cannot be parsed'}."
+        ) from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a config is a mapping of keys, but got {type(data).__name__}.")
+    file = validated(cast("dict[str, Any]", data), path)
+    return _resolved(file, path, out)
+
+
+def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
+    """Check keys by name, then types by pydantic, then values. Raises InputError for the first that is wrong."""
+    from pydantic import TypeAdapter, ValidationError
+
+    _check_keys(data, FileConfig, "", path)
+    if data.get("task") is None:
+        raise InputError(f"{path}: task is missing; it names a built-in task or path/to/file.py:function.")
+    try:
+        return TypeAdapter(FileConfig).validate_python(dict(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper() and part != "str")
+        text = re.sub(r"^(Input|Value) should be", "must be", first["msg"])
+        raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {first['input']!r}.") from None
+
+
+def _check_keys(data: Mapping[str, Any], kind: type, prefix: str, path: Path) -> None:
+    hints = get_type_hints(kind)
+    for key, value in data.items():
+        if key not in hints:
+            raise InputError(f"{path}: unknown key {prefix}{key}{nearest(str(key), sorted(hints))}.")
+        nested = next((t for t in (hints[key], *get_args(hints[key])) if is_dataclass(t)), None)
+        if nested is not None and isinstance(value, dict):
+            _check_keys(cast("dict[str, Any]", value), cast("type", nested), f"{prefix}{key}.", path)
+
+
+def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
+    where = str(path)
+    _check_values(file, where)
+    base = path.resolve().parent
+    target, profile = parse_target(file.target, base, where)
+    if out is None:
+        out = Path(file.out) if file.out is not None else Path("runs") / re.sub(r"\W+", "-", file.task).strip("-")
+    return RunConfig(
+        task=file.task, base=str(base), out=out, target=target, target_profile=profile, seed=file.seed,
+        until=file.until, budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget else None,
+        limits=file.limits,
+        space=SpaceConfig(prune=file.space.prune, bits=file.space.bits, blocks=file.space.blocks, distill=file.space.distill),
+        search=file.search, finetune=file.finetune, calibration_policies=file.calibration_policies,
+        warm_start=tuple(str(base / earlier) for earlier in file.warm_start), device=file.device,
+    )  # fmt: skip
+
+
+def _check_values(file: FileConfig, where: str) -> None:
+    rules: list[tuple[str, object, bool, str]] = [
+        ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
+        ("search.workers", file.search.workers, file.search.workers >= 1, "at least 1"),
+        ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
+        ("seed", file.seed, file.seed >= 0, "at least 0"),
+        ("calibration_policies", file.calibration_policies, 10 <= file.calibration_policies <= 500, "between 10 and 500"),
+        ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
+        ("space.sparsity", file.space.sparsity, not file.space.sparsity,
+         "false: unstructured sparsity is not offered yet"),
+        ("space.bits.weights", file.space.bits.weights,
+         bool(file.space.bits.weights) and set(file.space.bits.weights) <= set(WEIGHT_BITS), f"a list out of {list(WEIGHT_BITS)}"),
+        ("space.bits.activations", file.space.bits.activations,
+         bool(file.space.bits.activations) and set(file.space.bits.activations) <= set(ACTIVATION_BITS),
+         f"a list out of {list(ACTIVATION_BITS)}"),
+    ]  # fmt: skip
+    if file.space.prune is not None:
+        ratio = file.space.prune.max_ratio
+        rules.append(("space.prune.max_ratio", ratio, 0 <= ratio < 1, "in [0, 1)"))
+    for name in ("short_steps", "long_steps", "finalists"):
+        value = getattr(file.finetune, name)
+        rules.append((f"finetune.{name}", value, value is None or value >= 1, "at least 1"))
+    if file.search.max_trials is not None:
+        rules.append(("search.max_trials", file.search.max_trials, file.search.max_trials >= 1, "at least 1"))
+    for limit in fields(Limits):
+        value = getattr(file.limits, limit.name)
+        rules.append((f"limits.{limit.name}", value, value is None or value > 0, "above 0"))
+    for key, value, holds, rule in rules:
+        if not holds:
+            shown = list(value) if isinstance(value, tuple) else value  # type: ignore[arg-type]
+            raise InputError(f"{where}: {key} must be {rule}, but got {shown!r}.")
+
+
+def parse_target(value: str | FileTarget, base: Path, where: str) -> tuple[Target, str | None]:
+    """A target from a runtime's name, its settings, or a profile file (then its path is returned as well)."""
+    if isinstance(value, FileTarget):
+        if value.runtime not in RUNTIMES:
+            raise InputError(
+                f"{where}: target.runtime must be one of {', '.join(RUNTIMES)}, but got {value.runtime!r}."
+            )
+        return Target(runtime=value.runtime, threads=value.threads, batch=value.batch), None
+    if value in RUNTIMES:
+        return Target(runtime=value), None
+    profile = base / value
+    if not profile.is_file():
+        raise InputError(f"{where}: target must be one of {', '.join(RUNTIMES)} or a profile file, but got {value!r}.")
+    return read_target(profile), str(profile)
+
+
+def read_target(profile: Path) -> Target:
+    """The target that a profile file was measured on. Raises InputError when it is not a profile."""
+    try:
+        raw = json.loads(profile.read_text())["target"]
+        return replace(Target(), **{**raw, "disabled_optimizers": tuple(raw["disabled_optimizers"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{profile}: not a profile of nightpress calibrate ({type(error).__name__}: {error})."
+        ) from None
+
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_budget(text: str, where: str) -> float:
+    """``8h``, ``1h30m``, ``90s`` in seconds."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*([dhms])", text)
+    if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([dhms])|\s", "", text):
+        raise InputError(f"{where} must be a length of time such as 8h or 1h30m, but got {text!r}.")
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise InputError(f"{where} must be longer than no time, but got {text!r}.")
+    return seconds
+
+
+def parse_until(text: str, where: str, now: datetime | None = None) -> float:
+    """``07:00`` (the next one, local time) or an ISO 8601 date and time, in seconds since the epoch."""
+    now = now or datetime.now().astimezone()
+    clock = re.fullmatch(r"(\d{1,2}):(\d{2})", text)
+    if clock and int(clock[1]) < 24 and int(clock[2]) < 60:
+        naive = now.replace(tzinfo=None, hour=int(clock[1]), minute=int(clock[2]), second=0, microsecond=0)
+        if naive <= now.replace(tzinfo=None):
+            naive += timedelta(days=1)
+        return naive.astimezone().timestamp()  # the zone's own rules for that day: nights with a clock change too
+    try:
+        moment = datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise InputError(f"{where} must be a time such as 07:00 or 2026-01-31T07:00, but got {text!r}.") from None
+    if moment <= now:
+        raise InputError(
+            f"{where} must lie in the future, but got {text!r} and it is {now.isoformat(timespec='minutes')}."
+        )
+    return moment.timestamp()
+
+
+def deadline_of(config: RunConfig, until: str | None, budget: str | None) -> float | None:
+    """The deadline in seconds since the epoch; the command line wins over the config; None when nobody says."""
+    if until is not None and budget is not None:
+        raise InputError("--until and --budget exclude each other.")
+    if until is not None:
+        return parse_until(until, "--until")
+    if budget is not None:
+        return time.time() + parse_budget(budget, "--budget")
+    if config.until is not None and config.budget_seconds is not None:
+        raise InputError("until and budget exclude each other in a config.")
+    if config.until is not None:
+        return parse_until(config.until, "until")
+    return time.time() + config.budget_seconds if config.budget_seconds is not None else None

@@ -1,0 +1,37 @@
+"""Entry point: exit codes and how errors are told. 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
+
+import os
+import sys
+import traceback
+
+import click
+
+from ..spaces.errors import InputError
+
+
+def main() -> int:
+    """Run the command line; returns the exit code and never shows a traceback (NIGHTPRESS_DEBUG=1 does)."""
+    from .app import app
+
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except InputError as error:
+        return _fail(str(error), 2)
+    except Exception as error:  # noqa: BLE001  whatever it was, the user gets a sentence
+        if os.environ.get("NIGHTPRESS_DEBUG"):
+            traceback.print_exc()
+        text = (str(error).strip().splitlines() or [""])[0]
+        return _fail(f"{type(error).__name__}: {text} (NIGHTPRESS_DEBUG=1 shows where)", 1)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"nightpress: {sentence}", file=sys.stderr)  # noqa: T201  the one place that tells errors
+    return code

@@ -1,0 +1,66 @@
+"""What calibrate and apply do between parsing and printing."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..evaluators.apply import compressor
+from ..evaluators.inspect import inspect
+from ..evaluators.latency.profile import calibrate, profile_to_dict
+from ..evaluators.latency.target import Target, target_to_dict
+from ..evaluators.task import Task
+from ..search.config import RunConfig
+from ..search.prepare import space_of
+from ..search.proposals import baselines
+from ..spaces.anatomy import Anatomy
+from ..spaces.errors import InputError
+from ..spaces.policy import Policy, digest
+from .output import write_json
+
+
+def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
+    """Calibrate and write the profile; returns the command's JSON."""
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: its folder does not exist.")
+    space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=target))
+    generator = np.random.default_rng(seed)
+    policies = [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
+    profile = calibrate(anatomy, policies, target)
+    data = profile_to_dict(profile)
+    write_json(out, data)
+    return {
+        "profile": str(out),
+        "target": target_to_dict(target),
+        "models_measured": len(profile.points),
+        "seconds": profile.seconds,
+        "design": profile.predictor.design,
+        "heldout": data["heldout"],
+        "truth_repeat": data["truth_repeat"],
+        "reference_ms": profile.reference_ms,
+    }
+
+
+def apply_to_file(task: Task, anatomy: Anatomy, policy: Policy, out: Path, weights: Path | None) -> dict[str, Any]:
+    """Write the compressed module, with an export's weights where they are given."""
+    _, traced = inspect(task)
+    engine = compressor(anatomy, traced, task.example_input)
+    if weights is None:
+        module, planned = engine.apply(policy)
+    else:
+        module, planned = engine.shell(policy)
+        try:
+            module.load_state_dict(load_file(weights))
+        except (OSError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"{weights}: not the weights of this policy: {first}.") from None
+    try:
+        if out.suffix == ".safetensors":
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, out)
+        else:
+            torch.save(module, out)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{out}: cannot be written: {str(error).splitlines()[0]}.") from None
+    return {"out": str(out), "digest": digest(policy), "params": planned.params, "macs": planned.macs}

@@ -1,0 +1,228 @@
+"""Commands on a run: start it, watch it, read it, approve and export its points."""
+
+import getpass
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Force, Json, RunDir
+from .output import emit, log_to_stderr, say, table
+
+if TYPE_CHECKING:
+    from ..search.records import RunRecord, TrialRecord
+
+_NAMED = ("best", "knee", "fastest", "accurate")
+
+
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A run's config.")],
+    until: Annotated[str | None, typer.Option("--until", help="Done by then: 07:00 or an ISO 8601 time.")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="Done after so long: 8h, 1h30m, 600s.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="RUN", help="The run folder; wins over the config.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run folder that is there.")] = False,
+    json: Json = False,
+) -> int:
+    """One night: search, verify, report. Example: nightpress run config.yaml --until 07:00"""
+    from ..reports import summary
+    from ..search.folder import read_run
+    from ..search.night import run_night
+    from .config import deadline_of, load_config
+    from .live import watching
+
+    settings = load_config(config, out)
+    deadline = deadline_of(settings, until, budget)
+    live = sys.stderr.isatty()
+    if not live:
+        log_to_stderr()
+    with watching(live) as watch:
+        state = run_night(settings, deadline, resume=resume, watch=watch)
+    start = time.monotonic()
+    page = _write_report(settings.out, settings.out / "report.html")
+    _add_seconds(settings.out, "report", time.monotonic() - start)
+    record = read_run(settings.out)
+    if json:
+        emit(summary(record))
+    else:
+        _print_night(record, page)
+    return 130 if state == "interrupted" else 0
+
+
+def status(folder: RunDir, json: Json = False) -> None:
+    """How a run stands, also while it goes on. Example: nightpress status runs/plates"""
+    from ..reports import summary
+    from ..search.folder import read_run
+
+    data = summary(read_run(folder))
+    if json:
+        emit(data)
+        return
+    counts = ", ".join(f"{count} {name.lower()}" for name, count in data["trials"].items() if count)
+    say(f"{data['run']}: {data['state']}, phase {data['phase']}, deadline {data['deadline']}")
+    say(f"trials: {counts or 'none yet'}")
+    _print_rows("Best points so far", data["front"])
+
+
+def report(
+    folder: RunDir,
+    out: Annotated[Path | None, typer.Option("--out", metavar="report.html", help="Where to write it.")] = None,
+    json: Json = False,
+) -> None:
+    """Write the report of a run. Example: nightpress report runs/plates --out report.html"""
+    from ..reports import summary
+    from ..search.folder import read_run
+
+    page = _write_report(folder, out or folder / "report.html")
+    if json:
+        emit({**summary(read_run(folder)), "report": str(page)})
+    else:
+        say(f"wrote {page}")
+
+
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders.")],
+    json: Json = False,
+) -> None:
+    """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b"""
+    from ..reports.compare import compare_runs
+    from ..search.folder import read_run
+    from ..spaces.errors import InputError
+
+    if len(folders) < 2:
+        raise InputError("compare needs at least two run folders.")
+    data = compare_runs([read_run(folder) for folder in folders])
+    if json:
+        emit(data)
+        return
+    table("Runs", data["runs"], ["run", "state", "hypervolume", "trials", "front"])
+    table("What differs", data["differences"])
+    table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])
+
+
+def approve(
+    folder: RunDir,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")],
+    note: Annotated[str, typer.Option("--note", metavar="TEXT", help="Why; kept with name, time and digest.")],
+    json: Json = False,
+) -> None:
+    """A person's word that a point may be shipped. Example: nightpress approve runs/plates best --note "checked" """
+    from ..search.folder import read_run
+    from ..search.store import approve_trial
+
+    record = read_run(folder)
+    chosen = _trial(record, trial)
+    entry: dict[str, Any] = {
+        "trial": chosen.number, "digest": chosen.digest, "note": note, "who": getpass.getuser(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }  # fmt: skip
+    approve_trial(folder, entry, record.config["search"]["storage"])
+    _write_report(folder, folder / "report.html")
+    if json:
+        emit(entry)
+    else:
+        say(f"trial {chosen.number} ({chosen.digest}) approved by {entry['who']}")
+
+
+def export(
+    folder: RunDir,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The export's folder.")],
+    trial: Annotated[str, typer.Argument(metavar="[TRIAL|best|knee]", help="Which point.")] = "best",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """A point's production files. Example: nightpress export runs/plates best --out export"""
+    from ..export import export_trial
+    from ..search.folder import read_run
+
+    if not json:
+        log_to_stderr()
+    record = read_run(folder)
+    data = export_trial(record, _trial(record, trial), out, force=force)
+    if json:
+        emit(data)
+        return
+    say(f"wrote {out}: {', '.join(data['files'])}")
+    say(
+        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms against {data['reference_ms']:.3f} ms "
+        f"({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB, "
+        f"agreement with torch {data['parity']['top1_agreement']:.2%}"
+    )
+
+
+def _trial(record: "RunRecord", name: str) -> "TrialRecord":
+    from ..reports import picks
+    from ..spaces.errors import InputError
+
+    if name in _NAMED:
+        chosen = picks(record).get(name)
+        if chosen is None:
+            raise InputError(
+                f"{record.path}: no trial can be called {name}: nothing on the front is within the limits."
+            )
+        return chosen
+    found = {str(t.number): t for t in record.trials}.get(name)
+    if found is None:
+        raise InputError(
+            f"{record.path}: TRIAL must be {', '.join(_NAMED)} or one of {len(record.trials)} numbers, but got {name!r}."
+        )
+    return found
+
+
+def _write_report(folder: Path, out: Path) -> Path:
+    from ..reports import write_report, write_tables
+    from ..search.folder import read_run
+    from ..spaces.errors import InputError
+
+    record = read_run(folder)
+    try:
+        write_report(record, out)
+        write_tables(record, folder)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+    return out
+
+
+def _add_seconds(folder: Path, phase: str, seconds: float) -> None:
+    from ..search.folder import STATE, RunFolder
+
+    run_folder = RunFolder(folder)
+    state = run_folder.read_json(STATE)
+    state.setdefault("seconds", {})[phase] = round(seconds, 2)
+    run_folder.write_json(STATE, state)
+
+
+def _print_night(record: "RunRecord", page: Path) -> None:
+    from ..reports import summary_table, verdict
+
+    rows = summary_table(record)
+    if rows:
+        table("The night", rows)
+    for sentence in verdict(record):
+        say(sentence)
+    say(f"report: {page}")
+    if record.state.get("state") == "interrupted":
+        say("interrupted; go on with --resume")
+    else:
+        say(f"export: nightpress export {record.path} best --out {record.path / 'export'}")
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    shown = [
+        "trial",
+        "name",
+        "accuracy",
+        "accuracy_se",
+        "split",
+        "latency_ms",
+        "measured",
+        "ratio",
+        "size_bytes",
+    ]
+    if rows:
+        table(title, rows, shown)
+    else:
+        say("no point yet")

@@ -1,0 +1,16 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+TaskRef = Annotated[
+    str,
+    typer.Argument(metavar="TASK", help="path/to/file.py:function, mnist5k-resnet, mnist5k-vgg or torchvision:<name>."),
+]
+TargetRef = Annotated[str, typer.Option("--target", metavar="T", help="A runtime (onnxruntime) or a profile file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+PolicyFiles = Annotated[list[Path], typer.Argument(metavar="POLICY.json...", help="Policy files.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

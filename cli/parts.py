@@ -1,0 +1,233 @@
+"""Commands on a task, a target or policies; each is one step of a night, on its own."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import Force, Json, PolicyFiles, TargetRef, TaskRef
+from .output import emit, log_to_stderr, say, table
+
+if TYPE_CHECKING:
+    from ..evaluators.latency.target import Target
+    from ..evaluators.task import Task
+    from ..spaces.anatomy import Anatomy
+    from ..spaces.policy import Policy
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    force: Force = False,
+) -> None:
+    """Write a starter config and task file. Example: nightpress init my-model"""
+    from ..spaces.errors import InputError
+    from .starter import CONFIG, TASK
+
+    for name, text in (("config.yaml", CONFIG), ("task.py", TASK)):
+        if (folder / name).exists() and not force:
+            raise InputError(f"{folder / name}: the file exists already; --force replaces it.")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        except OSError as error:
+            raise InputError(f"{folder / name}: cannot be written: {error.strerror}.") from None
+        say(f"wrote {folder / name}")
+    say(f"next: put your model into {folder / 'task.py'}, then nightpress run {folder / 'config.yaml'} --until 07:00")
+
+
+def doctor(json: Json = False) -> None:
+    """What is installed, devices, kernels, and how noisy this machine is. Example: nightpress doctor"""
+    from .doctor import examine
+
+    found = examine()
+    if json:
+        emit(found)
+        return
+    table("Packages", [{"package": k, "version": v} for k, v in found["packages"].items()])
+    table("Machine", [{"what": k, "value": v} for k, v in found["machine"].items()])
+    say(found["noise"]["meaning"])
+
+
+def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False) -> None:
+    """The anatomy of a model: what can be compressed. Example: nightpress inspect mnist5k-resnet"""
+    from ..spaces.anatomy import anatomy_to_dict
+
+    log_to_stderr()
+    found, anatomy, where = _anatomy(task, target)
+    choices = tuple((p.weights, p.activations) for p in where.bit_choices((8, 32), (8, 32)))
+    data = anatomy_to_dict(anatomy, choices)
+    if json:
+        emit(data)
+        return
+    say(f"{found.name}: {anatomy.params:,} parameters, {anatomy.macs / 1e6:.1f} M MACs, model {anatomy.digest}")
+    table("Prunable groups", data["groups"], ["name", "channels", "step", "macs", "layers"])
+    table("Quantisable layers", data["layers"], ["name", "kind", "macs", "params", "bits"])
+    table("Removable blocks", data["blocks"], ["name", "macs", "layers"])
+    table("Left out", data["left_out"], ["name", "reason"])
+
+
+def sample(
+    task: TaskRef,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the policy files.")],
+    target: TargetRef = "onnxruntime",
+    count: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 10,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """Random policies of the space, one file each. Example: nightpress sample mnist5k-resnet -n 5 --out policies"""
+    import numpy as np
+
+    from ..search.config import RunConfig
+    from ..search.prepare import space_of
+    from ..spaces.errors import InputError
+    from ..spaces.policy import digest, policy_to_json
+
+    log_to_stderr()
+    _, anatomy, where = _anatomy(task, target)
+    space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=where))
+    generator = np.random.default_rng(seed)
+    files: list[dict[str, str]] = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            policy = space.random(generator)
+            path = out / f"{number:04d}-{digest(policy)}.json"
+            path.write_text(policy_to_json(policy))
+            files.append({"file": str(path), "digest": digest(policy)})
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+    if json:
+        emit({"policies": files})
+    else:
+        say(f"wrote {count} policies to {out}")
+
+
+def calibrate(
+    task: TaskRef,
+    out: Annotated[Path, typer.Option("--out", metavar="PROFILE.json", help="The profile file.")],
+    target: TargetRef = "onnxruntime",
+    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """Measure policies on a target and fit the latency predictor.
+    Example: nightpress calibrate mnist5k-resnet --out here.json"""
+    from .measuring import calibrate_to_file
+
+    log_to_stderr()
+    _, anatomy, where = _anatomy(task, target)
+    data = calibrate_to_file(anatomy, where, out, count, seed, task)
+    if json:
+        emit(data)
+        return
+    held, truth = data["heldout"], data["truth_repeat"]
+    say(
+        f"wrote {out}: {data['models_measured']} policies in {data['seconds']:.0f} s; held-out error {held['mape']:.1%} "
+        f"(within 10 %: {held['within_10']:.0%}), the truth against itself {truth['mape']:.1%}"
+    )
+
+
+def predict(
+    task: TaskRef, policies: PolicyFiles, target: Annotated[Path, typer.Option("--target", metavar="PROFILE.json")],
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Latency, size and MACs of policies from a profile.
+    Example: nightpress predict mnist5k-resnet a.json --target here.json"""
+    from ..evaluators.latency.profile import load_profile
+    from ..search.session import file_size
+    from ..spaces.plan import plan
+    from ..spaces.policy import digest
+
+    log_to_stderr()
+    _, anatomy, where = _anatomy(task, str(target))
+    profile = load_profile(target, anatomy)
+    rows: list[dict[str, Any]] = []
+    for path, policy in _policies(policies, anatomy, where):
+        planned = plan(anatomy, policy)
+        latency, low, high = profile.predict(planned)
+        rows.append(
+            {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
+             "size_bytes": file_size(planned), "macs": planned.macs}
+        )  # fmt: skip
+    _show("policies", "Predicted", rows, json)
+
+
+def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxruntime", json: Json = False) -> None:
+    """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
+    from ..evaluators.latency.measure import measure_policies
+    from ..spaces.policy import digest
+
+    log_to_stderr()
+    _, anatomy, where = _anatomy(task, target)
+    read = _policies(policies, anatomy, where)
+    timings, sizes = measure_policies(anatomy, {str(path): policy for path, policy in read}, where)
+    rows = [
+        {"file": str(path), "digest": digest(policy), "latency_ms": timings[str(path)].latency_ms,
+         "repeat_error": timings[str(path)].repeat_error, "reference_ms": timings[str(path)].reference_ms,
+         "ratio": timings[str(path)].ratio, "size_bytes": sizes[str(path)]}
+        for path, policy in read
+    ]  # fmt: skip
+    _show("policies", "Measured", rows, json)
+
+
+def apply(
+    policy: Annotated[Path, typer.Argument(metavar="POLICY.json", help="A policy file.")],
+    task: TaskRef,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="model.pt", help="model.pt (a module) or .safetensors (weights).")
+    ],
+    weights: Annotated[Path | None, typer.Option("--weights", help="model.safetensors of an export.")] = None,
+    json: Json = False,
+) -> None:
+    """The compressed module on your own training side. Example: nightpress apply policy.json mnist5k-resnet --out m.pt"""
+    from .measuring import apply_to_file
+
+    log_to_stderr()
+    found, anatomy, where = _anatomy(task, "onnxruntime")
+    [(_, chosen)] = _policies([policy], anatomy, where, any_bits=True)
+    data = apply_to_file(found, anatomy, chosen, out, weights)
+    if json:
+        emit(data)
+    else:
+        say(f"wrote {out}: {data['params']:,} parameters, {data['macs'] / 1e6:.1f} M MACs")
+
+
+def _anatomy(task: str, target: str) -> "tuple[Task, Anatomy, Target]":
+    from ..evaluators.inspect import inspect as look
+    from ..evaluators.latency.target import check_target
+    from ..evaluators.task import check_task, load_task
+    from .config import parse_target
+
+    where, _ = parse_target(target, Path(), "--target")
+    check_target(where)
+    found = load_task(task, Path.cwd())
+    check_task(found)
+    anatomy, _ = look(found, step_of=where.channel_step)
+    return found, anatomy, where
+
+
+def _policies(
+    paths: list[Path], anatomy: "Anatomy", target: "Target", any_bits: bool = False
+) -> "list[tuple[Path, Policy]]":
+    from ..spaces.errors import InputError
+    from ..spaces.policy import ACTIVATION_BITS, WEIGHT_BITS, policy_from_json
+    from ..spaces.space import canonical, check_policy
+
+    choices = None if any_bits else target.bit_choices(WEIGHT_BITS, ACTIVATION_BITS)
+    found: list[tuple[Path, Policy]] = []
+    for path in paths:
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: the policy cannot be read: {error}.") from None
+        policy = policy_from_json(text, str(path))
+        check_policy(policy, anatomy, choices, str(path))
+        found.append((path, canonical(policy, anatomy)))
+    return found
+
+
+def _show(key: str, title: str, rows: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        emit({key: rows})
+    else:
+        table(title, rows)

@@ -1,0 +1,234 @@
+"""After the search: re-measure the front, train a spread of it long, export, verify, strike out."""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
+from ..evaluators.onnx_graph import build_onnx, random_tensors
+from ..evaluators.quality import Score
+from ..spaces.plan import plan
+from ..spaces.policy import Policy
+from .pareto import dominated_by, losses, non_dominated, spread
+from .records import Latency, Rung, TrialRecord, TrialState, Verified
+from .runner import Failure
+from .session import Session, latency_of, quality_of
+from .store import policy_of
+
+log = logging.getLogger("nightpress")
+OUTCOME = "long.json"
+MOST_REMEASURED = 30
+UNCOMPRESSED = "uncompressed"
+
+
+def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
+    """COMPLETE trials whose three objectives are known; each policy once."""
+    return [
+        t for t in session.store.trials()
+        if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes and t.reused_from is None
+        and (role is None or (t.role == "baseline") == (role == "baseline"))
+    ]  # fmt: skip
+
+
+def remeasure_front(session: Session) -> None:
+    """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
+    trials = [t for t in complete(session, "search") if t.measured is None]
+    near = _near_front(session, trials)[:MOST_REMEASURED]
+    if not near:
+        return
+    session.update(activity=f"measuring {len(near)} policies near the front")
+    policies = {str(t.number): policy_of(t) for t in near}
+    timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
+    session.measured(timings, "search")
+    for trial in near:
+        session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
+    session.folder.decide(
+        "search",
+        f"re-measured {len(near)} policies",
+        "those that the predictor's error could put on the front",
+    )
+
+
+def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+    """Trials that nothing dominates even at the low end of their own interval."""
+    everything = complete(session)
+    front = np.array([_losses(t) for t in everything])
+    near: list[TrialRecord] = []
+    for trial in trials:
+        if trial.latency is None or trial.quality is None or trial.size_bytes is None:
+            continue
+        hoped = losses(
+            trial.quality.accuracy + (trial.quality.accuracy_se or 0.0),
+            trial.latency.low_ms,
+            trial.size_bytes,
+        )
+        if not dominated_by(hoped, front):
+            near.append(trial)
+    return sorted(near, key=lambda t: -(t.quality.accuracy if t.quality else 0))
+
+
+def choose(session: Session) -> list[TrialRecord]:
+    """A spread of the search's front within the limits, most hypervolume first."""
+    limits = session.config.limits
+    trials = [
+        t for t in complete(session, "search")
+        if (limits.min_accuracy is None or (t.quality and t.quality.accuracy + 2 * (t.quality.accuracy_se or 0) >= limits.min_accuracy))
+        and (limits.max_latency_ms is None or (t.latency and t.latency.low_ms <= limits.max_latency_ms))
+        and (limits.max_size_bytes is None or (t.size_bytes or 0) <= limits.max_size_bytes)
+    ]  # fmt: skip
+    points = [_losses(t) for t in trials]
+    front = [trials[i] for i in non_dominated(points)] if points else []
+    reference = session.state["reference"]
+    corner = losses(reference["accuracy"], reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
+    wanted = session.state["rungs"]["finalists"]
+    chosen = [front[i] for i in spread(np.array([_losses(t) for t in front]), corner, wanted)] if front else []
+    # Where nothing beats the reference point, the most accurate ones are still worth a look.
+    rest = sorted((t for t in front if t not in chosen), key=lambda t: _losses(t)[0])
+    return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
+
+
+def train_long(session: Session) -> None:
+    """The long fine-tune of finalists and baselines, each exported. What the deadline leaves no time for is said."""
+    chosen = choose(session)
+    if chosen:
+        session.folder.decide(
+            "finalists", f"trials {', '.join(str(t.number) for t in chosen)}",
+            "chosen greedily by the hypervolume that each adds to those before it",
+        )  # fmt: skip
+    rules = complete(session, "baseline")
+    original = [t for t in rules if t.name == UNCOMPRESSED]
+    queue = original + chosen + [t for t in rules if t.name != UNCOMPRESSED]
+    jobs = {t.number: _job(session, t) for t in queue if not _outcome_file(session, t.number).is_file()}
+    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
+    done = 0
+    for number, result in session.run_all(jobs, until + 1.0):
+        done += 1
+        session.update(activity=f"long fine-tune {done} of {len(jobs)}")
+        if isinstance(result, Failure):
+            session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
+        else:
+            _save(_outcome_file(session, number), result)
+    if done < len(jobs):
+        session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
+
+
+def _job(session: Session, trial: TrialRecord) -> Job:
+    session.state["current"] = {"trial": trial.number, "rung": Rung.LONG.value}
+    return Job(
+        policy=policy_of(trial), rung=Rung.LONG.value, seed=session.config.seed + 1,
+        steps=session.state["rungs"]["long_steps"], folder=session.folder.artifacts(trial.number),
+    )  # fmt: skip
+
+
+def verify(session: Session) -> None:
+    """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
+    trials = {t.number: t for t in session.store.trials()}
+    outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    if not outcomes:
+        return
+    session.update(activity=f"verifying {len(outcomes)} exported models")
+    files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in outcomes}
+    timings = session.time_files(files, _reference_file(session), "verify")
+    original = next((n for n in outcomes if trials[n].name == UNCOMPRESSED), None)
+    given = session.state["given"]["test"]["accuracy"]
+    trained = outcomes[original].exported if original is not None else None
+    best = max(given, trained.accuracy) if trained is not None else given
+    session.update(
+        reference_accuracy={
+            "given": given,
+            "trained_longer": trained.accuracy if trained else None,
+            "counted": best,
+        }
+    )
+    for number, outcome in outcomes.items():
+        verified = _verified(session, trials[number], outcome, timings[str(number)])
+        session.store.verify(number, verified)
+        if verified.struck_out:
+            log.info("trial %d struck out: %s", number, verified.struck_out)
+    for number in outcomes:
+        for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
+            (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
+    session.update(reference_ms=timings[REFERENCE].latency_ms)
+
+
+def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Timing) -> Verified:
+    if outcome.exported is None:
+        raise ValueError(f"trial {trial.number}: its long fine-tune left no export")
+    return verified_of(
+        outcome, timing, rung=Rung.LONG,
+        model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
+        struck_out=_strike(session, trial, outcome.exported, latency_of(timing), outcome.size_bytes or 0),
+    )  # fmt: skip
+
+
+def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str, struck_out: str | None) -> Verified:
+    """An exported model's record. Raises ValueError when the outcome has no export in it."""
+    exported, simulated = outcome.exported, outcome.simulated
+    if exported is None or simulated is None or outcome.top1_agreement is None or outcome.max_abs_diff is None:
+        raise ValueError("the evaluation left no export")
+    return Verified(
+        quality=quality_of(exported, rung, "test", outcome.losses, outcome.seconds),
+        simulated=quality_of(simulated, rung, "test"),
+        search_quality=quality_of(outcome.search, rung, "search"),
+        latency=latency_of(timing),
+        size_bytes=outcome.size_bytes or 0,
+        top1_agreement=outcome.top1_agreement,
+        max_abs_diff=outcome.max_abs_diff,
+        bits_used=outcome.bits_used or {},
+        model_file=model_file,
+        struck_out=struck_out,
+    )
+
+
+def _strike(session: Session, trial: TrialRecord, exported: Score, latency: Latency, size_bytes: int) -> str | None:
+    """Why a point is taken off the front, in one sentence; None when it stands."""
+    limits = session.config.limits
+    reference_ms = latency.reference_ms or 0.0
+    if trial.name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
+        return f"not faster than the original: {latency.latency_ms:.3f} ms against {reference_ms:.3f} ms"
+    if limits.min_accuracy is not None and exported.accuracy < limits.min_accuracy:
+        return f"test accuracy {exported.accuracy:.4f} is below min_accuracy {limits.min_accuracy}"
+    if limits.max_latency_ms is not None and latency.latency_ms > limits.max_latency_ms:
+        return f"measured {latency.latency_ms:.3f} ms, above max_latency_ms {limits.max_latency_ms}"
+    if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
+        return f"its file has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
+    return None
+
+
+def _reference_file(session: Session) -> Path:
+    """The uncompressed model as a file: its trained export, or its graph with random weights before there is one."""
+    original = next((t for t in session.store.trials() if t.name == UNCOMPRESSED), None)
+    path = session.folder.artifacts(original.number) / "model.onnx" if original is not None else None
+    if path is not None and path.is_file():
+        return path
+    path = session.folder.path / "artifacts" / "reference.onnx"
+    path.parent.mkdir(exist_ok=True)
+    planned = plan(session.prepared.anatomy, Policy(model=session.prepared.anatomy.digest))
+    path.write_bytes(build_onnx(planned, random_tensors(planned), batch=None))
+    return path
+
+
+def _losses(trial: TrialRecord) -> tuple[float, float, float]:
+    if trial.quality is None or trial.latency is None or trial.size_bytes is None:
+        raise ValueError(f"trial {trial.number} has an unknown objective")
+    return losses(trial.quality.accuracy, trial.latency.latency_ms, trial.size_bytes)
+
+
+def _outcome_file(session: Session, number: int) -> Path:
+    return session.folder.artifacts(number) / OUTCOME
+
+
+def _save(path: Path, outcome: Outcome) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(outcome), allow_nan=False))
+    partial.replace(path)
+
+
+def _load(path: Path) -> Outcome:
+    data = json.loads(path.read_text())
+    scores = {key: Score(**data[key]) if data[key] else None for key in ("search", "simulated", "exported")}
+    return Outcome(**{**data, **scores, "losses": tuple(data["losses"])})

@@ -1,0 +1,136 @@
+"""A run's folder: its files, who may write to it, and the run read back as one value."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ..spaces.errors import InputError
+from .records import RunRecord
+from .store import read_trials
+
+CONFIG, STATE, TARGET, DECISIONS = "config.yaml", "state.json", "target.json", "decisions.jsonl"
+SENSITIVITY, LOG, REPORT, ARTIFACTS, LOCK = (
+    "sensitivity.json",
+    "log.jsonl",
+    "report.html",
+    "artifacts",
+    "lock",
+)
+log = logging.getLogger("nightpress")
+
+
+class RunFolder:
+    """The one writer of a run folder. Held by a lock that the kernel frees when the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises InputError naming the other driver's pid and host."""
+        lock = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise InputError(f"{self.path}: only one driver may work on a run, but {holder} holds it.") from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def artifacts(self, trial: int) -> Path:
+        return self.path / ARTIFACTS / str(trial)
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Whole or not at all."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(json.dumps(data, indent=1, allow_nan=False))
+        partial.replace(self.path / name)
+
+    def read_json(self, name: str) -> Any:
+        """The file's content, None when it does not exist."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def decide(self, phase: str, decision: str, reason: str, **evidence: Any) -> None:
+        """Record a choice that the agent made by itself."""
+        log.info("%s: %s (%s)", phase, decision, reason)
+        self._append(
+            DECISIONS,
+            {
+                "time": time.time(),
+                "phase": phase,
+                "decision": decision,
+                "reason": reason,
+                "evidence": evidence,
+            },
+        )
+
+    def _append(self, name: str, entry: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+
+class JsonLog(logging.Handler):
+    """``log.jsonl``: one JSON object a line, always."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("a")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        entry = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_run(path: Path) -> RunRecord:
+    """A run from its folder. Raises InputError when the folder is not one of a run."""
+    folder = RunFolder(path)
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path}: not a run folder: it has no {CONFIG}.")
+    import yaml
+
+    config = yaml.safe_load((path / CONFIG).read_text())
+    trials, approvals = read_trials(path, (config.get("search") or {}).get("storage"))
+    return RunRecord(
+        path=path,
+        config=config,
+        state=folder.read_json(STATE) or {"state": "new", "phase": None},
+        trials=trials,
+        decisions=tuple(_lines(path / DECISIONS)),
+        target=folder.read_json(TARGET),
+        sensitivity=folder.read_json(SENSITIVITY),
+        approvals=approvals,
+    )
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
+    if not path.is_file():
+        return []
+    entries: list[Mapping[str, Any]] = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue  # a torn last line
+    return entries

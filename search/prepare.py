@@ -1,0 +1,262 @@
+"""Before the search: inspect the model, calibrate the target, size the rungs, probe the sensitivities."""
+
+import copy
+import math
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..evaluators.data import materialise, split_search
+from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
+from ..evaluators.inspect import inspect
+from ..evaluators.latency.measure import Timer
+from ..evaluators.latency.predictor import LEAST_POINTS
+from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from ..evaluators.latency.target import check_target
+from ..evaluators.quality import Compute, Trainer, probe
+from ..evaluators.task import check_task, load_task
+from ..spaces.anatomy import Anatomy
+from ..spaces.errors import InputError
+from ..spaces.policy import INT8, Policy
+from ..spaces.space import Space, uniform
+from .config import RunConfig
+from .folder import SENSITIVITY as SENSITIVITY_FILE
+from .folder import TARGET
+from .proposals import baselines, probes, sensitivity_of
+from .runner import Failure, LocalRunner
+from .session import Prepared, Session, quality_of
+
+LEAST_STEPS = 8
+TRIALS_WANTED = 40
+FINALISTS_WANTED = 5
+
+
+def prepare(session: Session) -> None:
+    """Build the anatomy and the space, choose how to train, start the workers. Raises InputError."""
+    config = session.config
+    check_target(config.target)
+    task = load_task(config.task, Path(config.base) if config.base else None)
+    check_task(task)
+    anatomy, _ = inspect(task, step_of=config.target.channel_step)
+    space = space_of(anatomy, config)
+    device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda needs a CUDA device, but torch sees none; use device: auto.")
+    threads = max(1, len(os.sched_getaffinity(0)) // config.search.workers)
+    torch.set_num_threads(threads)
+    train, _ = split_search(materialise(task.train), seed=config.seed)
+    trainer = Trainer(task, train, Compute(device=device), config.seed, config.finetune.batch_size)
+    compute, step_ms = _compute(session, trainer, anatomy)
+    recipe = Recipe(
+        task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
+        batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+    )  # fmt: skip
+    session.provide(
+        prepared=Prepared(task=task, anatomy=anatomy, space=space, recipe=recipe, step_ms=step_ms),
+        runner=LocalRunner(recipe, config.search.workers),
+    )
+    session.update(
+        task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
+        dimensions=space.dimensions,
+    )  # fmt: skip
+    for item in anatomy.left_out:
+        session.folder.decide("inspect", f"left out {item.name}", item.reason)
+
+
+def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
+    """The space that anatomy, target and config allow. Raises InputError when there is nothing to choose."""
+    prune = config.space.prune
+    space = Space(
+        anatomy=anatomy,
+        max_ratio=prune.max_ratio if prune is not None else 0.0,
+        bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
+        blocks=config.space.blocks,
+        distill=config.space.distill,
+    )
+    structural = (
+        len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
+    )
+    if not structural:
+        raise InputError("space: there is nothing to search: no prunable group, one bit choice and no removable block.")
+    return space
+
+
+def _compute(session: Session, trainer: Trainer, anatomy: Anatomy) -> tuple[Compute, float]:
+    """How to train and what a step costs; probed once a run, so that a resumed night trains the same way."""
+    known = session.state.get("compute")
+    if known is None:
+        compute, step_ms = probe(trainer, copy.deepcopy(trainer.task.model), Policy(model=anatomy.digest))
+        fastest = min(step_ms, key=lambda name: step_ms[name])
+        session.folder.decide(
+            "inspect",
+            f"train in {fastest}",
+            f"{step_ms[fastest]:.0f} ms a step, fp32 {step_ms['fp32']:.0f} ms",
+            step_ms=step_ms,
+        )
+        known = {**asdict(compute), "step_ms": step_ms[fastest]}
+        session.update(compute=known)
+    fields = {key: known[key] for key in ("device", "bf16", "channels_last")}
+    return Compute(**fields), float(known["step_ms"])
+
+
+def size_rungs(session: Session) -> None:
+    """Lengths of the fine-tunes in steps, from the budget and the cost of a step; the config wins."""
+    if "rungs" in session.state:
+        return
+    finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
+    train, _ = split_search(materialise(session.prepared.task.train), seed=session.config.seed)
+    epoch = max(1, len(train) // finetune.batch_size)
+    count = len(baselines(session.prepared.anatomy, session.config.space.distill))
+    search_ms = 1000 * clock.share_seconds("search") * session.config.search.workers
+    short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
+    finalists = finetune.finalists or FINALISTS_WANTED
+    long_ms = 1000 * clock.share_seconds("finalists") * session.config.search.workers
+    # Compressed networks train in about half the time of the original; the baselines go through it as well.
+    long = finetune.long_steps or _between(long_ms / ((finalists + count) * 0.6) / step_ms, 2 * short, 20 * epoch)
+    session.folder.decide(
+        "inspect", f"short fine-tune of {short} steps, long one of {long}",
+        f"a step takes {step_ms:.0f} ms and an epoch has {epoch} steps; the budget should pay for about {TRIALS_WANTED} "
+        f"trials and {finalists + count} long fine-tunes",
+    )  # fmt: skip
+    session.update(rungs={"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch})
+
+
+def _between(value: float, low: int, high: int) -> int:
+    return max(low, min(high, int(value)))
+
+
+def calibrate_target(session: Session) -> None:
+    """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
+    config, anatomy = session.config, session.prepared.anatomy
+    own = session.folder.path / TARGET
+    if own.is_file():
+        profile = load_profile(own, anatomy)
+    elif config.target_profile is not None:
+        profile = load_profile(Path(config.target_profile), anatomy)
+    else:
+        profile = _calibrate(session)
+    session.folder.write_json(TARGET, profile_to_dict(profile))
+    session.provide(profile=profile)
+    _check_limits(session)
+
+
+def _calibrate(session: Session) -> Profile:
+    config, prepared = session.config, session.prepared
+    generator = np.random.default_rng(config.seed)
+    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
+    policies += list(baselines(prepared.anatomy, config.space.distill).values())
+    with Timer(config.target) as timer:
+        profile = calibrate(
+            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
+        )
+    held = profile.predictor.heldout
+    session.state.setdefault("noise", []).append(
+        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
+         "repeat_error": profile.reference_repeat_error}
+    )  # fmt: skip
+    session.folder.decide(
+        "calibrate", f"predict latency by {profile.predictor.design}",
+        f"held-out error {held.mape:.1%} over {held.n} measured policies, the best of {len(profile.predictor.candidates)} designs",
+        designs=profile.predictor.candidates,
+    )  # fmt: skip
+    return profile
+
+
+def _tell(session: Session, text: str) -> None:
+    session.update(activity=text)
+
+
+def _check_limits(session: Session) -> None:
+    """Refuse limits on latency and size that no policy of the space can meet, with the nearest reachable value."""
+    limits, prepared = session.config.limits, session.prepared
+    space, generator = prepared.space, np.random.default_rng(session.config.seed)
+    smallest = INT8 if INT8 in space.bit_choices else space.bit_choices[-1]
+    harsh = [
+        uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
+    ]
+    tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
+    predicted = [session.predict(policy) for policy in tried]
+    fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
+    if limits.max_latency_ms is not None and fastest > limits.max_latency_ms:
+        raise InputError(
+            f"limits.max_latency_ms is {limits.max_latency_ms}, but no policy of this space is predicted to be faster "
+            f"than {fastest:.3g} ms on this target."
+        )
+    if limits.max_size_bytes is not None and least > limits.max_size_bytes:
+        raise InputError(
+            f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
+        )
+
+
+def judge_given(session: Session) -> None:
+    """Accuracy of the given weights on both splits: what every drop is counted against."""
+    if "given" in session.state:
+        return
+    prepared = session.prepared
+    job = Job(policy=Policy(model=prepared.anatomy.digest), rung=GIVEN, seed=session.config.seed, steps=0,
+              folder=session.folder.path)  # fmt: skip
+    for _, result in session.run_all({0: job}):
+        if isinstance(result, Failure) or result.exported is None:
+            text = f"{result.kind}: {result.text}" if isinstance(result, Failure) else "no accuracy"
+            raise InputError(f"{session.config.task}: the given model cannot be evaluated: {text}.")
+        given = {
+            "search": asdict(quality_of(result.search, GIVEN, "search")),
+            "test": asdict(quality_of(result.exported, GIVEN, "test")),
+        }
+        reference = {
+            "accuracy": result.search.accuracy - 0.10,
+            "latency_ms": session.profile.reference_ms,
+            "size_bytes": session.predict(Policy(model=prepared.anatomy.digest))[3],
+        }
+        session.update(given=given, reference=reference)
+
+
+def probe_sensitivity(session: Session) -> None:
+    """Damage of each choice alone; stops when the phase's share is used up."""
+    known = session.folder.read_json(SENSITIVITY_FILE)
+    if known is not None:
+        session.provide(sensitivity=sensitivity_of({tuple(key): value for key, value in known["probes"]}))
+        return
+    asked = list(probes(session.prepared.space).items())
+    jobs = {
+        number: Job(policy=policy, rung=SENSITIVITY, seed=session.config.seed, steps=0, folder=session.folder.path)
+        for number, (_, policy) in enumerate(asked)
+    }
+    until = session.clock.left_seconds - session.clock.share_seconds("sensitivity")
+    damages = {
+        asked[number][0]: math.nan if isinstance(result, Failure) or result.divergence is None else result.divergence
+        for number, result in session.run_all(jobs, until)
+    }  # fmt: skip
+    sensitivity = sensitivity_of(damages)
+    session.provide(sensitivity=sensitivity)
+    finite = [[list(key), value] for key, value in damages.items() if math.isfinite(value)]
+    session.folder.write_json(SENSITIVITY_FILE, {**asdict(sensitivity), "probes": finite})
+    session.folder.decide(
+        "sensitivity", f"probed {len(damages)} of {len(asked)} choices", "the share of the budget for it"
+    )
+
+
+def _anatomy_state(anatomy: Anatomy) -> dict[str, object]:
+    return {
+        "groups": [{"name": g.name, "channels": g.channels, "layers": list(g.layers)} for g in anatomy.groups],
+        "layers": [{"name": n.name, "kind": n.kind, "macs": n.macs, "params": n.params} for n in anatomy.layers],
+        "blocks": [{"name": b.name, "layers": list(b.layers)} for b in anatomy.blocks],
+        "params": anatomy.params,
+        "macs": anatomy.macs,
+    }
+
+
+def _environment(config: RunConfig) -> dict[str, object]:
+    packages = ("nightpress", "torch", "torch-pruning", "optuna", "onnx", "onnxruntime", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {name: version(name) for name in packages},
+        "threads": config.target.threads,
+    }

@@ -1,0 +1,227 @@
+"""What all phases of a night share, and how they are told to stop."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ..evaluators.evaluate import Job, Outcome, Recipe
+from ..evaluators.latency.measure import REFERENCE, Timer, Timing
+from ..evaluators.latency.profile import Profile
+from ..evaluators.onnx_graph import build_onnx, random_tensors
+from ..evaluators.quality import Score
+from ..evaluators.task import Task
+from ..spaces.anatomy import Anatomy
+from ..spaces.plan import Plan, plan
+from ..spaces.policy import Policy, digest
+from ..spaces.space import Space
+from .clock import Clock
+from .config import RunConfig
+from .folder import STATE, RunFolder
+from .pareto import losses, non_dominated
+from .proposals import Sensitivity
+from .records import Latency, Quality, TrialState, row
+from .runner import Failure, LocalRunner
+from .store import Store
+
+log = logging.getLogger("nightpress")
+TICK_SECONDS = 0.25
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM: the night ends gracefully."""
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What the inspection found; fixed for the rest of the night."""
+
+    task: Task
+    anatomy: Anatomy
+    space: Space
+    recipe: Recipe
+    step_ms: float
+    """One fine-tune step of the uncompressed model, in ms."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One driver's hold on one run."""
+
+    config: RunConfig
+    folder: RunFolder
+    clock: Clock
+    watch: Callable[["Session"], None]
+    state: dict[str, Any] = field(default_factory=dict[str, Any])
+    stop: bool = False
+    _parts: dict[str, Any] = field(default_factory=dict[str, Any])
+    _cost_cache: dict[str, tuple[float, float, float, int]] = field(
+        default_factory=dict[str, tuple[float, float, float, int]]
+    )
+
+    # What a phase produces and later ones need. Asking before it is there is a bug, not a user's error.
+    @property
+    def prepared(self) -> Prepared:
+        return self._parts["prepared"]
+
+    @property
+    def profile(self) -> Profile:
+        return self._parts["profile"]
+
+    @property
+    def store(self) -> Store:
+        return self._parts["store"]
+
+    @property
+    def runner(self) -> LocalRunner:
+        return self._parts["runner"]
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        return self._parts.get("sensitivity") or Sensitivity()
+
+    def provide(self, **parts: Any) -> None:
+        self._parts.update(parts)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Mark a phase in state and log; its seconds are counted even when it is interrupted."""
+        start = time.monotonic()
+        self.update(phase=name)
+        log.info("phase %s", name)
+        try:
+            yield
+        finally:
+            spent = self.state.setdefault("seconds", {})
+            spent[name] = round(spent.get(name, 0.0) + time.monotonic() - start, 2)
+            self.update()
+        self.check()
+
+    def update(self, **values: Any) -> None:
+        """Change the state file; ``status`` reads it from other terminals."""
+        self.state.update(values)
+        self.folder.write_json(STATE, self.state)
+        self.watch(self)
+
+    def check(self) -> None:
+        """Raises Interrupted when a signal came."""
+        if self.stop:
+            raise Interrupted
+
+    def results(self) -> Iterator[tuple[int, Outcome | Failure]]:
+        """Results of submitted jobs within one tick; keeps the live view and the stop signal served."""
+        yield from self.runner.as_completed(TICK_SECONDS)
+        self.watch(self)
+        self.check()
+
+    def run_all(
+        self, jobs: Mapping[int, Job], until_left_seconds: float | None = None
+    ) -> Iterator[tuple[int, Outcome | Failure]]:
+        """Run independent jobs, never more at once than there are workers; starts none past the time limit."""
+        waiting, running = list(jobs.items()), 0
+        while waiting or running:
+            while waiting and running < self.config.search.workers:
+                if until_left_seconds is not None and self.clock.left_seconds < until_left_seconds:
+                    waiting = []
+                    break
+                self.runner.submit(*waiting.pop(0))
+                running += 1
+            for key, result in self.results():
+                running -= 1
+                yield key, result
+
+    def costs(self, policy: Policy) -> tuple[float, int]:
+        """Predicted latency in ms and file size in bytes."""
+        latency, _, _, size = self.predict(policy)
+        return latency, size
+
+    def predict(self, policy: Policy) -> tuple[float, float, float, int]:
+        """Predicted latency with the ends of its interval (ms), and file size (bytes) of the graph as it
+        will be exported."""
+        key = digest(policy)
+        if key not in self._cost_cache:
+            planned = plan(self.prepared.anatomy, policy)
+            self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
+        return self._cost_cache[key]
+
+    def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
+        """Keep the reference's own figures: the noise of the night."""
+        if REFERENCE not in timings:
+            return
+        timing = timings[REFERENCE]
+        entry = {
+            "time": time.time(),
+            "phase": phase,
+            "reference_ms": timing.latency_ms,
+            "repeat_error": timing.repeat_error,
+        }
+        self.state.setdefault("noise", []).append(entry)
+
+    def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
+        """Time files while nothing of ours trains."""
+        with Timer(self.config.target) as timer:
+            timings = timer.time(files, reference)
+        self.measured(timings, phase)
+        return timings
+
+
+def file_size(planned: Plan) -> int:
+    """Bytes of the ONNX file that the plan exports to."""
+    return len(build_onnx(planned, random_tensors(planned), batch=None))
+
+
+def latency_of(timing: Timing) -> Latency:
+    """A measurement as a record; its ends are its own repeat error."""
+    return Latency(
+        latency_ms=timing.latency_ms,
+        low_ms=timing.latency_ms / (1 + timing.repeat_error),
+        high_ms=timing.latency_ms * (1 + timing.repeat_error),
+        measured=True,
+        repeat_error=timing.repeat_error,
+        reference_ms=timing.reference_ms,
+    )
+
+
+def quality_of(
+    score: Score, rung: str, split: str, losses: tuple[float, ...] = (), seconds: float | None = None
+) -> Quality:
+    return Quality(
+        rung=rung, split=split, accuracy=score.accuracy, accuracy_se=score.accuracy_se, samples=score.samples,
+        seconds=score.seconds if seconds is None else seconds, losses=losses,
+    )  # fmt: skip
+
+
+@contextmanager
+def graceful(session: Session) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the night to stop; a second one ends it at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if session.stop:
+            raise KeyboardInterrupt
+        log.info("signal %s: ending the night gracefully", signal.Signals(number).name)
+        session.stop = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def glance(session: Session, most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:
+    """For a live view: trials by state, the best points so far as rows, and the current fine-tune's progress."""
+    if "store" not in session._parts:
+        return {}, [], 0.0
+    trials = session.store.trials()
+    counts = {str(state): sum(t.state is state for t in trials) for state in TrialState}
+    known = [t for t in trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
+    points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in known
+              if t.quality and t.latency and t.size_bytes]  # fmt: skip
+    front = sorted((known[i] for i in non_dominated(points)), key=lambda t: -t.quality.accuracy if t.quality else 0)
+    return counts, [row(t) for t in front[:most]], session.runner.progress

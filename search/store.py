@@ -1,0 +1,205 @@
+"""The study as the record of a night: every trial is durable here before the sampler learns of it.
+
+Our own values live in trial attributes (one JSON value each); Optuna's parameters and objective values stand
+beside them for samplers and dashboards. What is learned of a trial after it has ended (verification) is an
+attribute of the study, because Optuna closes finished trials.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial
+
+from ..spaces.errors import InputError
+from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .journal import JournalFile
+from .records import Latency, Quality, TrialRecord, TrialState, Verified
+
+STUDY = "nightpress"
+SCHEMA = 1
+DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
+JOURNAL = "study.journal"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("optuna").propagate = False
+
+
+def open_storage(run: Path, url: str | None) -> optuna.storages.BaseStorage:
+    """The run's storage: the journal in its folder, or the URL of the config.
+
+    Raises InputError when a URL does not answer; the message names no password.
+    """
+    if url is None:
+        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL))
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception as error:  # drivers of databases share no base
+        scheme = url.split("://", 1)[0]
+        raise InputError(f"search.storage: the {scheme} storage does not answer ({type(error).__name__}).") from None
+
+
+class Store:
+    """Writes and reads the trials of one study."""
+
+    def __init__(
+        self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None
+    ) -> None:
+        self.study = optuna.create_study(
+            storage=storage, study_name=STUDY, directions=DIRECTIONS, load_if_exists=True, sampler=sampler
+        )
+        if self.study.user_attrs.get("schema") is None:
+            self.study.set_user_attr("schema", SCHEMA)
+
+    def enqueue(self, params: Mapping[str, Any], role: str, name: str | None, given: Mapping[str, Any]) -> None:
+        """Put a policy in front of the sampler's own proposals; ``params`` are its answers, if the space has them."""
+        self.study.enqueue_trial(dict(params), user_attrs={"role": role, "name": name, "given": dict(given)})
+
+    def begin(self, trial: Trial, policy: Policy, started: float) -> None:
+        trial.set_user_attr("policy", policy_to_dict(policy))
+        trial.set_user_attr("digest", digest(policy))
+        trial.set_user_attr("started", started)
+        if "role" not in trial.user_attrs:
+            trial.set_user_attr("role", "search")
+
+    def note(self, number: int, **values: Any) -> None:
+        """Attributes of a running trial."""
+        storage, trial_id = self.study._storage, self._id(number)
+        for key, value in values.items():
+            storage.set_trial_user_attr(trial_id, key, value)
+
+    def constrain(self, number: int, excess: Mapping[str, float]) -> None:
+        """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""
+        trial = Trial(self.study, self._id(number))
+        for name, value in excess.items():
+            trial.set_constraint(name, value)
+
+    def note_quality(self, number: int, quality: Quality) -> None:
+        known = [q for q in self._attrs(number).get("qualities", []) if q["rung"] != quality.rung]
+        self.note(number, qualities=[*known, asdict(quality)])
+
+    def finish(self, number: int, state: TrialState, *, finished: float, reason: str | None = None) -> None:
+        """Close a trial: the state first, so that the record is whole before the sampler is told."""
+        self.note(number, state=str(state), reason=reason, finished=finished)
+        self.tell(number)
+
+    def tell(self, number: int) -> None:
+        """Tell the sampler of a trial whose state is on record."""
+        record = self.trial(number)
+        quality, latency = record.quality, record.latency
+        if record.state in {TrialState.COMPLETE, TrialState.STOPPED} and quality and latency and record.size_bytes:
+            self.study.tell(number, [quality.accuracy, latency.latency_ms, float(record.size_bytes)])
+        elif record.state is TrialState.INFEASIBLE:
+            self.study.tell(number, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self.study.tell(number, state=optuna.trial.TrialState.FAIL)
+
+    def verify(self, number: int, verified: Verified) -> None:
+        self.study.set_user_attr(f"verified:{number}", asdict(verified))
+
+    def remeasure(self, number: int, latency: Latency) -> None:
+        self.study.set_user_attr(f"measured:{number}", asdict(latency))
+
+    def approve(self, approval: Mapping[str, Any]) -> None:
+        self.study.set_user_attr("approvals", [*self.approvals(), dict(approval)])
+
+    def approvals(self) -> tuple[Mapping[str, Any], ...]:
+        return tuple(self.study.user_attrs.get("approvals", []))
+
+    def trial(self, number: int) -> TrialRecord:
+        return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
+
+    def trials(self) -> tuple[TrialRecord, ...]:
+        """All trials that have begun, in order."""
+        extra = self.study.user_attrs
+        return tuple(self._record(t, extra) for t in self.study.get_trials(deepcopy=False) if "policy" in t.user_attrs)
+
+    def waiting(self, role: str) -> int:
+        """How many enqueued policies of a role have not begun."""
+        trials = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
+        return sum(t.user_attrs.get("role") == role for t in trials)
+
+    def repair(self) -> list[TrialRecord]:
+        """After a kill: tell what was on record, drop what had no policy yet, return what was being evaluated."""
+        unfinished: list[TrialRecord] = []
+        running = (optuna.trial.TrialState.RUNNING,)
+        for frozen in self.study.get_trials(deepcopy=False, states=running):
+            if "policy" not in frozen.user_attrs:
+                self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+            elif "state" in frozen.user_attrs:
+                self.tell(frozen.number)
+            else:
+                unfinished.append(self._record(frozen, self.study.user_attrs))
+        return unfinished
+
+    def _id(self, number: int) -> int:
+        return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+
+    def _attrs(self, number: int) -> Mapping[str, Any]:
+        return self.study._storage.get_trial(self._id(number)).user_attrs
+
+    def _record(self, frozen: FrozenTrial, extra: Mapping[str, Any]) -> TrialRecord:
+        attrs = frozen.user_attrs
+        return TrialRecord(
+            number=frozen.number,
+            state=TrialState(attrs.get("state", "RUNNING")),
+            role=attrs.get("role", "search"),
+            name=attrs.get("name"),
+            digest=attrs.get("digest", ""),
+            policy=attrs.get("policy", {}),
+            qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
+            predicted=_latency(attrs.get("predicted")),
+            measured=_latency(extra.get(f"measured:{frozen.number}") or attrs.get("measured")),
+            size_bytes=attrs.get("size_bytes"),
+            macs=attrs.get("macs"),
+            params=attrs.get("params"),
+            reason=attrs.get("reason"),
+            reused_from=attrs.get("reused_from"),
+            started=attrs.get("started"),
+            finished=attrs.get("finished"),
+            verified=_verified(extra.get(f"verified:{frozen.number}")),
+        )
+
+
+def read_trials(run: Path, url: str | None) -> tuple[tuple[TrialRecord, ...], tuple[Mapping[str, Any], ...]]:
+    """Trials and approvals of a run, for readers that do not search; empty where there is no study yet."""
+    if url is None and not (run / JOURNAL).is_file():
+        return (), ()
+    storage = open_storage(run, url)
+    if STUDY not in [summary.study_name for summary in storage.get_all_studies()]:
+        return (), ()
+    store = Store(storage)
+    return store.trials(), store.approvals()
+
+
+def approve_trial(run: Path, approval: Mapping[str, Any], url: str | None = None) -> None:
+    """Add a person's approval to the run's record."""
+    Store(open_storage(run, url)).approve(approval)
+
+
+def policy_of(record: TrialRecord) -> Policy:
+    """The trial's policy as a value."""
+    return policy_from_dict(dict(record.policy), f"trial {record.number}")
+
+
+def _quality(data: Mapping[str, Any]) -> Quality:
+    return Quality(**{**data, "losses": tuple(data.get("losses", ()))})
+
+
+def _latency(data: Mapping[str, Any] | None) -> Latency | None:
+    return Latency(**data) if data is not None else None
+
+
+def _verified(data: Mapping[str, Any] | None) -> Verified | None:
+    if data is None:
+        return None
+    qualities = {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
+    return Verified(**{**data, **qualities, "latency": Latency(**data["latency"])})
+
+
+def qualities_by_rung(records: Sequence[TrialRecord], rung: str) -> dict[int, Quality]:
+    """Trial number → its measurement at a rung, where there is one."""
+    return {r.number: q for r in records for q in r.qualities if q.rung == rung}

@@ -1,0 +1,225 @@
+"""One trial after another: propose, look at the free objectives, train rung by rung, record."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..evaluators.evaluate import Job, Outcome
+from ..spaces.plan import plan
+from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .pareto import dominated_by, losses
+from .records import Latency, Rung, TrialRecord, TrialState
+from .runner import Failure
+from .sampler import TrialSuggest
+from .session import Session, quality_of
+from .store import policy_of
+
+log = logging.getLogger("nightpress")
+FULL_BEFORE_STOPPING = 8
+GAIN_QUANTILE = 0.9
+MOST_REPEATS = 60
+_DONE = (TrialState.COMPLETE, TrialState.STOPPED)
+
+
+@dataclass(slots=True)
+class Trials:
+    """Runs trials on the session's workers. ``running`` maps a trial's number to the job it is at;
+    ``adopted`` are trials that an earlier driver began and did not end."""
+
+    session: Session
+    adopted: list[TrialRecord] = field(default_factory=list[TrialRecord])
+    running: dict[int, Job] = field(default_factory=dict[int, Job])
+    repeats: int = 0
+    """Proposals in a row that were known already: the sampler has run dry."""
+    finished: int = 0
+
+    @property
+    def dry(self) -> bool:
+        """Whether the sampler has proposed nothing new for a while."""
+        return self.repeats >= MOST_REPEATS
+
+    def fill(self, most: int) -> None:
+        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
+        begun = 0
+        while len(self.running) < self.session.config.search.workers and not self.dry:
+            if self.adopted:
+                self._adopt(self.adopted.pop(0))
+            elif begun < most:
+                self.begin()
+                begun += 1
+            else:
+                break
+
+    def _adopt(self, record: TrialRecord) -> None:
+        """Go on at the rung after the trial's last result."""
+        log.info("trial %d is taken up again", record.number)
+        rungs = {quality.rung for quality in record.qualities}
+        self._submit(record.number, policy_of(record), Rung.SHORT if Rung.BN in rungs else Rung.BN)
+
+    def begin(self) -> None:
+        """Ask for one policy and start it, or close it at once: known already, or beyond a hard limit."""
+        store, session = self.session.store, self.session
+        trial = store.study.ask()
+        policy = self._policy(trial.user_attrs, TrialSuggest(trial))
+        store.begin(trial, policy, session.clock.now())
+        known = self._known(digest(policy), trial.number)
+        if known is not None:
+            self._reuse(trial.number, known)
+            return
+        self.repeats = 0
+        latency, low, high, size = session.predict(policy)
+        planned = plan(session.prepared.anatomy, policy)
+        store.note(
+            trial.number,
+            predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
+            size_bytes=size, macs=planned.macs, params=planned.params,
+        )  # fmt: skip
+        point = next((p for p in session.profile.points if digest(p.policy) == digest(policy)), None)
+        if point is not None:  # it was measured during calibration
+            store.note(
+                trial.number,
+                measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
+            )
+        excess = self.excess(low, size)
+        if excess:
+            store.constrain(trial.number, excess)
+        beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]
+        if beyond and trial.user_attrs.get("role") != "baseline":
+            self._finish(trial.number, TrialState.INFEASIBLE, f"beyond {', '.join(beyond)}, not trained")
+            return
+        self._submit(trial.number, policy, Rung.BN)
+
+    def excess(self, latency_ms: float, size_bytes: int) -> dict[str, float]:
+        """How far beyond the limits on free objectives, as shares of the limits. Latency counts by the low
+        end of its interval: only what is surely too slow is refused."""
+        limits = self.session.config.limits
+        found: dict[str, float] = {}
+        if limits.max_latency_ms is not None:
+            found["max_latency_ms"] = latency_ms / limits.max_latency_ms - 1
+        if limits.max_size_bytes is not None:
+            found["max_size_bytes"] = size_bytes / limits.max_size_bytes - 1
+        return found
+
+    def collect(self) -> None:
+        """Take results of one tick and move their trials on."""
+        for number, result in self.session.results():
+            job = self.running.pop(number)
+            if isinstance(result, Failure):
+                self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
+            else:
+                self._advance(number, job, result)
+
+    def drain(self) -> None:
+        """Wait for what is running and what was adopted; nothing new begins."""
+        while self.running or self.adopted:
+            self.fill(0)
+            self.collect()
+
+    def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
+        store = self.session.store
+        store.note_quality(number, quality_of(outcome.search, job.rung, "search", outcome.losses, outcome.seconds))
+        record = store.trial(number)
+        if job.rung == Rung.BN:
+            reason = self.stop_reason(record)
+            if reason is None:
+                self._submit(number, job.policy, Rung.SHORT)
+            else:
+                self._finish(number, TrialState.STOPPED, reason)
+            return
+        least = self.session.config.limits.min_accuracy
+        if least is not None:
+            store.constrain(number, {"min_accuracy": least - outcome.search.accuracy})
+        self._finish(number, TrialState.COMPLETE, None)
+
+    def stop_reason(self, record: TrialRecord) -> str | None:
+        """Optimistic dominance: why even the best gain that is likely would leave the trial dominated.
+
+        The gain is the 90 % quantile of what trials have gained so far from this rung to the next, plus one
+        standard error of the accuracy. Seeds and baselines are never stopped.
+        """
+        if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
+            return None
+        full = [t for t in self.session.store.trials() if t.state is TrialState.COMPLETE and t.reused_from is None]
+        gains = [t.qualities[-1].accuracy - t.qualities[0].accuracy for t in full if len(t.qualities) > 1]
+        if len(gains) < FULL_BEFORE_STOPPING:
+            return None
+        hope = record.quality.accuracy + float(np.quantile(gains, GAIN_QUANTILE)) + (record.quality.accuracy_se or 0.0)
+        least = self.session.config.limits.min_accuracy
+        if least is not None and hope < least:
+            return f"even {hope:.4f} would be below min_accuracy {least}"
+        front = np.array(
+            [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
+             for t in full if t.quality and t.latency and t.size_bytes]
+        )  # fmt: skip
+        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), front):
+            return f"even {hope:.4f} would be dominated"
+        return None
+
+    def _policy(self, attrs: Mapping[str, object], suggest: TrialSuggest) -> Policy:
+        given = attrs.get("given")
+        if given is None:
+            return self.session.prepared.space.sample(suggest)
+        policy = policy_from_dict(given, "enqueued policy")
+        if self.session.prepared.space.contains(policy):
+            self.session.prepared.space.sample(suggest)  # so that the sampler knows where the policy lies
+        return policy
+
+    def _known(self, policy_digest: str, number: int) -> TrialRecord | None:
+        return next(
+            (
+                t
+                for t in self.session.store.trials()
+                if t.digest == policy_digest and t.number < number and t.state in _DONE
+            ),
+            None,
+        )
+
+    def _reuse(self, number: int, known: TrialRecord) -> None:
+        self.repeats += 1
+        store = self.session.store
+        for quality in known.qualities:
+            store.note_quality(number, quality)
+        store.note(
+            number, predicted=_plain(known.predicted), measured=_plain(known.measured), size_bytes=known.size_bytes,
+            macs=known.macs, params=known.params, reused_from=known.reused_from or known.number,
+        )  # fmt: skip
+        self._finish(number, known.state, f"same policy as trial {known.number}: its measurements are reused")
+
+    def _submit(self, number: int, policy: Policy, rung: Rung) -> None:
+        session = self.session
+        job = Job(
+            policy=policy, rung=rung.value, seed=session.config.seed, folder=session.folder.artifacts(number),
+            steps=session.state["rungs"]["short_steps"] if rung is Rung.SHORT else 0,
+        )  # fmt: skip
+        self.running[number] = job
+        session.state["current"] = {"trial": number, "rung": rung.value}
+        session.runner.submit(number, job)
+
+    def _finish(self, number: int, state: TrialState, reason: str | None) -> None:
+        self.session.store.finish(number, state, finished=self.session.clock.now(), reason=reason)
+        self.finished += 1
+        record = self.session.store.trial(number)
+        quality = f" accuracy {record.quality.accuracy:.4f}" if record.quality else ""
+        latency = f" latency {record.latency.latency_ms:.3f} ms" if record.latency else ""
+        log.info("trial %d %s%s%s%s", number, state, quality, latency, f" ({reason})" if reason else "")
+        self.session.watch(self.session)
+
+
+def enqueue(session: Session, policy: Policy, role: str, name: str | None = None) -> None:
+    """Put a policy in front of the sampler's proposals, whether or not the space contains it."""
+    space = session.prepared.space
+    params = space.params(policy) if space.contains(policy) else {}
+    session.store.enqueue(params, role, name, given=policy_to_dict(policy))
+
+
+def _plain(latency: Latency | None) -> dict[str, object] | None:
+    return asdict(latency) if latency is not None else None
+
+
+def _measured(latency_ms: float, repeat_error: float, reference_ms: float) -> dict[str, object]:
+    return {
+        "latency_ms": latency_ms, "low_ms": latency_ms / (1 + repeat_error), "high_ms": latency_ms * (1 + repeat_error),
+        "measured": True, "repeat_error": repeat_error, "reference_ms": reference_ms,
+    }  # fmt: skip

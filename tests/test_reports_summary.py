@@ -1,0 +1,205 @@
+"""The summary, its table and the verdict, from records made by hand."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from fakes_run import INT8, empty_run, full_run, limited, one_trial_run, original, run, runs, trial, verify
+from nightpress.reports.summary import summary, summary_table
+from nightpress.reports.verdict import doubts, findings, verdict
+from nightpress.search.records import RunRecord, TrialRecord, TrialState
+
+
+def test_summary_has_the_keys_that_scripts_rely_on() -> None:
+    data = summary(full_run())
+    assert list(data) == [
+        "run",
+        "state",
+        "phase",
+        "deadline",
+        "trials",
+        "front",
+        "baselines",
+        "hypervolume",
+        "baseline_hypervolume",
+        "picks",
+        "seconds",
+    ]
+    assert data["trials"] == {"COMPLETE": 59, "STOPPED": 2, "INFEASIBLE": 1, "FAILED": 1, "RUNNING": 0}
+    assert set(data["picks"]) == {"best", "fastest", "knee", "accurate"}
+    assert {
+        "trial",
+        "digest",
+        "accuracy",
+        "accuracy_se",
+        "split",
+        "rung",
+        "latency_ms",
+        "low_ms",
+        "high_ms",
+    } | {
+        "measured",
+        "size_bytes",
+        "macs",
+        "policy",
+    } <= set(data["front"][0])
+    assert [entry["name"] for entry in data["baselines"]][:2] == ["uncompressed", "uniform INT8"]
+
+
+@pytest.mark.parametrize("make", [full_run, empty_run, one_trial_run])
+def test_summary_is_json(make: Any) -> None:
+    data = summary(make())
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+
+
+def test_what_is_not_a_number_is_unknown_in_the_summary() -> None:
+    night = run([trial(0, accuracy=math.nan, role="baseline")], state={"seconds": {"search": math.inf}})
+    data = summary(night)
+    assert data["baselines"][0]["accuracy"] is None
+    assert data["seconds"] == {"search": None}
+    assert (data["hypervolume"], data["state"], data["front"], data["picks"]) == (None, None, [], {})
+
+
+@given(runs())
+def test_every_run_has_a_summary_a_table_and_a_verdict(record: RunRecord) -> None:
+    json.dumps(summary(record), allow_nan=False)
+    json.dumps(summary_table(record), allow_nan=False)
+    assert all(sentence.endswith(".") for sentence in verdict(record))
+
+
+def test_table_holds_baselines_then_picks_once_each() -> None:
+    records = [original(0.9), trial(1, 0.895, 0.5, 250_000), trial(2, 0.6, 0.45, 400_000)]
+    table = summary_table(run(records))
+    assert [(row["name"], row["picked"]) for row in table] == [
+        ("uncompressed", ["most accurate"]),
+        ("trial 1", ["best", "knee"]),
+    ]
+    assert table[1] == {
+        "trial": 1,
+        "name": "trial 1",
+        "picked": ["best", "knee"],
+        "accuracy_percent": pytest.approx(89.5),
+        "se_points": pytest.approx(0.6854, abs=1e-3),
+        "latency_ms": 0.5,
+        "ratio": 2.0,
+        "size_kb": 250.0,
+        "size_ratio": 4.0,
+        "on_front": True,
+        "struck_out": None,
+    }
+
+
+# Verdict
+
+
+def test_verdict_says_what_you_get() -> None:
+    night = run([verify(original(0.9, 0.87)), verify(trial(1, 0.895, 0.29, 250_000))])
+    assert findings(night)[0] == (
+        "Best, knee: trial 1 runs in 0.296 ms (2.9× as fast as the original) at 89.5 % ± 0.3 accuracy, "
+        "0.5 points below the uncompressed model, in 250 kB (4.0× smaller)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("searched", "expected"),
+    [
+        (trial(1, 0.9, 0.3, 200_000), "The search beat the uniform baselines: "),
+        (trial(1, 0.6, 0.9, 999_000), "The search did not beat the uniform baselines: it covers "),
+        (
+            trial(1, 0.9, 0.3, 200_000),
+            "the fastest baseline is uniform INT8 with 0.500 ms: the best trial is 1.7× as fast",
+        ),
+        (trial(1, 0.6, 0.9, 999_000), "The default choice is a baseline: the search found nothing faster"),
+    ],
+)
+def test_verdict_compares_with_uniform_compression(searched: TrialRecord, expected: str) -> None:
+    int8 = trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8)
+    assert expected in " ".join(findings(run([original(0.9), searched, int8])))
+
+
+@pytest.mark.parametrize(
+    ("night", "expected"),
+    [
+        (empty_run(), "No trial was recorded."),
+        (
+            run([trial(0, accuracy=None)]),
+            "No trial has accuracy, latency and size all known; there is no front.",
+        ),
+        (
+            run([verify(trial(0), struck_out="slower")]),
+            "all known and passed verification; there is no front.",
+        ),
+        (
+            limited([trial(0), trial(1, 0.9, 0.4)], max_latency_ms=0.3),
+            "trial 1 comes nearest (0.400 ms, 90.0 %, 500 kB)",
+        ),
+        (limited([trial(0, 0.8)], min_accuracy=0.9), "No trial is within the limits"),
+        (limited([trial(0)], max_size_bytes=10), "No trial is within the limits"),
+        (one_trial_run(), "There is no baseline to compare with."),
+        (limited([original(), trial(1, 0.899, 0.4)], max_latency_ms=0.5), "No baseline is within 1.0 point"),
+    ],
+)
+def test_verdict_says_what_is_missing(night: RunRecord, expected: str) -> None:
+    assert expected in " ".join(findings(night))
+
+
+def with_state(**state: Any) -> RunRecord:
+    records = [verify(trial(number)) for number in range(25)]
+    return run(records, state={**run().state, **state}, target={"heldout": {"mape": 0.03, "n": 25}})
+
+
+def test_a_night_without_a_fault_raises_no_doubt() -> None:
+    assert doubts(with_state(noise=[{"repeat_error": 0.05}, {"repeat_error": None}])) == []
+
+
+@pytest.mark.parametrize(
+    ("night", "expected"),
+    [
+        (
+            with_state(noise=[{"repeat_error": 0.051}, {"repeat_error": 0.01}]),
+            "over 5.0 % in 1 of 2 measurements (worst 5.1 %)",
+        ),
+        (
+            with_state(state="interrupted", phase="search"),
+            "The run did not reach its end: it is interrupted in phase search.",
+        ),
+        (with_state(state="running", phase="search"), "The run is not over; it is still in phase search."),
+        (with_state(state="running", phase=None), "The run is not over; it is still going."),
+        (
+            replace(with_state(), target={"heldout": {"mape": 0.11, "n": 25}}),
+            "11.0 % off on 25 models that it had not seen",
+        ),
+        (replace(with_state(), unreadable=("line 7",)), "1 record could not be read: line 7."),
+        (
+            one_trial_run(),
+            "No trial of the search was exported and re-measured; the front rests on the search split.",
+        ),
+        (run([verify(original()), trial(1)]), "the front shows verified baselines alone"),
+        (one_trial_run(), "Few trials: the search completed only 1."),
+        (one_trial_run(), "Accuracies rest on 2,000 examples: chance alone moves them by ± 1.3 points"),
+        (
+            run([trial(0, state=TrialState.FAILED, reason="ValueError: x")]),
+            "1 trial of 1 failed: ValueError: x.",
+        ),
+        (
+            run([trial(n, state=TrialState.FAILED) for n in (0, 1)]),
+            "most often (2 times): no reason recorded.",
+        ),
+        (run([verify(trial(0), struck_out="slower")]), "Struck out by verification: trial 0."),
+        (full_run(), "repeat error was over 5.0 % in 1 of 15 measurements (worst 7.1 %)"),
+    ],
+)
+def test_doubts(night: RunRecord, expected: str) -> None:
+    assert expected in " ".join(doubts(night))
+
+
+def test_a_latency_on_the_front_that_did_not_repeat_is_named() -> None:
+    shaky = verify(trial(0))
+    assert shaky.verified is not None
+    latency = replace(shaky.verified.latency, repeat_error=0.2)
+    night = run([replace(shaky, verified=replace(shaky.verified, latency=latency))])
+    assert "Latencies on the front that did not repeat within 5.0 %: trial 0." in doubts(night)

