@@ -6,14 +6,15 @@ from . import night, parts
 
 app = typer.Typer(
     name="nightpress",
-    help="Leave a trained model, a device and a deadline in the evening; review a measured Pareto front in the morning.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, parts.predict, parts.measure,
-                night.run, night.status, night.report, night.compare, night.approve, night.export, parts.apply):  # fmt: skip
+for command in (
+    parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, parts.predict, parts.measure,
+    night.run, night.status, night.report, night.compare, night.approve, night.export, parts.apply,
+):  # fmt: skip
     app.command()(command)
 
 

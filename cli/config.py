@@ -127,27 +127,30 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
         task=file.task, base=str(base), out=out, target=target, target_profile=profile, seed=file.seed,
         until=file.until, budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget else None,
         limits=file.limits,
-        space=SpaceConfig(prune=file.space.prune, bits=file.space.bits, blocks=file.space.blocks, distill=file.space.distill),
+        space=SpaceConfig(
+            prune=file.space.prune, bits=file.space.bits, blocks=file.space.blocks, distill=file.space.distill
+        ),
         search=file.search, finetune=file.finetune, calibration_policies=file.calibration_policies,
         warm_start=tuple(str(base / earlier) for earlier in file.warm_start), device=file.device,
     )  # fmt: skip
 
 
 def _check_values(file: FileConfig, where: str) -> None:
+    weights, activations = file.space.bits.weights, file.space.bits.activations
+    count = file.calibration_policies
     rules: list[tuple[str, object, bool, str]] = [
         ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
         ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
         ("search.workers", file.search.workers, file.search.workers >= 1, "at least 1"),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
         ("seed", file.seed, file.seed >= 0, "at least 0"),
-        ("calibration_policies", file.calibration_policies, 10 <= file.calibration_policies <= 500, "between 10 and 500"),
+        ("calibration_policies", count, 10 <= count <= 500, "between 10 and 500"),
         ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
         ("space.sparsity", file.space.sparsity, not file.space.sparsity,
          "false: unstructured sparsity is not offered yet"),
-        ("space.bits.weights", file.space.bits.weights,
-         bool(file.space.bits.weights) and set(file.space.bits.weights) <= set(WEIGHT_BITS), f"a list out of {list(WEIGHT_BITS)}"),
-        ("space.bits.activations", file.space.bits.activations,
-         bool(file.space.bits.activations) and set(file.space.bits.activations) <= set(ACTIVATION_BITS),
+        ("space.bits.weights", weights, bool(weights) and set(weights) <= set(WEIGHT_BITS),
+         f"a list out of {list(WEIGHT_BITS)}"),
+        ("space.bits.activations", activations, bool(activations) and set(activations) <= set(ACTIVATION_BITS),
          f"a list out of {list(ACTIVATION_BITS)}"),
     ]  # fmt: skip
     if file.space.prune is not None:

@@ -43,8 +43,8 @@ def _noise(load: float, cores: int) -> dict[str, Any]:
     repeat = sorted(windows)[1] / low - 1
     quiet = spread < 0.05 and repeat < 0.02
     meaning = (
-        f"Timings: ten windows of the same model lie {spread:.1%} (median) above the lowest, the two lowest agree within "
-        f"{repeat:.1%}. "
+        f"Timings: ten windows of the same model lie {spread:.1%} (median) above the lowest, the two lowest agree "
+        f"within {repeat:.1%}. "
         + ("This machine is quiet enough to trust differences of a few percent." if quiet else
            f"Something else uses the cores (load {load:.1f} on {cores}): expect errors of this size.")
     )  # fmt: skip

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-import click
+from typer.exceptions import Abort, Exit, TyperException
 
 from ..spaces.errors import InputError
 
@@ -16,13 +16,12 @@ def main() -> int:
     try:
         code = app(standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except click.exceptions.Abort:
+    except Exit as end:
+        return end.exit_code
+    except (Abort, KeyboardInterrupt):
         return 130
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    except TyperException as error:  # an unknown option, a missing argument
+        return _fail(f"{error.format_message().rstrip('.')}; --help shows what there is.", 2)
     except InputError as error:
         return _fail(str(error), 2)
     except Exception as error:  # noqa: BLE001  whatever it was, the user gets a sentence

@@ -167,7 +167,8 @@ def _trial(record: "RunRecord", name: str) -> "TrialRecord":
     found = {str(t.number): t for t in record.trials}.get(name)
     if found is None:
         raise InputError(
-            f"{record.path}: TRIAL must be {', '.join(_NAMED)} or one of {len(record.trials)} numbers, but got {name!r}."
+            f"{record.path}: TRIAL must be {', '.join(_NAMED)} or the number of one of its "
+            f"{len(record.trials)} trials, but got {name!r}."
         )
     return found
 

@@ -122,8 +122,8 @@ def calibrate(
         return
     held, truth = data["heldout"], data["truth_repeat"]
     say(
-        f"wrote {out}: {data['models_measured']} policies in {data['seconds']:.0f} s; held-out error {held['mape']:.1%} "
-        f"(within 10 %: {held['within_10']:.0%}), the truth against itself {truth['mape']:.1%}"
+        f"wrote {out}: {data['models_measured']} policies in {data['seconds']:.0f} s; held-out error "
+        f"{held['mape']:.1%} (within 10 %: {held['within_10']:.0%}), the truth against itself {truth['mape']:.1%}"
     )
 
 
@@ -179,7 +179,8 @@ def apply(
     weights: Annotated[Path | None, typer.Option("--weights", help="model.safetensors of an export.")] = None,
     json: Json = False,
 ) -> None:
-    """The compressed module on your own training side. Example: nightpress apply policy.json mnist5k-resnet --out m.pt"""
+    """The compressed module on your own training side.
+    Example: nightpress apply policy.json mnist5k-resnet --out m.pt"""
     from .measuring import apply_to_file
 
     log_to_stderr()

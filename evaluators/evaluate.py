@@ -101,7 +101,7 @@ class Evaluator:
         return self._test
 
     def __call__(self, job: Job, progress: Callable[[float], None] | None = None) -> Outcome:
-        """Evaluate. Raises Diverged, MemoryError, or whatever the user's code raises."""
+        """Evaluate. Raises DivergedError, MemoryError, or whatever the user's code raises."""
         start = time.perf_counter()
         if job.rung == GIVEN:
             search, test = (

@@ -75,7 +75,7 @@ def _groups(
             [(names[dep.target.module], dep.pruning_fn) for dep, _ in group if dep.target.module in names]
             for group in dependency_graph(copied, example).get_all_groups(root_module_types=list(PRUNABLE))
         ]
-    except Exception as error:  # a library's bug on a model it cannot follow must not end the night
+    except Exception as error:  # noqa: BLE001  a library's bug on a model it cannot follow must not end the night
         reason = f"the dependency graph cannot be built ({type(error).__name__}: {error})"
         return [], ops, [LeftOut(name="all groups", reason=reason)]
     groups: list[Group] = []
@@ -90,7 +90,7 @@ def _groups(
             continue
         try:
             lost = dry_run.prune(root, min(step, width // 2))
-        except Exception as error:  # anything a model can raise when it is pruned
+        except Exception as error:  # noqa: BLE001  anything a model can raise when it is pruned
             left_out.append(LeftOut(name=root, reason=_reason(error)))
             dry_run = _DryRun(traced, ops, output, example)
             continue

@@ -116,7 +116,8 @@ def _only_output(node: fx.Node, alias: dict[str, str]) -> str:
     value = node.args[0]
     if not isinstance(value, fx.Node):
         raise InputError(
-            f"The model must return one tensor, but it returns a {type(value).__name__}; wrap it so that it returns the logits."
+            f"The model must return one tensor, but it returns a {type(value).__name__}; wrap it so that it returns "
+            "the logits."
         )
     return alias.get(value.name, value.name)
 

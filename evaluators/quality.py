@@ -26,7 +26,7 @@ MAX_VIEWS = 8
 _LOSS_PARTS = 10
 
 
-class Diverged(RuntimeError):
+class DivergedError(RuntimeError):
     """The training loss stopped being a finite number."""
 
 
@@ -109,7 +109,7 @@ class Trainer:
         """Train in place for ``steps`` steps; returns the mean loss over each tenth of them.
 
         SGD with Nesterov momentum, weight decay, warm-up and cosine, gradient norm clipped to 1.
-        Raises Diverged when the loss is no longer finite.
+        Raises DivergedError when the loss is no longer finite.
         """
         self.compute.module(module).train()
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -130,7 +130,7 @@ class Trainer:
             if counted == part or step == steps - 1:  # one look at the loss a tenth: no host sync a step
                 means.append(float(running) / counted)
                 if not math.isfinite(means[-1]):
-                    raise Diverged(f"the training loss became {means[-1]} by step {step + 1} of {steps}")
+                    raise DivergedError(f"the training loss became {means[-1]} by step {step + 1} of {steps}")
                 running.zero_()
                 counted = 0
                 if progress is not None:
@@ -221,14 +221,14 @@ def outputs_of(module: nn.Module, arrays: Arrays, compute: Compute) -> Tensor:
 def score(outputs: Tensor, arrays: Arrays, task: Task, seconds: float = 0.0) -> Score:
     """The task's metric, top-1 accuracy by default with its binomial standard error.
 
-    Raises Diverged when an output or the metric is not finite.
+    Raises DivergedError when an output or the metric is not finite.
     """
     if not bool(torch.isfinite(outputs).all()):
-        raise Diverged("the network's outputs are not finite")
+        raise DivergedError("the network's outputs are not finite")
     if task.metric is not None:
         value, error = float(task.metric(outputs, arrays.targets)), None
         if not math.isfinite(value):
-            raise Diverged(f"the task's metric is {value}")
+            raise DivergedError(f"the task's metric is {value}")
     else:
         value = float((outputs.argmax(dim=1) == arrays.targets).float().mean())
         error = math.sqrt(value * (1 - value) / len(arrays.targets))

@@ -73,13 +73,7 @@ def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord
 
 def choose(session: Session) -> list[TrialRecord]:
     """A spread of the search's front within the limits, most hypervolume first."""
-    limits = session.config.limits
-    trials = [
-        t for t in complete(session, "search")
-        if (limits.min_accuracy is None or (t.quality and t.quality.accuracy + 2 * (t.quality.accuracy_se or 0) >= limits.min_accuracy))
-        and (limits.max_latency_ms is None or (t.latency and t.latency.low_ms <= limits.max_latency_ms))
-        and (limits.max_size_bytes is None or (t.size_bytes or 0) <= limits.max_size_bytes)
-    ]  # fmt: skip
+    trials = [t for t in complete(session, "search") if _hopeful(session, t)]
     points = [_losses(t) for t in trials]
     front = [trials[i] for i in non_dominated(points)] if points else []
     reference = session.state["reference"]
@@ -89,6 +83,18 @@ def choose(session: Session) -> list[TrialRecord]:
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((t for t in front if t not in chosen), key=lambda t: _losses(t)[0])
     return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
+
+
+def _hopeful(session: Session, trial: TrialRecord) -> bool:
+    """Within the limits, or so near that the long fine-tune may bring it there."""
+    limits, quality, latency = session.config.limits, trial.quality, trial.latency
+    if quality is None or latency is None or trial.size_bytes is None:
+        return False
+    return (
+        (limits.min_accuracy is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= limits.min_accuracy)
+        and (limits.max_latency_ms is None or latency.low_ms <= limits.max_latency_ms)
+        and (limits.max_size_bytes is None or trial.size_bytes <= limits.max_size_bytes)
+    )
 
 
 def train_long(session: Session) -> None:

@@ -21,7 +21,7 @@ from .pareto import losses, non_dominated
 from .proposals import baselines, greedy_walk
 from .records import TrialState
 from .sampler import NightpressSampler, make_sampler
-from .session import Interrupted, Session, graceful
+from .session import InterruptionError, Session, graceful
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
 
@@ -66,7 +66,7 @@ def _run(session: Session) -> str:
     try:
         _phases(session)
         session.update(state="done", phase="report", current=None, activity=None)
-    except Interrupted:
+    except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
     except InputError as error:
         session.update(state="failed", current=None, activity=None, reason=str(error))
@@ -239,7 +239,8 @@ def _check_same(before: Any, now: dict[str, Any], path: Path) -> None:
         was = before.get(key) if isinstance(before, dict) else None
         if was != value:
             raise InputError(
-                f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now {value!r}."
+                f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
+                f"{value!r}."
             )
 
 

@@ -120,8 +120,8 @@ def size_rungs(session: Session) -> None:
     long = finetune.long_steps or _between(long_ms / ((finalists + count) * 0.6) / step_ms, 2 * short, 20 * epoch)
     session.folder.decide(
         "inspect", f"short fine-tune of {short} steps, long one of {long}",
-        f"a step takes {step_ms:.0f} ms and an epoch has {epoch} steps; the budget should pay for about {TRIALS_WANTED} "
-        f"trials and {finalists + count} long fine-tunes",
+        f"a step takes {step_ms:.0f} ms and an epoch has {epoch} steps; the budget should pay for about "
+        f"{TRIALS_WANTED} trials and {finalists + count} long fine-tunes",
     )  # fmt: skip
     session.update(rungs={"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch})
 
@@ -161,7 +161,8 @@ def _calibrate(session: Session) -> Profile:
     )  # fmt: skip
     session.folder.decide(
         "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, the best of {len(profile.predictor.candidates)} designs",
+        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
+        f"the best of {len(profile.predictor.candidates)} designs",
         designs=profile.predictor.candidates,
     )  # fmt: skip
     return profile

@@ -113,8 +113,7 @@ def _cuts(space: Space, policy: Policy) -> Sequence[Policy]:
         ratio = policy.prune.get(group.name, 0.0) + cut
         if 1 - ratio >= least - 1e-9:
             options.append(replace(policy, prune={**policy.prune, group.name: ratio}))
-    for block in space.anatomy.blocks if space.blocks else ():
-        if block.name not in policy.removed_blocks:
-            options.append(replace(policy, removed_blocks=(*policy.removed_blocks, block.name)))
+    blocks = [b.name for b in space.anatomy.blocks if b.name not in policy.removed_blocks] if space.blocks else []
+    options += [replace(policy, removed_blocks=(*policy.removed_blocks, name)) for name in blocks]
     changed = (canonical(option, space.anatomy) for option in options)
     return [option for option in changed if option != policy]

@@ -33,7 +33,7 @@ log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """Ctrl-C or SIGTERM: the night ends gracefully."""
 
 
@@ -109,9 +109,9 @@ class Session:
         self.watch(self)
 
     def check(self) -> None:
-        """Raises Interrupted when a signal came."""
+        """Raises InterruptionError when a signal came."""
         if self.stop:
-            raise Interrupted
+            raise InterruptionError
 
     def results(self) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results of submitted jobs within one tick; keeps the live view and the stop signal served."""

@@ -37,7 +37,7 @@ def open_storage(run: Path, url: str | None) -> optuna.storages.BaseStorage:
         return optuna.storages.JournalStorage(JournalFile(run / JOURNAL))
     try:
         return optuna.storages.get_storage(url)
-    except Exception as error:  # drivers of databases share no base
+    except Exception as error:  # noqa: BLE001  drivers of databases share no base
         scheme = url.split("://", 1)[0]
         raise InputError(f"search.storage: the {scheme} storage does not answer ({type(error).__name__}).") from None
 

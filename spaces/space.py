@@ -151,7 +151,8 @@ def check_policy(policy: Policy, anatomy: Anatomy, bit_choices: Sequence[LayerBi
     """Refuse a policy that this model or target cannot follow. Raises InputError naming file and key."""
     if policy.model != anatomy.digest:
         raise InputError(
-            f"{source}: a policy belongs to one model; this one is for {policy.model}, the task's model is {anatomy.digest}."
+            f"{source}: a policy belongs to one model; this one is for {policy.model}, the task's model is "
+            f"{anatomy.digest}."
         )
     for key, names, known in (
         ("prune", policy.prune, [g.name for g in anatomy.groups]),
@@ -167,7 +168,8 @@ def check_policy(policy: Policy, anatomy: Anatomy, bit_choices: Sequence[LayerBi
         if pair not in bit_choices:
             listed = ", ".join(bits_name(p) for p in bit_choices)
             raise InputError(
-                f"{source}: bits.{name} must be one of {listed} (weights/activations) on this target, but got {bits_name(pair)}."
+                f"{source}: bits.{name} must be one of {listed} (weights/activations) on this target, but got "
+                f"{bits_name(pair)}."
             )
 
 

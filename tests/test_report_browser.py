@@ -170,10 +170,12 @@ def test_the_export_command_can_be_copied(opened: Opened) -> None:
 def test_nothing_sticks_out_of_the_window(opened: Opened) -> None:
     for width in (390, 768, 1440):
         opened.page.set_viewport_size({"width": width, "height": 900})
-        assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+        opened.page.wait_for_function("width => document.documentElement.scrollWidth === width", arg=width)
+        # Figures follow a moment later.
+        opened.page.wait_for_function("drawn.every(plot => plot._fullLayout.width <= plot.clientWidth)")
 
 
-def test_theme_follows_the_system_can_be_turned_and_is_light_on_paper(browser: "Browser", report: Path) -> None:
+def test_theme_follows_the_system_and_is_light_on_paper(browser: "Browser", report: Path) -> None:
     it = open_page(browser, report, scheme="dark")
     paper = "getComputedStyle(document.body).backgroundColor"
     font = "document.getElementById('plot-front').layout.font.color"

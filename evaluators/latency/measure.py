@@ -46,7 +46,7 @@ class Timing:
         return min(self.windows_ms[::2]), min(self.windows_ms[1::2] or self.windows_ms)
 
 
-class MeasurementFailed(RuntimeError):
+class MeasurementError(RuntimeError):
     """The timing process ended or the runtime refused a model; the text is its reason in one line."""
 
 
@@ -88,7 +88,7 @@ class Timer:
         least_rounds: int = 4,
         most_rounds: int = 12,
     ) -> dict[str, Timing]:
-        """Time model files, interleaved with the reference. Raises MeasurementFailed."""
+        """Time model files, interleaved with the reference. Raises MeasurementError."""
         timings: dict[str, Timing] = {}
         keys = list(models)
         for start in range(0, len(keys), AT_ONCE):
@@ -119,7 +119,7 @@ class Timer:
             "agree": 0.02,
         }
         if self._process.stdin is None or self._process.stdout is None:
-            raise MeasurementFailed("the timing process has no pipes")
+            raise MeasurementError("the timing process has no pipes")
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -127,10 +127,10 @@ class Timer:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise MeasurementFailed(f"the timing process ended with code {self._process.poll()}")
+            raise MeasurementError(f"the timing process ended with code {self._process.poll()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise MeasurementFailed(str(answer["error"]))
+            raise MeasurementError(str(answer["error"]))
         return answer["windows_ms"]
 
 
@@ -146,7 +146,7 @@ def measure_policies(
 ) -> tuple[dict[str, Timing], dict[str, int]]:
     """True latencies and file sizes (bytes) of policies, without training: the speed does not depend on the weights.
 
-    The result also holds the uncompressed model under :data:`REFERENCE`. Raises MeasurementFailed.
+    The result also holds the uncompressed model under :data:`REFERENCE`. Raises MeasurementError.
     """
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
         files = {key: Path(folder) / f"{number}.onnx" for number, key in enumerate(policies)}

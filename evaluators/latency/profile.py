@@ -63,7 +63,7 @@ def calibrate(
     anatomy: Anatomy, policies: Sequence[Policy], target: Target, *, timer: Timer | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:  # fmt: skip
-    """Measure policies of the model's own space and fit the predictor. Raises MeasurementFailed, ValueError."""
+    """Measure policies of the model's own space and fit the predictor. Raises MeasurementError, ValueError."""
     start = time.perf_counter()
     unique = {digest(policy): policy for policy in policies}
     if progress is not None:
@@ -131,7 +131,8 @@ def load_profile(path: Path, anatomy: Anatomy) -> Profile:
 def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Profile:
     if data["model"] != anatomy.digest:
         raise InputError(
-            f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is {anatomy.digest}."
+            f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is "
+            f"{anatomy.digest}."
         )
     raw = data["target"]
     target = Target(**{**raw, "disabled_optimizers": tuple(raw["disabled_optimizers"])})
@@ -141,8 +142,8 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) ->
         then, now = getattr(device, field.name), getattr(here, field.name)
         if then != now:
             raise InputError(
-                f"{path}: a profile holds for one device; {field.name} was {then!r} when it was made, here it is {now!r}: "
-                "calibrate again."
+                f"{path}: a profile holds for one device; {field.name} was {then!r} when it was made, here it is "
+                f"{now!r}: calibrate again."
             )
     points = tuple(
         Point(

@@ -68,7 +68,7 @@ def main():  # type: ignore[no-untyped-def]
     for line in sys.stdin:
         try:
             answer = measure(json.loads(line))
-        except Exception as error:  # the runtime raises types of its own that share no base
+        except Exception as error:  # noqa: BLE001  the runtime raises types of its own that share no base
             answer = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

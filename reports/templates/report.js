@@ -239,7 +239,8 @@ function beforePrint() {
 function afterPrint() {
   if (themeOnScreen) document.documentElement.dataset.theme = themeOnScreen;
   else delete document.documentElement.dataset.theme;
-  applyTheme(() => ({ width: null, autosize: true }));
+  // No width is the container's again. Asking for autosize would drop the figure's height as well.
+  applyTheme(() => ({ width: null }));
 }
 
 labelToggle();
