@@ -185,7 +185,7 @@ def picks(run: RunRecord) -> dict[str, TrialRecord]:
     if nearest is None:
         return {}
     chosen: dict[str, TrialRecord] = {}
-    # A drop of exactly 1.0 point is within the rule although 0.90 - 0.01 > 0.89 in binary.
+    # A drop of exactly 1.0 point is within the rule, although 0.5006 - 0.01 > 0.4906 in binary.
     floor = rule(run).min_accuracy - 1e-9
     kept = next((trial for trial, found in shown if found.accuracy >= floor), None)
     if kept is not None:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from ..spaces.anatomy import Anatomy
 from ..spaces.policy import FP32, INT8, Distill, Policy
 from ..spaces.space import Space, bits_name, canonical, uniform
@@ -96,8 +98,9 @@ def greedy_walk(space: Space, sensitivity: Sensitivity, costs: Costs, count: int
             break
         policy, cost, _ = max(options, key=lambda o: (cost - o[1]) / max(o[2], 1e-6))
         walk.append(policy)
-    stride = max(1, math.ceil(len(walk) / count))
-    return walk[::stride][:count]
+    steps = walk[1:]
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)) if steps else []
+    return [steps[i] for i in chosen]
 
 
 def _cost(pair: tuple[float, int]) -> float:

@@ -83,9 +83,9 @@ class LocalRunner:
 
     def close(self) -> None:
         processes = list((self._pool._processes or {}).values())
-        self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
         self._futures.clear()
 
     def _make_pool(self) -> ProcessPoolExecutor:

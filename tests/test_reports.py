@@ -15,6 +15,7 @@ from fakes_run import (
     START,
     empty_run,
     limited,
+    measured,
     one_trial_run,
     original,
     policy,
@@ -113,6 +114,16 @@ def test_search_and_baselines_stand_on_one_front_fastest_first() -> None:
     assert numbers(front(run(records))) == [1, 2, 0]
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_equal_trials_the_earlier_stays_on_the_front(order: tuple[int, int]) -> None:
+    assert numbers(front(run([trial(number) for number in order]))) == [0]
+
+
+def test_the_search_prefers_a_measured_latency_to_a_predicted_one() -> None:
+    record = trial(0, 0.9, 0.5, 1000, measured=measured(0.7))
+    assert search_point(record) == point(record) == Point(0.9, 0.7, 1000)
+
+
 @given(runs())
 def test_front_is_a_part_of_the_feasible_candidates_and_none_dominates_another(record: RunRecord) -> None:
     shown = front(record)
@@ -160,6 +171,13 @@ def test_default_choice_is_the_fastest_within_one_point_of_the_uncompressed_mode
         "accurate": 3,
     }
     assert rule(run(records)).words == "within 1.0 point of the uncompressed model's accuracy"
+
+
+def test_a_drop_of_exactly_one_point_is_within_the_rule() -> None:
+    accuracy = 0.5006
+    assert accuracy - 0.01 > 0.4906  # in binary
+    night = run([original(accuracy), trial(1, 0.4906, 0.3)])
+    assert picks(night)["best"].number == 1
 
 
 def test_a_limit_on_accuracy_replaces_the_one_point_rule() -> None:
