@@ -4,14 +4,14 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
 import yaml
 
-from ..evaluators.latency.target import RUNTIMES, Target
+from ..evaluators.latency.target import RUNTIMES, Target, target_from_dict
 from ..search.config import (
     RUNNERS,
     SAMPLERS,
@@ -97,13 +97,20 @@ def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
     _check_keys(data, FileConfig, "", path)
     if data.get("task") is None:
         raise InputError(f"{path}: task is missing; it names a built-in task or path/to/file.py:function.")
+    until = data.get("until")
+    if until is not None and not isinstance(until, str):  # YAML reads 22:30 as a number in base 60
+        raise InputError(f'{path}: until must stand in quotes, as "22:30" does, but without them YAML reads {until!r}.')
     try:
         return TypeAdapter(FileConfig).validate_python(dict(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"] if not str(part)[:1].isupper() and part != "str")
-        text = re.sub(r"^(Input|Value) should be", "must be", first["msg"])
-        raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {first['input']!r}.") from None
+        # Of a union's alternatives the one that got furthest is what was meant.
+        wrong = max(error.errors(), key=lambda found: len(found["loc"]))
+        key = ".".join(str(part) for part in wrong["loc"] if not str(part)[:1].isupper() and part != "str")
+        text = _WORDS.get(wrong["type"]) or re.sub(r"^(Input|Value) should be", "must be", wrong["msg"])
+        raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {wrong['input']!r}.") from None
+
+
+_WORDS = {"tuple_type": "must be a list", "dataclass_type": "must be a mapping of keys"}
 
 
 def _check_keys(data: Mapping[str, Any], kind: type, prefix: str, path: Path) -> None:
@@ -125,7 +132,8 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
         out = Path(file.out) if file.out is not None else Path("runs") / re.sub(r"\W+", "-", file.task).strip("-")
     return RunConfig(
         task=file.task, base=str(base), out=out, target=target, target_profile=profile, seed=file.seed,
-        until=file.until, budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget else None,
+        until=file.until,
+        budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget is not None else None,
         limits=file.limits,
         space=SpaceConfig(
             prune=file.space.prune, bits=file.space.bits, blocks=file.space.blocks, distill=file.space.distill
@@ -177,6 +185,9 @@ def parse_target(value: str | FileTarget, base: Path, where: str) -> tuple[Targe
             raise InputError(
                 f"{where}: target.runtime must be one of {', '.join(RUNTIMES)}, but got {value.runtime!r}."
             )
+        for name, number in (("threads", value.threads), ("batch", value.batch)):
+            if number < 1:
+                raise InputError(f"{where}: target.{name} must be at least 1, but got {number}.")
         return Target(runtime=value.runtime, threads=value.threads, batch=value.batch), None
     if value in RUNTIMES:
         return Target(runtime=value), None
@@ -189,8 +200,7 @@ def parse_target(value: str | FileTarget, base: Path, where: str) -> tuple[Targe
 def read_target(profile: Path) -> Target:
     """The target that a profile file was measured on. Raises InputError when it is not a profile."""
     try:
-        raw = json.loads(profile.read_text())["target"]
-        return replace(Target(), **{**raw, "disabled_optimizers": tuple(raw["disabled_optimizers"])})
+        return target_from_dict(json.loads(profile.read_text())["target"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{profile}: not a profile of nightpress calibrate ({type(error).__name__}: {error})."
@@ -198,6 +208,7 @@ def read_target(profile: Path) -> Target:
 
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_MOST_SECONDS = 365 * 86400
 
 
 def parse_budget(text: str, where: str) -> float:
@@ -206,8 +217,8 @@ def parse_budget(text: str, where: str) -> float:
     if not parts or re.sub(r"(\d+(?:\.\d+)?)\s*([dhms])|\s", "", text):
         raise InputError(f"{where} must be a length of time such as 8h or 1h30m, but got {text!r}.")
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    if seconds <= 0:
-        raise InputError(f"{where} must be longer than no time, but got {text!r}.")
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise InputError(f"{where} must be longer than no time and at most 365d, but got {text!r}.")
     return seconds
 
 

@@ -1,7 +1,7 @@
 """The live view of a night on a terminal: phase, time left, trials by state, best points, the current trial."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,7 @@ _BEST = 5
 
 
 @contextmanager
-def watching(live: bool) -> Iterator[Callable[["Session"], None]]:
+def watching(live: bool) -> Generator[Callable[["Session"], None]]:
     """A callback for the driver; without a terminal it does nothing, because the log lines say it all."""
     if not live:
         yield lambda session: None

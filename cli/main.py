@@ -11,6 +11,9 @@ from ..spaces.errors import InputError
 
 def main() -> int:
     """Run the command line; returns the exit code and never shows a traceback (NIGHTPRESS_DEBUG=1 does)."""
+    # Threads that spin while they wait make training several times slower as soon as anything else uses a core.
+    # Read when torch is loaded, here and in worker processes, so set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .app import app
 
     try:

@@ -79,7 +79,7 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
 
     Raises InputError naming the first operation that the exporter does not know.
     """
-    modules = dict(traced.named_modules())
+    modules: dict[str, nn.Module] = dict(traced.named_modules())
     ops: dict[str, Op] = {}
     alias: dict[str, str] = {}
     output = ""
@@ -87,10 +87,10 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
         if node.op == "output":
             output = _only_output(node, alias)
             continue
-        inputs = tuple(alias.get(n.name, n.name) for n in node.all_input_nodes)
+        inputs = tuple(alias.get(str(n.name), str(n.name)) for n in node.all_input_nodes)
         kind, attrs, module = _describe(node, modules)
         if kind == "identity":
-            alias[node.name] = inputs[0]
+            alias[str(node.name)] = inputs[0]
             continue
         folds = kind == "batch_norm" and ops[inputs[0]].kind == "conv" and len(node.all_input_nodes[0].users) == 1
         if folds and ops[inputs[0]].norm is None:
@@ -99,8 +99,9 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
             module, norm = conv.module, module
         else:
             norm = None
-        ops[node.name] = Op(
-            name=node.name, kind=kind, inputs=inputs, shape=shape_of(node), module=module, norm=norm,
+        name = str(node.name)
+        ops[name] = Op(
+            name=name, kind=kind, inputs=inputs, shape=shape_of(node), module=module, norm=norm,
             attrs=attrs, channels_by_group={},
         )  # fmt: skip
     return list(ops.values()), output
@@ -109,7 +110,7 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The noted shape of a node's value without the batch axis."""
     meta = node.meta.get("tensor_meta")
-    return tuple(meta.shape[1:]) if hasattr(meta, "shape") else ()
+    return tuple(meta.shape[1:]) if meta is not None and hasattr(meta, "shape") else ()
 
 
 def _only_output(node: fx.Node, alias: dict[str, str]) -> str:
@@ -119,7 +120,7 @@ def _only_output(node: fx.Node, alias: dict[str, str]) -> str:
             f"The model must return one tensor, but it returns a {type(value).__name__}; wrap it so that it returns "
             "the logits."
         )
-    return alias.get(value.name, value.name)
+    return alias.get(str(value.name), str(value.name))
 
 
 def _describe(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, dict[str, Any], str | None]:
@@ -174,7 +175,7 @@ def _describe_function(kind: str, node: fx.Node) -> tuple[str, dict[str, Any]]:
     if kind == "adaptive_avg_pool":
         return _adaptive(node)
     if kind == "mean":
-        axes = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        axes: Any = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not isinstance(axes, list | tuple) or sorted(axes) not in ([2, 3], [-2, -1]):
             raise _unsupported(node, f"mean over {axes}")
         return "global_pool", {"keepdim": bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))}

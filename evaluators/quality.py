@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..spaces.policy import Distill, Policy
 from .data import Arrays
-from .quantise import quantisers
+from .quantise import ActivationQuantiser, quantisers
 from .task import Task
 
 EVALUATION_BATCH = 256
@@ -24,6 +24,7 @@ REESTIMATION_ITEMS = 512
 VIEW_BYTES = 1 << 30
 MAX_VIEWS = 8
 _LOSS_PARTS = 10
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class DivergedError(RuntimeError):
@@ -72,7 +73,7 @@ class Trainer:
         Two passes: the ranges are taken once the statistics have settled.
         """
         inputs = self.train.inputs[:REESTIMATION_ITEMS].float()
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        norms = [m for m in module.modules() if isinstance(m, _NORMS)]
         momenta = [norm.momentum for norm in norms]
         self.compute.module(module)
         for norm in norms:
@@ -88,14 +89,14 @@ class Trainer:
             self._pass_through(module, inputs, sites)
         module.eval()
 
-    def _pass_through(self, module: nn.Module, inputs: Tensor, sites: list[nn.Module]) -> None:
+    def _pass_through(self, module: nn.Module, inputs: Tensor, sites: list[ActivationQuantiser]) -> None:
         for site in sites:
-            site.seen.zero_()  # type: ignore[operator]
-            site.observing = True  # type: ignore[assignment]
+            site.seen.zero_()
+            site.observing = True
         for start in range(0, len(inputs), self.batch_size * 2):
             module(self.compute.cast(inputs[start : start + self.batch_size * 2]))
         for site in sites:
-            site.observing = False  # type: ignore[assignment]
+            site.observing = False
 
     def fit(
         self,
@@ -268,7 +269,7 @@ def temperature_at(distill: Distill, done: float) -> float:
     return distill.temperature
 
 
-def probe(trainer: Trainer, module: nn.Module, policy: Policy, steps: int = 6) -> tuple[Compute, dict[str, float]]:
+def probe(trainer: Trainer, module: nn.Module, policy: Policy, steps: int = 4) -> tuple[Compute, dict[str, float]]:
     """The fastest of the ways to train on the trainer's device, and the milliseconds a step of each."""
     device = trainer.compute.device
     options = {
@@ -281,7 +282,7 @@ def probe(trainer: Trainer, module: nn.Module, policy: Policy, steps: int = 6) -
     for name, compute in options.items():
         trial = Trainer(trainer.task, trainer.train, compute, trainer.seed, trainer.batch_size, trainer.views)
         trial.answers = trainer.answers
-        trial.fit(module, policy, steps=2, seed=0)
+        trial.fit(module, policy, steps=1, seed=0)
         start = time.perf_counter()
         trial.fit(module, policy, steps=steps, seed=0)
         step_ms[name] = 1000 * (time.perf_counter() - start) / steps

@@ -5,8 +5,6 @@ with a straight-through gradient (Jacob et al. 2018, "Quantization and Training 
 Efficient Integer-Arithmetic-Only Inference").
 """
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, fx, nn
 
@@ -136,10 +134,10 @@ def quantisers(module: nn.Module) -> dict[str, ActivationQuantiser]:
 
 def _swap_layer(root: nn.Module, path: str, bits: int) -> None:
     layer = root.get_submodule(path)
-    quantised = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear}[type(layer)]
+    quantised = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
     copy = quantised.__new__(quantised)
     nn.Module.__init__(copy)
-    cast("dict[str, Any]", copy.__dict__).update(layer.__dict__)  # same parameters, same hyperparameters
+    copy.__dict__.update(layer.__dict__)  # same parameters, same hyperparameters
     copy.weight_bits = bits
     parent, _, name = path.rpartition(".")
     setattr(root.get_submodule(parent), name, copy)

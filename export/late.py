@@ -7,7 +7,7 @@ from pathlib import Path
 from ..evaluators.evaluate import RUNGS, Evaluator, Job, Recipe, checkpoint
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.target import Target
+from ..evaluators.latency.target import Target, target_from_dict
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Compute
 from ..evaluators.task import load_task
@@ -23,8 +23,7 @@ log = logging.getLogger("nightpress")
 
 def target_of(run: RunRecord) -> Target:
     """The run's target."""
-    raw = run.config["target"]
-    return Target(**{**raw, "disabled_optimizers": tuple(raw["disabled_optimizers"])})
+    return target_from_dict(run.config["target"])
 
 
 def verify_now(run: RunRecord, trial: TrialRecord, folder: Path) -> Verified:

@@ -5,7 +5,11 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
-_TYPES = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.UINT8: "TYPE_UINT8", TensorProto.INT8: "TYPE_INT8"}
+_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "TYPE_FP32",
+    TensorProto.UINT8: "TYPE_UINT8",
+    TensorProto.INT8: "TYPE_INT8",
+}
 
 
 def config_pbtxt(model: onnx.ModelProto, name: str, threads: int, disabled_optimizers: tuple[str, ...]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search.records import RunRecord
-from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank
+from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
 from .front import HypervolumeStep, baseline_level, hypervolume_over_time, started
 from .text import counted, digits, duration, local_time, percent, seconds_since_epoch
 from .verdict import NOISY
@@ -160,7 +160,9 @@ def noise_figure(info: NoiseInfo) -> "Figure":
             "size": 7,
             "color": [RED if (sample.repeat_error or 0) > NOISY else BLUE for sample in info.samples],
         },
-        customdata=[[sample.phase, percent(sample.repeat_error), sample.time] for sample in info.samples],
+        customdata=[
+            [no_markup(sample.phase), percent(sample.repeat_error), no_markup(sample.time)] for sample in info.samples
+        ],
         hovertemplate="%{y:.4~g} ms, repeat error %{customdata[1]}<br>%{customdata[0]} %{customdata[2]}<extra></extra>",
         showlegend=False,
     )
@@ -197,7 +199,7 @@ def phases_figure(info: PhasesInfo) -> "Figure":
     figure = blank(unit, "", height=80 + 30 * max(3, len(info.phases)), margin_b=52)
     figure.add_bar(
         orientation="h",
-        y=[name for name, _ in info.phases],
+        y=[no_markup(name) for name, _ in info.phases],
         x=[seconds / factor for _, seconds in info.phases],
         text=[duration(seconds) for _, seconds in info.phases],
         textposition="auto",

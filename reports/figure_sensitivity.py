@@ -72,7 +72,7 @@ def sensitivity_figure(info: SensitivityInfo) -> "Figure":
             orientation="h",
             y=[no_markup(bar.name) for bar in bars],
             x=[bar.damage for bar in bars],
-            name=section,
+            name=no_markup(section),
             marker={"color": COLOURS.get(section, GREY)},
             hovertemplate="%{y}: %{x:.3~g}<extra>" + no_markup(section) + "</extra>",
         )

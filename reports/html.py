@@ -59,6 +59,6 @@ def embedded_json(data: Any) -> str:
     """JSON that can stand inside a script element: no name in it can close the element or start another."""
     # ensure_ascii also escapes U+2028 and U+2029, which JavaScript once took for line ends.
     text = json.dumps(data, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
-    for character, escape in ((">", "\\u003e"), ("&", "\\u0026")):
+    for character, escape in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         text = text.replace(character, escape)
     return text

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -235,6 +236,8 @@ def _save(path: Path, outcome: Outcome) -> None:
 
 
 def _load(path: Path) -> Outcome:
-    data = json.loads(path.read_text())
-    scores = {key: Score(**data[key]) if data[key] else None for key in ("search", "simulated", "exported")}
-    return Outcome(**{**data, **scores, "losses": tuple(data["losses"])})
+    data: dict[str, Any] = json.loads(path.read_text())
+    for key in ("search", "simulated", "exported"):
+        data[key] = Score(**data[key]) if data[key] else None
+    data["losses"] = tuple(data["losses"])
+    return Outcome(**data)

@@ -72,8 +72,7 @@ def _run(session: Session) -> str:
         session.update(state="failed", current=None, activity=None, reason=str(error))
         raise
     finally:
-        if "runner" in session._parts:
-            session.runner.close()
+        session.close()
     return str(session.state["state"])
 
 
@@ -117,7 +116,7 @@ def _open_study(session: Session) -> Trials:
 
 def _aim(session: Session) -> None:
     """Tell our sampler what it may build on."""
-    sampler: Any = session._parts["sampler"]
+    sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.sensitivity = session.sensitivity
         reference = session.state["reference"]

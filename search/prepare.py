@@ -7,6 +7,7 @@ import platform
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def _compute(session: Session, trainer: Trainer, anatomy: Anatomy) -> tuple[Comp
         )
         known = {**asdict(compute), "step_ms": step_ms[fastest]}
         session.update(compute=known)
-    fields = {key: known[key] for key in ("device", "bf16", "channels_last")}
+    fields: dict[str, Any] = {key: known[key] for key in ("device", "bf16", "channels_last")}
     return Compute(**fields), float(known["step_ms"])
 
 

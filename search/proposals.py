@@ -84,7 +84,7 @@ def greedy_walk(space: Space, sensitivity: Sensitivity, costs: Costs, count: int
     """Policies along a walk that always takes the cut with the most time and size saved per damage.
 
     In the spirit of NetAdapt (Yang et al. 2018), with predicted costs and probed damage in place of a
-    fine-tune a step. Starts from all layers in INT8 where the space has it.
+    fine-tune a step. Starts from all layers in INT8 where the space has it; that start, a baseline, is not returned.
     """
     start = INT8 if INT8 in space.bit_choices else space.bit_choices[0]
     policy = uniform(space.anatomy, width=1, bits=start)

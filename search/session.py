@@ -3,12 +3,14 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import optuna
 
 from ..evaluators.evaluate import Job, Outcome, Recipe
 from ..evaluators.latency.measure import REFERENCE, Timer, Timing
@@ -85,11 +87,25 @@ class Session:
     def sensitivity(self) -> Sensitivity:
         return self._parts.get("sensitivity") or Sensitivity()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a study yet."""
+        return "store" in self._parts
+
+    def close(self) -> None:
+        """End the workers, where there are any."""
+        if "runner" in self._parts:
+            self.runner.close()
+
+    @property
+    def sampler(self) -> optuna.samplers.BaseSampler:
+        return self._parts["sampler"]
+
     def provide(self, **parts: Any) -> None:
         self._parts.update(parts)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Generator[None]:
         """Mark a phase in state and log; its seconds are counted even when it is interrupted."""
         start = time.monotonic()
         self.update(phase=name)
@@ -197,7 +213,7 @@ def quality_of(
 
 
 @contextmanager
-def graceful(session: Session) -> Iterator[None]:
+def graceful(session: Session) -> Generator[None]:
     """SIGINT and SIGTERM ask the night to stop; a second one ends it at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -216,7 +232,7 @@ def graceful(session: Session) -> Iterator[None]:
 
 def glance(session: Session, most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:
     """For a live view: trials by state, the best points so far as rows, and the current fine-tune's progress."""
-    if "store" not in session._parts:
+    if not session.begun:
         return {}, [], 0.0
     trials = session.store.trials()
     counts = {str(state): sum(t.state is state for t in trials) for state in TrialState}

@@ -48,9 +48,11 @@ class Store:
     def __init__(
         self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None
     ) -> None:
+        self._storage = storage
         self.study = optuna.create_study(
             storage=storage, study_name=STUDY, directions=DIRECTIONS, load_if_exists=True, sampler=sampler
         )
+        self._study_id = storage.get_study_id_from_name(STUDY)
         if self.study.user_attrs.get("schema") is None:
             self.study.set_user_attr("schema", SCHEMA)
 
@@ -67,7 +69,7 @@ class Store:
 
     def note(self, number: int, **values: Any) -> None:
         """Attributes of a running trial."""
-        storage, trial_id = self.study._storage, self._id(number)
+        storage, trial_id = self._storage, self._id(number)
         for key, value in values.items():
             storage.set_trial_user_attr(trial_id, key, value)
 
@@ -136,10 +138,10 @@ class Store:
         return unfinished
 
     def _id(self, number: int) -> int:
-        return self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def _attrs(self, number: int) -> Mapping[str, Any]:
-        return self.study._storage.get_trial(self._id(number)).user_attrs
+        return self._storage.get_trial(self._id(number)).user_attrs
 
     def _record(self, frozen: FrozenTrial, extra: Mapping[str, Any]) -> TrialRecord:
         attrs = frozen.user_attrs
@@ -186,7 +188,8 @@ def policy_of(record: TrialRecord) -> Policy:
 
 
 def _quality(data: Mapping[str, Any]) -> Quality:
-    return Quality(**{**data, "losses": tuple(data.get("losses", ()))})
+    values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
+    return Quality(**values)
 
 
 def _latency(data: Mapping[str, Any] | None) -> Latency | None:
@@ -196,8 +199,9 @@ def _latency(data: Mapping[str, Any] | None) -> Latency | None:
 def _verified(data: Mapping[str, Any] | None) -> Verified | None:
     if data is None:
         return None
-    qualities = {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
-    return Verified(**{**data, **qualities, "latency": Latency(**data["latency"])})
+    values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
+    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
+    return Verified(**values)
 
 
 def qualities_by_rung(records: Sequence[TrialRecord], rung: str) -> dict[int, Quality]:

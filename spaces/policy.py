@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -86,15 +85,17 @@ class Policy:
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
     """The policy as JSON-ready data; zero ratios and fp32 layers are left out."""
+    ratios = {k: min(round(v, 6), 0.999999) for k, v in sorted(policy.prune.items())}  # a ratio of 1 could not be read
+    distill, finetune = policy.distill, policy.finetune
     return {
         "schema": SCHEMA,
         "model": policy.model,
-        "prune": {k: round(v, 6) for k, v in sorted(policy.prune.items()) if v > 0},
+        "prune": {k: v for k, v in ratios.items() if v > 0},
         "bits": {k: asdict(v) for k, v in sorted(policy.bits.items()) if v != FP32},
-        "removed_blocks": sorted(policy.removed_blocks),
+        "removed_blocks": sorted(set(policy.removed_blocks)),
         "importance": policy.importance,
-        "distill": asdict(policy.distill),
-        "finetune": asdict(policy.finetune),
+        "distill": {**asdict(distill), "alpha": float(distill.alpha), "temperature": float(distill.temperature)},
+        "finetune": {"learning_rate": float(finetune.learning_rate)},
     }
 
 
@@ -115,6 +116,8 @@ def policy_from_json(text: str, source: str) -> Policy:
         data: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{source}: a policy is a JSON file, but line {error.lineno} is not: {error.msg}.") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+        raise InputError(f"{source}: a policy is a JSON file, but this one cannot be read: {error}.") from None
     return policy_from_dict(data, source)
 
 
@@ -145,7 +148,7 @@ def policy_from_dict(data: object, source: str) -> Policy:
             name: reader.bits(value, f"bits.{name}")
             for name, value in reader.mapping(top.get("bits", {}), "bits").items()
         },
-        removed_blocks=tuple(sorted(cast("list[str]", removed))),
+        removed_blocks=tuple(sorted(set(cast("list[str]", removed)))),
         importance=reader.one_of(top.get("importance", "l2"), IMPORTANCES, "importance"),
         distill=Distill(
             method=reader.one_of(distill.get("method", "logit"), DISTILL_METHODS, "distill.method"),
@@ -185,8 +188,7 @@ class _Reader:
         in_range = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
-            and (low <= value < high if high_open else low <= value <= high)
+            and (low <= value < high if high_open else low <= value <= high)  # never true of NaN
         )
         if not in_range:
             raise InputError(f"{self.source}: {key} must be a number in [{low}, {high}{closing}, but got {value!r}.")
@@ -205,7 +207,7 @@ class _Reader:
             if isinstance(width, bool) or width not in allowed:
                 listed = ", ".join(map(str, allowed))
                 raise InputError(f"{self.source}: {key}.{name} must be one of {listed}, but got {width!r}.")
-        return LayerBits(weights=pair.get("weights", 32), activations=pair.get("activations", 32))
+        return LayerBits(weights=int(pair.get("weights", 32)), activations=int(pair.get("activations", 32)))
 
 
 def nearest(word: str, known: list[str]) -> str:

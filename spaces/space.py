@@ -62,7 +62,12 @@ class Space:
             f"keep:{g.name}": math.ceil(kept_channels(g, policy.prune.get(g.name, 0.0)) / g.step)
             for g in self.anatomy.groups
         }
-        answers |= {f"bits:{n.name}": bits_name(policy.bits.get(n.name, FP32)) for n in self.anatomy.layers}
+        gone = _layers_of(self.anatomy, policy.removed_blocks)  # theirs must still be an answer that is on offer
+        unheard = FP32 if FP32 in self.bit_choices else self.bit_choices[0]
+        answers |= {
+            f"bits:{n.name}": bits_name(unheard if n.name in gone else policy.bits.get(n.name, FP32))
+            for n in self.anatomy.layers
+        }
         answers |= {f"block:{b.name}": "remove" if b.name in policy.removed_blocks else "keep" for b in self._blocks()}
         if self.distill:
             answers["distill.alpha"] = policy.distill.alpha if policy.distill.method == "logit" else 0.0
@@ -93,9 +98,8 @@ class Space:
 
     def step_range(self, group: Group) -> tuple[int, int]:
         """The least and the largest number of channel steps that a group may keep."""
-        return max(1, math.ceil(group.channels * (1 - self.max_ratio) / group.step)), math.ceil(
-            group.channels / group.step
-        )
+        least = round(group.channels * (1 - self.max_ratio) / group.step, 6)  # 40 · (1 − 0.7) / 4 is a little over 3
+        return max(1, math.ceil(least)), math.ceil(group.channels / group.step)
 
     @property
     def dimensions(self) -> int:
@@ -141,7 +145,7 @@ def canonical(policy: Policy, anatomy: Anatomy) -> Policy:
         policy,
         prune={k: v for k, v in ratios.items() if v > 0},
         bits={k: v for k, v in bits.items() if v != FP32},
-        removed_blocks=tuple(sorted(policy.removed_blocks)),
+        removed_blocks=tuple(sorted(set(policy.removed_blocks))),
         distill=distill,
         finetune=FineTune(learning_rate=float(f"{policy.finetune.learning_rate:.3g}")),
     )

@@ -4,6 +4,8 @@ import os
 
 # Read when ray is imported, so set before any test module is.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# As the command line sets it: read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 from hypothesis import settings

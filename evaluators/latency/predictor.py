@@ -101,7 +101,9 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _out_of_fold(make: Callable[[Array, Array], Predict], terms: Array, latency_ms: Array, folds: Array) -> Array:
+def _out_of_fold(
+    make: Callable[[Array, Array], Predict], terms: Array, latency_ms: Array, folds: NDArray[np.int64]
+) -> Array:
     held = np.empty(len(latency_ms))
     for fold in range(FOLDS):
         out = folds == fold

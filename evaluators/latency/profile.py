@@ -17,7 +17,7 @@ from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .features import features
 from .measure import REFERENCE, Timer, Timing, measure_policies
 from .predictor import Predictor, fit
-from .target import Fingerprint, Target, fingerprint, target_to_dict
+from .target import Fingerprint, Target, fingerprint, target_from_dict, target_to_dict
 
 VERSION = 1
 
@@ -134,9 +134,9 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) ->
             f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is "
             f"{anatomy.digest}."
         )
-    raw = data["target"]
-    target = Target(**{**raw, "disabled_optimizers": tuple(raw["disabled_optimizers"])})
-    device = Fingerprint(**{**data["device"], "flags": tuple(data["device"]["flags"])})
+    target = target_from_dict(data["target"])
+    recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
+    device = Fingerprint(**recorded)
     here = fingerprint(target)
     for field in fields(Fingerprint):
         then, now = getattr(device, field.name), getattr(here, field.name)

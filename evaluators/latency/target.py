@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,6 +81,12 @@ def check_target(target: Target) -> None:
 
 def target_to_dict(target: Target) -> dict[str, Any]:
     return {**asdict(target), "disabled_optimizers": list(target.disabled_optimizers)}
+
+
+def target_from_dict(data: Mapping[str, Any]) -> Target:
+    """The inverse of :func:`target_to_dict`. Raises KeyError or TypeError when something is missing or unknown."""
+    values: dict[str, Any] = {**data, "disabled_optimizers": tuple(data["disabled_optimizers"])}
+    return Target(**values)
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -1,0 +1,226 @@
+"""A tiny task with real data, the command line called as a user calls it, and one real night shared by all tests."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from nightpress.cli import main
+from nightpress.cli.config import load_config
+from nightpress.evaluators import Task
+from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.features import features
+from nightpress.evaluators.latency.predictor import fit
+from nightpress.evaluators.latency.profile import Point, Profile, profile_to_dict
+from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.task import load_task
+from nightpress.search.config import RunConfig
+from nightpress.search.night import resolved_config
+from nightpress.search.prepare import space_of
+from nightpress.spaces.anatomy import Anatomy
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import Policy
+
+TASK = '''"""Which quarter of an 8x8 picture is bright: a residual network of three convolutions."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from nightpress.evaluators import Task
+
+WEIGHTS = Path(__file__).with_name("weights.pt")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.block = Block(width)
+        self.pool, self.head = nn.AdaptiveAvgPool2d(2), nn.Linear(4 * width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(torch.relu(self.bn(self.stem(x))))
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+def pictures(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    x = torch.randn(count, 1, 8, 8, generator=generator)
+    for item, label in enumerate(labels.tolist()):
+        row, column = 4 * (label // 2), 4 * (label % 2)
+        x[item, :, row : row + 4, column : column + 4] += 0.6
+    return TensorDataset(x, labels)
+
+
+def build(**parts) -> Task:
+    net = Net()
+    if WEIGHTS.is_file():
+        net.load_state_dict(torch.load(WEIGHTS, weights_only=True))
+    given = dict(name="tiny", model=net, example_input=torch.zeros(1, 1, 8, 8), train=pictures(200, 0),
+                 test=pictures(80, 1))
+    return Task(**{**given, **parts})
+'''
+
+CONFIG: Mapping[str, Any] = {
+    "task": "task.py:build",
+    "budget": "60s",
+    "finetune": {"short_steps": 3, "long_steps": 4, "finalists": 2},
+    "search": {"max_trials": 4},
+    "calibration_policies": 10,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        assert self.code == 0, self.err
+        assert self.out.count("\n") == 1, f"stdout must be one line of JSON, but is {self.out!r}"
+        return json.loads(self.out)
+
+    @property
+    def sentence(self) -> str:
+        """What is said to the user, after the log lines, which begin with a digit of the time."""
+        lines = self.err.splitlines()
+        told = [line for line in lines if line.startswith("nightpress: ")]
+        assert len(told) == 1, self.err
+        assert lines[-1] == told[0], self.err
+        assert all(line[:1].isdigit() for line in lines[:-1]), self.err
+        return told[0].removeprefix("nightpress: ")
+
+
+def write_task(folder: Path, more: str = "") -> Path:
+    """``task.py`` with trained weights beside it; ``more`` is code at its end. Returns the file."""
+    path = folder / "task.py"
+    path.write_text(TASK)
+    task = load_task(f"{path}:build")
+    torch.save(trained(task), folder / "weights.pt")
+    path.write_text(f"{TASK}\n\n{more}")
+    return path
+
+
+_weights: dict[str, torch.Tensor] = {}
+
+
+def trained(task: Task) -> dict[str, torch.Tensor]:
+    """Weights of the tiny network after a second of training, the same for every test of a session."""
+    if not _weights:
+        inputs, labels = task.train.tensors  # type: ignore[attr-defined]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            for module in task.model.modules():
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
+            task.model.train()
+            for _ in range(25):  # plain gradient descent: torch.optim takes seconds to import
+                task.model.zero_grad()
+                F.cross_entropy(task.model(inputs), labels).backward()
+                with torch.no_grad():
+                    for weight in task.model.parameters():
+                        if weight.grad is not None:
+                            weight -= 0.5 * weight.grad
+        _weights.update({key: value.clone() for key, value in task.model.state_dict().items()})
+    return _weights
+
+
+def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
+    """A config for the tiny task, quick to run; ``keys`` replace its own, None leaves one out."""
+    data = {key: value for key, value in {**CONFIG, "out": str(folder / "run"), **keys}.items() if value is not None}
+    path = folder / name
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def anatomy_of(task_file: Path, function: str = "build") -> tuple[Task, Anatomy, Target]:
+    """The task in a file with its anatomy for the default target."""
+    task, target = load_task(f"{task_file}:{function}"), Target()
+    return task, inspect(task, step_of=target.channel_step)[0], target
+
+
+def write_profile(path: Path, anatomy: Anatomy, **keys: Any) -> Path:
+    """A profile for this device as calibration writes it, its latencies by a formula; ``keys`` replace entries."""
+    target = Target()
+    space = space_of(anatomy, RunConfig(task="tiny", base=None, out=path, target=target))
+    generator = np.random.default_rng(0)
+    policies = [space.random(generator) for _ in range(12)]
+
+    def milliseconds(policy: Policy) -> float:
+        return 0.01 + plan(anatomy, policy).macs / 2e7
+
+    points = tuple(
+        Point(policy=policy, latency_ms=milliseconds(policy), halves_ms=(milliseconds(policy), milliseconds(policy)),
+              repeat_error=0.01, size_bytes=50_000)
+        for policy in policies
+    )  # fmt: skip
+    terms = np.stack([features(plan(anatomy, policy)) for policy in policies])
+    profile = Profile(
+        model=anatomy.digest, target=target, device=fingerprint(target), points=points, seconds=1.0, date="2026-01-31",
+        reference_ms=milliseconds(Policy(model=anatomy.digest)), reference_repeat_error=0.01,
+        predictor=fit(terms, np.array([point.latency_ms for point in points])),
+    )  # fmt: skip
+    path.write_text(json.dumps({**profile_to_dict(profile), **keys}))
+    return path
+
+
+def write_run(config: Path) -> Path:
+    """The run folder of a night that has only just begun, so that nothing needs to be trained."""
+    settings = load_config(config)
+    settings.out.mkdir(parents=True)
+    (settings.out / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings)))
+    (settings.out / "state.json").write_text(json.dumps({"state": "interrupted", "phase": "inspect"}))
+    return settings.out
+
+
+def call(*words: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
+    """The command line in this process."""
+    monkeypatch.setattr(sys, "argv", ["nightpress", *map(str, words)])
+    logger = logging.getLogger("nightpress")
+    before = list(logger.handlers), logger.level, logger.propagate
+    capsys.readouterr()
+    try:
+        code = main()
+    finally:
+        logger.handlers[:], logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+    return Result(code, *capsys.readouterr())
+
+
+def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) -> Result:
+    """The command line in a process of its own."""
+    done = subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
