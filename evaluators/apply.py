@@ -76,6 +76,8 @@ def _rank(
         prune = tp.prune_linear_out_channels if isinstance(root, nn.Linear) else tp.prune_conv_out_channels
         members = graph.get_pruning_group(root, prune, idxs=list(range(group.channels)))
         scores = criterion(members)
+        if scores is None:  # asked for batch norms where there are none
+            scores = _criterion("l2")(members)
         # A stable sort, so that ties fall the same way in every process.
         orders[group.name] = torch.argsort(scores.detach().double(), stable=True).tolist()
     return orders
@@ -92,8 +94,12 @@ def _remove_blocks(compressed: fx.GraphModule, anatomy: Anatomy, policy: Policy)
     if not blocks:
         return
     nodes = {node.name: node for node in compressed.graph.nodes}
+    source_of = {b.output: b.source for b in blocks}
     for block in blocks:
-        nodes[block.output].replace_all_uses_with(nodes[block.source])
+        source = block.source
+        while source in source_of:  # blocks in a row, all removed
+            source = source_of[source]
+        nodes[block.output].replace_all_uses_with(nodes[source])
     compressed.graph.eliminate_dead_code()
     compressed.delete_all_unused_submodules()
     compressed.recompile()

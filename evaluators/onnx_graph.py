@@ -149,14 +149,16 @@ class _Builder:
                 self.constant(f"{name}.weight", tensors.weight),
                 self.constant(f"{name}.bias", tensors.bias),
             ]
-        weight = self._dequantise(f"{name}.weight", tensors.weight, tensors.scales)
         if not planned.int8:  # stored small, computed in fp32
+            weight = self._dequantise(f"{name}.weight", tensors.weight, tensors.scales)
             return [weight, self.constant(f"{name}.bias", tensors.bias)]
-        grid = self.tensors.grids[self.plan.quantised[planned.inputs[0]]]
-        scales = (tensors.scales * np.float32(grid[0])).astype(np.float32)
-        limits = np.iinfo(np.int32)
-        integers = np.clip(np.round(tensors.bias / scales.astype(np.float64)), limits.min, limits.max)
-        return [weight, self._dequantise(f"{name}.bias", integers.astype(np.int32), scales)]
+        step = np.float32(self.tensors.grids[self.plan.quantised[planned.inputs[0]]][0])
+        integers, scales = _with_room_for_bias(tensors.weight, tensors.scales, tensors.bias / step)
+        biases = np.round(tensors.bias / (scales * step).astype(np.float64)).astype(np.int32)
+        return [
+            self._dequantise(f"{name}.weight", integers, scales),
+            self._dequantise(f"{name}.bias", biases, scales * step),
+        ]
 
     def _dequantise(self, name: str, integers: Array, scales: Array) -> str:
         inputs = [
@@ -177,6 +179,16 @@ class _Builder:
         ]
         quantised = self.node("QuantizeLinear", [result, *grid], f"{tensor}.q")
         return self.node("DequantizeLinear", [quantised, *grid], f"{tensor}.dq")
+
+
+def _with_room_for_bias(weight: Array, scales: Array, bias: Array) -> tuple[Array, Array]:
+    """The integers and scales of a weight whose ``bias``, in steps of its input, fits into 32 bits with the sum.
+
+    Only a channel whose weights have all but vanished changes: it gets a coarser scale.
+    """
+    coarse = np.maximum(scales, np.abs(bias) / np.float32(2**30)).astype(np.float32)
+    finer = (scales / coarse).reshape(-1, *[1] * (weight.ndim - 1))
+    return np.round(weight * finer).astype(np.int8), coarse
 
 
 def _conv(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:

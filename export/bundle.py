@@ -87,7 +87,7 @@ def _describe(run: RunRecord, trial: TrialRecord, verified: Verified, staged: Pa
         "data": run.state.get("data"),
         "code": run.state.get("code"),
     }
-    _write(staged / POLICY, {**trial.policy})
+    _write(staged / POLICY, {**trial.policy, "digests": provenance})
     runtime = {
         "runtime": target.runtime, "threads": target.threads, "batch": target.batch, "execution_mode": "sequential",
         "inter_op_threads": 1, "disabled_optimizers": list(target.disabled_optimizers),

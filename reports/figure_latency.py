@@ -31,10 +31,12 @@ class Pair(NamedTuple):
 
 
 class LatencyInfo(NamedTuple):
-    """All pairs, and the calibration's own figures on models that it held out."""
+    """All pairs, the calibration's own figures on models that it held out, and by how much two measurements
+    of the same models differ."""
 
     pairs: tuple[Pair, ...]
     heldout: Mapping[str, Any]
+    truth_repeat: Mapping[str, Any]
 
 
 def latency_info(run: RunRecord) -> LatencyInfo:
@@ -63,7 +65,7 @@ def latency_info(run: RunRecord) -> LatencyInfo:
         for t in run.trials
         if t.predicted is not None and (real := _measured(t)) is not None
     ]
-    return LatencyInfo(tuple(pairs), dict(target.get("heldout") or {}))
+    return LatencyInfo(tuple(pairs), dict(target.get("heldout") or {}), dict(target.get("truth_repeat") or {}))
 
 
 def _measured(trial: TrialRecord) -> Latency | None:
@@ -91,6 +93,8 @@ def latency_text(info: LatencyInfo) -> str:
             said.append(f"Its 90 % intervals hold {percent(heldout['interval_coverage'])} of them.")
         if heldout.get("spearman") is not None:
             said.append(f"Rank correlation {heldout['spearman']:.2f}.")
+        if info.truth_repeat.get("mape") is not None:
+            said.append(f"Measuring them twice differs by {percent(info.truth_repeat['mape'])}.")
     else:
         said.append("The predictor's error on unseen models is not known.")
     trials = [pair for pair in info.pairs if pair.kind == "trial"]

@@ -123,9 +123,10 @@ def noise_text(info: NoiseInfo) -> str:
     if not info.samples:
         return "The machine's noise was not recorded."
     values = [sample.reference_ms for sample in info.samples]
-    between = f"between {digits(min(values))} and {digits(max(values))} ms"
-    apart = percent(max(values) / min(values) - 1)
-    said = [f"The uncompressed model, measured {counted(len(values), 'time')}, took {between}: {apart} apart."]
+    if len(values) == 1:
+        said = [f"The uncompressed model was measured once: {digits(values[0])} ms."]
+    else:
+        said = [_wandering(values)]
     errors = [sample.repeat_error for sample in info.samples if sample.repeat_error is not None]
     if errors:
         noisy = sum(error > NOISY for error in errors)
@@ -136,6 +137,12 @@ def noise_text(info: NoiseInfo) -> str:
         )
     said.append("Ratios hold better than milliseconds, since both models were measured in turn.")
     return " ".join(said)
+
+
+def _wandering(values: list[float]) -> str:
+    between = f"between {digits(min(values))} and {digits(max(values))} ms"
+    apart = percent(max(values) / min(values) - 1)
+    return f"The uncompressed model, measured {len(values)} times, took {between}: {apart} apart."
 
 
 def noise_figure(info: NoiseInfo) -> "Figure":

@@ -65,7 +65,7 @@ def sensitivity_text(info: SensitivityInfo) -> str:
 
 def sensitivity_figure(info: SensitivityInfo) -> "Figure":
     """Draw the worst parts, the worst on top, coloured by what they are."""
-    figure = blank("damage", "", height=90 + 20 * max(4, len(info.bars)), margin_b=52)
+    figure = blank("damage, nats (KL)", "", height=90 + 20 * max(4, len(info.bars)), margin_b=52)
     for section in dict.fromkeys(bar.section for bar in info.bars):
         bars = [bar for bar in info.bars if bar.section == section]
         figure.add_bar(

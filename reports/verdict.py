@@ -90,7 +90,8 @@ def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str
     found = point(trial)
     if found is None:
         return f"{title(trial)} is not fully known."
-    faster, smaller = speedup(run, trial), shrinkage(run, trial)
+    itself = uncompressed(run) is trial
+    faster, smaller = (None, None) if itself else (speedup(run, trial), shrinkage(run, trial))
     compared = f" ({times(faster)} as fast as the original)" if faster else ""
     shrunk = f" ({times(smaller)} smaller)" if smaller else ""
     name = ", ".join(labels)
@@ -123,6 +124,8 @@ def _against_baselines(run: RunRecord) -> list[str]:
             said.append(f"The search beat the uniform baselines: {gain}.")
         elif search > uniform:
             said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
+        elif search == 0:
+            said.append("Neither the search nor the baselines have a point that beats the reference point.")
         else:
             said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")
     return [*said, *_best_against_baseline(run)]
@@ -133,6 +136,8 @@ def _best_against_baseline(run: RunRecord) -> list[str]:
     best = picks(run).get("best")
     if best is None:
         return []
+    if not any(trial.role != "baseline" for trial in candidates(run)):
+        return ["There is no trial of the search to compare with the baselines."]
     if best.role == "baseline":
         return [f"The default choice is a baseline: the search found nothing faster {rule(run).words}."]
     floor = rule(run).min_accuracy - 1e-9

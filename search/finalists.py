@@ -24,6 +24,8 @@ log = logging.getLogger("nightpress")
 OUTCOME = "long.json"
 MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
+LEAST_AGREEMENT = 0.97
+"""Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
 
 def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
@@ -110,9 +112,11 @@ def train_long(session: Session) -> None:
     original = [t for t in rules if t.name == UNCOMPRESSED]
     queue = original + chosen + [t for t in rules if t.name != UNCOMPRESSED]
     jobs = {t.number: _job(session, t) for t in queue if not _outcome_file(session, t.number).is_file()}
-    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
+    # None starts that would not end before the verification; the uncompressed network is the slowest of them.
+    longest = session.state["rungs"]["long_steps"] * session.prepared.step_ms / 1000
+    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report") + longest
     done = 0
-    for number, result in session.run_all(jobs, until + 1.0):
+    for number, result in session.run_all(jobs, until):
         done += 1
         session.update(activity=f"long fine-tune {done} of {len(jobs)}")
         if isinstance(result, Failure):
@@ -168,7 +172,7 @@ def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Ti
     return verified_of(
         outcome, timing, rung=Rung.LONG,
         model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
-        struck_out=_strike(session, trial, outcome.exported, latency_of(timing), outcome.size_bytes or 0),
+        struck_out=_strike(session, trial, outcome, latency_of(timing)),
     )  # fmt: skip
 
 
@@ -191,13 +195,15 @@ def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str,
     )
 
 
-def _strike(session: Session, trial: TrialRecord, exported: Score, latency: Latency, size_bytes: int) -> str | None:
+def _strike(session: Session, trial: TrialRecord, outcome: Outcome, latency: Latency) -> str | None:
     """Why a point is taken off the front, in one sentence; None when it stands."""
-    limits = session.config.limits
+    limits, exported, size_bytes = session.config.limits, outcome.exported, outcome.size_bytes or 0
     reference_ms = latency.reference_ms or 0.0
     if trial.name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
         return f"not faster than the original: {latency.latency_ms:.3f} ms against {reference_ms:.3f} ms"
-    if limits.min_accuracy is not None and exported.accuracy < limits.min_accuracy:
+    if outcome.top1_agreement is not None and outcome.top1_agreement < LEAST_AGREEMENT:
+        return f"the exported file agrees with torch on only {outcome.top1_agreement:.1%} of the test split"
+    if limits.min_accuracy is not None and exported is not None and exported.accuracy < limits.min_accuracy:
         return f"test accuracy {exported.accuracy:.4f} is below min_accuracy {limits.min_accuracy}"
     if limits.max_latency_ms is not None and latency.latency_ms > limits.max_latency_ms:
         return f"measured {latency.latency_ms:.3f} ms, above max_latency_ms {limits.max_latency_ms}"

@@ -1,6 +1,7 @@
 """Before the search: inspect the model, calibrate the target, size the rungs, probe the sensitivities."""
 
 import copy
+import hashlib
 import math
 import os
 import platform
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..evaluators.data import materialise, split_search
+from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
@@ -63,10 +64,25 @@ def prepare(session: Session) -> None:
     )
     session.update(
         task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
-        dimensions=space.dimensions,
+        dimensions=space.dimensions, data=_data_digest(train), code=_code_digest(config),
     )  # fmt: skip
     for item in anatomy.left_out:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
+
+
+def _data_digest(train: Arrays) -> str:
+    """Names the training data behind a run: inputs and targets, without the search split."""
+    digest = hashlib.sha256()
+    for part in (train.inputs, train.targets):
+        digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _code_digest(config: RunConfig) -> str:
+    """Names the code behind a run: nightpress's version and, for a task file, its text."""
+    path = Path(config.base or ".") / config.task.rpartition(":")[0]
+    text = path.read_bytes() if path.is_file() else config.task.encode()
+    return f"nightpress {version('nightpress')}, task {hashlib.sha256(text).hexdigest()[:16]}"
 
 
 def space_of(anatomy: Anatomy, config: RunConfig) -> Space:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -9,10 +10,12 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..evaluators.evaluate import Evaluator, Job, Outcome, Recipe
+
+MEMORY_SHARE = 0.8
+"""Of the machine's memory, for all workers together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,9 @@ class LocalRunner:
     def __init__(self, recipe: Recipe, workers: int) -> None:
         self._recipe = recipe
         self._workers = workers
+        self._memory_bytes = int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers)
         self._context = multiprocessing.get_context("spawn")
-        self._progress: Synchronized[float] = self._context.Value("d", 0.0)
+        self._progress: Any = self._context.RawValue("d", 0.0)  # one writer, and a torn reading does no harm
         self._futures: dict[Future[Outcome | Failure], tuple[int, Job]] = {}
         self._pool = self._make_pool()
 
@@ -93,18 +97,20 @@ class LocalRunner:
             self._workers,
             mp_context=self._context,
             initializer=_start,
-            initargs=(self._recipe, self._progress),
+            initargs=(self._recipe, self._progress, self._memory_bytes),
         )
 
 
 _evaluator: Evaluator | None = None
-_shared_progress: "Synchronized[float] | None" = None
+_shared_progress: Any = None
 _recipe: Recipe | None = None
 
 
-def _start(recipe: Recipe, progress: "Synchronized[float]") -> None:
+def _start(recipe: Recipe, progress: Any, memory_bytes: int) -> None:
     global _recipe, _shared_progress
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
+    # Past this an allocation fails and the trial with it; without it the kernel would pick a process to kill.
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     _recipe, _shared_progress = recipe, progress
 

@@ -5,6 +5,7 @@ Latency and size of a policy cost nothing to know, only its accuracy does. So ea
 optimistic gain in hypervolume.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
@@ -27,7 +29,7 @@ from .records import TrialState
 POOL = 160
 LEAST_TRIALS = 6
 OPTIMISM = 1.0
-MOST_OBSERVATIONS = 400
+MOST_OBSERVATIONS = 200
 Array = NDArray[np.float64]
 
 
@@ -90,6 +92,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs:  # an enqueued policy: nothing to propose
+            return {}
         generator = np.random.default_rng((self.seed, trial.number))
         policy = self._propose(_observations(study), generator)
         return {name: value for name, value in self.space.params(policy).items() if name in search_space}
@@ -144,7 +148,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         used = width > 1e-9
         kernel: Any = ConstantKernel(1.0) * RBF(np.sqrt(used.sum()), (0.3, 100.0)) + WhiteKernel(0.05, (1e-3, 1.0))
         model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-        with np.errstate(all="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
             model.fit((inputs[:, used] - centre[used]) / width[used], targets)
         asked = np.array([self._vector(p, 1.0) for p in pool])
         mean, spread = cast(

@@ -130,7 +130,8 @@ def policy_from_dict(data: object, source: str) -> Policy:
         raise InputError(
             f"{source}: schema must be {SCHEMA}, the version that this nightpress reads, but got {schema!r}."
         )
-    reader.known(top, {f.name for f in fields(Policy)} | {"schema"}, "")
+    # An export says beside the policy which model, data and code it came from.
+    reader.known(top, {f.name for f in fields(Policy)} | {"schema", "digests"}, "")
     distill = reader.mapping(top.get("distill", {}), "distill")
     reader.known(distill, {f.name for f in fields(Distill)}, "distill.")
     finetune = reader.mapping(top.get("finetune", {}), "finetune")

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -212,6 +214,7 @@ def space_of(anatomy: Anatomy, **options: bool) -> Space:
     return Space(anatomy=anatomy, max_ratio=0.75, bit_choices=OFFERED, **options)
 
 
-def state_after(policy: Policy) -> dict[str, Tensor]:
-    """The state that a policy leaves the tiny network in. Top level, so that a spawned process can call it."""
-    return tiny().apply(policy)[0].state_dict()
+def state_after(policy: Policy) -> dict[str, NDArray[Any]]:
+    """The state that a policy leaves the tiny network in. Top level, so that a spawned process can call it;
+    as arrays, since tensors would travel through shared memory."""
+    return {name: value.numpy() for name, value in tiny().apply(policy)[0].state_dict().items()}

@@ -146,13 +146,15 @@ def test_pairs_of_predicted_and_measured_latency() -> None:
     point = {"predicted_ms": 1.0, "low_ms": 0.9, "high_ms": 1.1, "measured_ms": 1.25, "held_out": True}
     heldout = {"mape": 0.2, "n": 1, "within_10": 0.0, "spearman": 0.5, "interval_coverage": 0.0}
     records = [verify(trial(0, 0.9, 0.5)), trial(1)]
-    info = latency_info(run(records, target={"points": [point, {"predicted_ms": None}], "heldout": heldout}))
+    target = {"points": [point, {"predicted_ms": None}], "heldout": heldout, "truth_repeat": {"mape": 0.02}}
+    info = latency_info(run(records, target=target))
     assert info.pairs[0] == Pair("held out", "calibration model", 1.0, 0.9, 1.1, 1.25)
     assert [pair[:2] for pair in info.pairs[1:]] == [("trial", "trial 0")]
     assert info.pairs[1][2:] == pytest.approx((0.5, 0.46, 0.55, 0.51))
     assert info.pairs[0].error == pytest.approx(0.2)
     assert layout(latency_figure(info)).title.text == "held-out error 20.0 % (n = 1)"
     assert "On 1 model that it had not seen, the predictor is 20.0 % off on average." in latency_text(info)
+    assert "Measuring them twice differs by 2.0 %." in latency_text(info)
     assert "Of 1 measured trial of this night, 1 lay within 10 %" in latency_text(info)
 
 
@@ -189,6 +191,8 @@ def test_noise_of_the_night() -> None:
             NoiseSample("soon", None, "", 1.1, 0.06),
         )
     )
+    once = "The uncompressed model was measured once: 1.00 ms."
+    assert once in noise_text(NoiseInfo(info.samples[:1]))
     assert "took between 1.00 and 1.10 ms: 10.0 % apart" in noise_text(info)
     assert "over 5.0 % in 1 of them (worst 6.0 %)" in noise_text(info)
 

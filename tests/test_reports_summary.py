@@ -96,6 +96,12 @@ def test_table_holds_baselines_then_picks_once_each() -> None:
 # Verdict
 
 
+def test_verdict_does_not_compare_the_uncompressed_model_with_itself() -> None:
+    assert findings(run([original(0.9, 1.0)]))[0] == (
+        "Best, knee, most accurate: uncompressed runs in 1.00 ms at 90.0 % ± 0.7 accuracy, in 1.00 MB."
+    )
+
+
 def test_verdict_says_what_you_get() -> None:
     night = run([verify(original(0.9, 0.87)), verify(trial(1, 0.895, 0.29, 250_000))])
     assert findings(night)[0] == (
@@ -139,6 +145,8 @@ def test_verdict_compares_with_uniform_compression(searched: TrialRecord, expect
         ),
         (limited([trial(0, 0.8)], min_accuracy=0.9), "No trial is within the limits"),
         (limited([trial(0)], max_size_bytes=10), "No trial is within the limits"),
+        (run([original()]), "There is no trial of the search to compare with the baselines."),
+        (run([original(0.5), trial(1, 0.5, 0.9)]), "Neither the search nor the baselines have a point"),
         (one_trial_run(), "There is no baseline to compare with."),
         (limited([original(), trial(1, 0.899, 0.4)], max_latency_ms=0.5), "No baseline is within 1.0 point"),
     ],

@@ -12,7 +12,17 @@ from strategies import EVERY_PAIR, OFFERED, policies, seeds, space_of, toy_anato
 from nightpress.spaces.anatomy import Group, kept_channels
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
-from nightpress.spaces.policy import FP32, INT8, Distill, FineTune, LayerBits, Policy, digest
+from nightpress.spaces.policy import (
+    FP32,
+    INT8,
+    Distill,
+    FineTune,
+    LayerBits,
+    Policy,
+    digest,
+    policy_from_json,
+    policy_to_json,
+)
 from nightpress.spaces.space import (
     ALPHA,
     LEARNING_RATE,
@@ -250,10 +260,7 @@ def test_the_canonical_form_makes_the_same_network(policy: Policy) -> None:
 def test_a_canonical_policy_is_unchanged_by_its_file(policy: Policy) -> None:
     once = canonical(policy, ANATOMY)
 
-    assert space_of(ANATOMY).sample(Answers(SPACE.params(once) | _IN_RANGE)).prune == once.prune
-
-
-_IN_RANGE = {"distill.alpha": 0.5, "distill.temperature": 3.0, "finetune.learning_rate": 0.02}
+    assert policy_from_json(policy_to_json(once), "p.json") == once
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,7 @@ _IN_RANGE = {"distill.alpha": 0.5, "distill.temperature": 3.0, "finetune.learnin
         ({"prune": {"stem": 0.25}}, {"prune": {"stem": 0.28}}),
         ({"prune": {"stem": 0.01}}, {}),
         ({"prune": {"stem": 0.0}, "bits": {"stem": FP32}}, {}),
-        # 16-bit and 8-bit activations beside fp32 weights are both fp32.
+        # Beside fp32 weights no activations are quantised.
         ({"bits": {"stem": LayerBits(weights=32, activations=8)}}, {}),
         # What is said of a removed block is not heard.
         ({"removed_blocks": ("one",), "prune": {"one.a": 0.5}, "bits": {"one.b": INT8}}, {"removed_blocks": ("one",)}),

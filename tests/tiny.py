@@ -19,17 +19,14 @@ from nightpress.cli import main
 from nightpress.cli.config import load_config
 from nightpress.evaluators import Task
 from nightpress.evaluators.inspect import inspect
-from nightpress.evaluators.latency.features import features
-from nightpress.evaluators.latency.predictor import fit
-from nightpress.evaluators.latency.profile import Point, Profile, profile_to_dict
-from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.latency.measure import REFERENCE, Timer, Timing
+from nightpress.evaluators.latency.profile import calibrate, profile_to_dict
+from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
 from nightpress.search.night import resolved_config
 from nightpress.search.prepare import space_of
 from nightpress.spaces.anatomy import Anatomy
-from nightpress.spaces.plan import plan
-from nightpress.spaces.policy import Policy
 
 TASK = '''"""Which quarter of an 8x8 picture is bright: a residual network of three convolutions."""
 
@@ -168,27 +165,30 @@ def anatomy_of(task_file: Path, function: str = "build") -> tuple[Task, Anatomy,
     return task, inspect(task, step_of=target.channel_step)[0], target
 
 
+class FormulaTimer(Timer):
+    """Times models by the size of their files, so that a profile needs no quiet machine."""
+
+    def __init__(self) -> None:
+        self.target = Target()
+
+    def time(
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
+    ) -> dict[str, Timing]:
+        del least_rounds, most_rounds
+        files = {**models, REFERENCE: reference} if reference is not None else {**models}
+        latency_ms = {key: 0.01 + path.stat().st_size / 1e7 for key, path in files.items()}
+        return {
+            key: Timing(windows_ms=(value, value), reference_ms=latency_ms.get(REFERENCE))
+            for key, value in latency_ms.items()
+        }
+
+
 def write_profile(path: Path, anatomy: Anatomy, **keys: Any) -> Path:
     """A profile for this device as calibration writes it, its latencies by a formula; ``keys`` replace entries."""
-    target = Target()
-    space = space_of(anatomy, RunConfig(task="tiny", base=None, out=path, target=target))
+    space = space_of(anatomy, RunConfig(task="tiny", base=None, out=path))
     generator = np.random.default_rng(0)
     policies = [space.random(generator) for _ in range(12)]
-
-    def milliseconds(policy: Policy) -> float:
-        return 0.01 + plan(anatomy, policy).macs / 2e7
-
-    points = tuple(
-        Point(policy=policy, latency_ms=milliseconds(policy), halves_ms=(milliseconds(policy), milliseconds(policy)),
-              repeat_error=0.01, size_bytes=50_000)
-        for policy in policies
-    )  # fmt: skip
-    terms = np.stack([features(plan(anatomy, policy)) for policy in policies])
-    profile = Profile(
-        model=anatomy.digest, target=target, device=fingerprint(target), points=points, seconds=1.0, date="2026-01-31",
-        reference_ms=milliseconds(Policy(model=anatomy.digest)), reference_repeat_error=0.01,
-        predictor=fit(terms, np.array([point.latency_ms for point in points])),
-    )  # fmt: skip
+    profile = calibrate(anatomy, policies, Target(), timer=FormulaTimer())
     path.write_text(json.dumps({**profile_to_dict(profile), **keys}))
     return path
 

@@ -34,6 +34,30 @@ def features(plan: Plan) -> NDArray[np.float64]:
     return amounts
 
 
+def payload_bytes(plan: Plan) -> int:
+    """Bytes of all weights, scales and biases of the exported file; names and nodes come on top."""
+    total = 0
+    for planned in plan.ops:
+        if not planned.weight_count:
+            continue
+        cout = planned.shape[-1] if planned.op.kind == "linear" else planned.shape[0]
+        stored = planned.bits.weights < 32
+        total += planned.weight_count * (1 if stored else 4) + 4 * cout  # the bias
+        total += 5 * cout if stored else 0  # scale and zero point of each channel
+        total += 8 * cout if planned.int8 else 0  # those of the integer bias
+    return total
+
+
+def structure(plan: Plan) -> NDArray[np.float64]:
+    """Counts that the rest of the file grows with, shape (5,): the file, operations, layers stored as integers,
+    layers that run on integers, quantised tensors."""
+    layers = [planned for planned in plan.ops if planned.weight_count]
+    return np.array(
+        [1, len(plan.ops), sum(p.bits.weights < 32 for p in layers), sum(p.int8 for p in layers), len(plan.quantised)],
+        dtype=np.float64,
+    )
+
+
 def _terms(planned: PlannedOp) -> list[tuple[str, float]]:
     kind, elements = planned.op.kind, math.prod(planned.shape)
     if kind in _FREE:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .features import features
+from .features import features, payload_bytes, structure
 from .measure import REFERENCE, Timer, Timing, measure_policies
 from .predictor import Predictor, fit
 from .target import Fingerprint, Target, fingerprint, target_from_dict, target_to_dict
@@ -46,11 +47,17 @@ class Profile:
     seconds: float
     date: str
     predictor: Predictor
+    overheads: NDArray[np.float64]
+    """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
 
     def predict(self, planned: Plan) -> tuple[float, float, float]:
         """Latency of a plan and the ends of its 90 % interval, in ms."""
         latency, low, high = self.predictor.predict(features(planned))[0]
         return float(latency), float(low), float(high)
+
+    def predict_size(self, planned: Plan) -> int:
+        """Bytes of the exported file: the payload exactly, nodes and names by a fit to the files of the calibration."""
+        return payload_bytes(planned) + round(float(structure(planned) @ self.overheads))
 
     def truth_repeat(self) -> dict[str, float]:
         """How well two independent measurements of the same policy agree: the error no predictor can beat."""
@@ -78,6 +85,7 @@ def calibrate(
         reference_repeat_error=timings[REFERENCE].repeat_error,
         points=points,
         predictor=_fitted(anatomy, points),
+        overheads=_overheads(anatomy, points),
         seconds=time.perf_counter() - start,
         date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
@@ -158,7 +166,7 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) ->
     return Profile(
         model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
-        date=str(data["date"]), predictor=_fitted(anatomy, points),
+        date=str(data["date"]), predictor=_fitted(anatomy, points), overheads=_overheads(anatomy, points),
     )  # fmt: skip
 
 
@@ -172,3 +180,10 @@ def _point(policy: Policy, timing: Timing, size_bytes: int) -> Point:
 def _fitted(anatomy: Anatomy, points: Sequence[Point]) -> Predictor:
     terms = np.stack([features(plan(anatomy, p.policy)) for p in points])
     return fit(terms, np.array([p.latency_ms for p in points]))
+
+
+def _overheads(anatomy: Anatomy, points: Sequence[Point]) -> NDArray[np.float64]:
+    """Least squares on what the files hold beside their payload."""
+    plans = [plan(anatomy, p.policy) for p in points]
+    rest = np.array([p.size_bytes - payload_bytes(planned) for p, planned in zip(points, plans, strict=True)])
+    return np.linalg.lstsq(np.stack([structure(planned) for planned in plans]), rest, rcond=None)[0]

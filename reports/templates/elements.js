@@ -44,7 +44,7 @@ function build(parent, tag, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) parent.setAttribute(name, value);
   }
-  parent.innerHTML = children[0]; parent.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  parent.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
   return parent;
 }
 const el = (tag, attributes = {}, ...children) =>

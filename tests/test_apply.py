@@ -1,0 +1,398 @@
+"""From a policy to a module, to ONNX, to ONNX Runtime: the same network at every step."""
+
+import copy
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from onnx import numpy_helper
+from strategies import (
+    EVERY_PAIR,
+    OFFERED,
+    Residual,
+    Tiny,
+    compressor_of,
+    images,
+    seeded,
+    seeds,
+    space_of,
+    state_after,
+    task_of,
+    tiny,
+)
+from torch import Tensor, fx, nn
+
+from nightpress.evaluators.apply import Compressor
+from nightpress.evaluators.bake import bake
+from nightpress.evaluators.data import Arrays
+from nightpress.evaluators.evaluate import write_onnx
+from nightpress.evaluators.latency.target import Target
+from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
+from nightpress.evaluators.quality import Compute, Trainer
+from nightpress.evaluators.quantise import weight_scales
+from nightpress.evaluators.runtime import Session, bits_used, check_bits, optimised_graph
+from nightpress.spaces.plan import Plan, plan
+from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
+from nightpress.spaces.space import uniform
+
+ANATOMY = tiny().anatomy
+SPACE = space_of(ANATOMY)
+PLAIN = Policy(model=ANATOMY.digest)
+DISABLED = Target().disabled_optimizers
+
+
+def random(seed: int) -> Policy:
+    return SPACE.random(np.random.default_rng(seed))
+
+
+def group_of(layer: str) -> str:
+    return next(g.name for g in ANATOMY.groups if layer in g.layers)
+
+
+def bit_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def outputs(module: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(inputs)
+
+
+def prepared(made: Compressor, policy: Policy, inputs: Tensor) -> tuple[fx.GraphModule, Plan]:
+    """A policy applied, with statistics and quantiser ranges from the inputs."""
+    module, planned = made.apply(policy)
+    data = Arrays(inputs, torch.zeros(len(inputs), dtype=torch.int64))
+    Trainer(task_of(made.traced, inputs), data, Compute(), seed=0).reestimate(module)
+    return module, planned
+
+
+def exported(module: fx.GraphModule, planned: Plan, policy: Policy, folder: Path) -> Path:
+    path = folder / f"{digest(policy)}.onnx"
+    write_onnx(module, planned, policy, path)
+    return path
+
+
+def session(path: Path) -> Session:
+    return Session(path, threads=1, disabled_optimizers=DISABLED)
+
+
+def relative_error(given: Tensor, expected: Tensor) -> float:
+    return float((given - expected).norm() / expected.norm())
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))
+
+
+# The same policy, the same bits
+
+
+@settings(max_examples=10)
+@given(seeds(), seeds())
+def test_a_policy_gives_the_same_bits_whatever_came_between(seed: int, between: int) -> None:
+    first, _ = tiny().apply(random(seed))
+    other, _ = tiny().apply(random(between))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(7.0)  # as training would
+
+    again, _ = tiny().apply(random(seed))
+
+    assert bit_equal(first.state_dict(), again.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_policy_gives_the_same_bits_in_another_process() -> None:
+    chosen = [replace(random(seed), importance=importance) for seed, importance in ((1, "l2"), (2, "l1"), (3, "bn"))]
+
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = [{k: torch.from_numpy(v) for k, v in found.items()} for found in pool.map(state_after, chosen)]
+
+    for policy, found in zip(chosen, there, strict=True):
+        assert bit_equal(found, tiny().apply(policy)[0].state_dict())
+
+
+def test_applying_leaves_the_given_model_alone() -> None:
+    made = compressor_of(task_of(seeded(Tiny)))
+    before = copy.deepcopy(made.traced.state_dict())
+    nodes = [node.name for node in made.traced.graph.nodes]
+
+    for seed in range(3):
+        made.apply(random(seed))
+
+    assert bit_equal(before, made.traced.state_dict())
+    assert [node.name for node in made.traced.graph.nodes] == nodes
+
+
+def test_an_empty_policy_gives_the_given_outputs() -> None:
+    module, _ = tiny().apply(PLAIN)
+
+    assert torch.equal(outputs(module, images(4)), outputs(seeded(Tiny), images(4)))
+
+
+@settings(max_examples=10)
+@given(seeds())
+def test_a_shell_takes_what_a_policy_left(seed: int) -> None:
+    module, planned = tiny().apply(random(seed))
+    shell, same = tiny().shell(random(seed))
+
+    shell.load_state_dict(module.state_dict())
+
+    assert same == planned
+    assert torch.equal(outputs(shell, images(4)), outputs(module, images(4)))
+
+
+# What stays, and what may train
+
+
+@pytest.mark.parametrize("choices", [{}, {"prune": {"one.conv1": 0.5}}, {"bits": {"stem.0": INT8}}])
+def test_frozen_parameters_stay_frozen(choices: dict[str, object]) -> None:
+    network = seeded(Tiny)
+    for parameter in network.get_submodule("stem").parameters():
+        parameter.requires_grad_(False)
+    made = compressor_of(task_of(network))
+
+    module, _ = made.apply(replace(PLAIN, model=made.anatomy.digest, **choices))
+
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    assert {name for name, trains in trained.items() if not trains} == {
+        "stem.0.weight", "stem.0.bias", "stem.1.weight", "stem.1.bias",
+    }  # fmt: skip
+    assert [p.requires_grad for p in network.parameters()] == [p.requires_grad for p in made.traced.parameters()]
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "bn"])
+def test_the_weakest_channels_go(importance: str) -> None:
+    network = seeded(Tiny)
+    block = network.get_submodule("one")
+    weak = [1, 5, 6, 20]
+    with torch.no_grad():
+        for name in ("conv1.weight", "bn1.weight", "bn1.bias"):
+            block.get_parameter(name)[weak] *= 1e-3
+        block.get_parameter("conv2.weight")[:, weak] *= 1e-3
+    made = compressor_of(task_of(network))
+
+    module, _ = made.apply(Policy(model=made.anatomy.digest, prune={"one.conv1": 4 / 24}, importance=importance))
+
+    stays = [i for i in range(24) if i not in weak]
+    assert torch.equal(module.get_parameter("one.conv1.weight"), block.get_parameter("conv1.weight")[stays])
+    assert torch.equal(module.get_parameter("one.conv2.weight"), block.get_parameter("conv2.weight")[:, stays])
+    assert relative_error(outputs(module, images(8)), outputs(network, images(8))) < 1e-2
+
+
+def test_batch_norm_importance_ranks_by_magnitude_where_there_is_no_batch_norm() -> None:
+    hidden = Policy(model=ANATOMY.digest, prune={group_of("hidden"): 0.5})
+
+    by_norm, _ = tiny().apply(replace(hidden, importance="bn"))
+    by_magnitude, _ = tiny().apply(replace(hidden, importance="l2"))
+
+    assert bit_equal(by_norm.state_dict(), by_magnitude.state_dict())
+
+
+@pytest.mark.parametrize(
+    "removed", [("one",), ("two",), ("three",), ("one", "two"), ("two", "one"), ("one", "two", "three")]
+)
+def test_removed_blocks_are_replaced_by_nothing(removed: tuple[str, ...]) -> None:
+    network = seeded(Tiny)
+    expected = copy.deepcopy(network)
+    for name in removed:
+        setattr(expected, name, nn.Identity())
+
+    module, planned = tiny().apply(replace(PLAIN, removed_blocks=removed))
+
+    assert torch.equal(outputs(module, images(4)), outputs(expected, images(4)))
+    assert {name.split(".")[0] for name in module.state_dict()}.isdisjoint(removed)
+    assert {p.op.name for p in planned.ops} <= {node.name for node in module.graph.nodes}
+
+
+def test_the_only_layers_on_a_grid_are_those_that_the_policy_names() -> None:
+    module, _ = tiny().apply(replace(PLAIN, bits={"one.conv1": LayerBits(weights=4), "head": INT8}))
+
+    changed = {name for name, layer in module.named_modules() if hasattr(layer, "weight_bits")}
+    assert changed == {"one.conv1", "head"}
+    assert list(module.state_dict())[:8] == list(seeded(Tiny).state_dict())[:8]
+
+
+# In ONNX Runtime
+
+
+def check_export(made: Compressor, policy: Policy, inputs: Tensor, folder: Path) -> None:
+    """Export, run, and compare with the fake-quantised module; every layer runs as the policy says."""
+    module, planned = prepared(made, policy, inputs)
+    simulated = outputs(module, inputs)
+    path = exported(module, planned, policy, folder)
+
+    run = session(path).outputs(inputs)
+
+    if planned.quantised:
+        assert cosine(run, simulated) >= 0.99
+    else:
+        assert relative_error(run, simulated) < 1e-4
+    used = bits_used(path, planned, DISABLED)
+    assert used == {p.op.module: "int8" if p.int8 else "fp32" for p in planned.ops if p.weight_count}
+    check_bits(used, planned)
+
+
+@pytest.mark.slow
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seeds())
+def test_the_runtime_computes_what_was_simulated(tmp_path: Path, seed: int) -> None:
+    check_export(tiny(), random(seed), images(16), tmp_path)
+
+
+@pytest.mark.parametrize("bits", OFFERED)
+def test_the_runtime_computes_every_pair_of_widths(tmp_path: Path, bits: LayerBits) -> None:
+    check_export(tiny(), uniform(ANATOMY, width=0.75, bits=bits), images(16), tmp_path)
+
+
+@cache
+def of_torchvision(name: str) -> Compressor:
+    """With random weights, for inputs of 64×64."""
+    return compressor_of(task_of(seeded(lambda: torchvision.models.get_model(name)), images(8, side=64)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bits", ["fp32", "int8", "mixed"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_torchvision_model_survives_a_joint_policy(name: str, bits: str, tmp_path: Path) -> None:
+    made = of_torchvision(name)
+    policy = space_of(made.anatomy).random(np.random.default_rng(5))
+    if bits != "mixed":
+        pair = FP32 if bits == "fp32" else INT8
+        policy = replace(policy, bits={layer.name: pair for layer in made.anatomy.layers})
+    blocks = {block.name for block in made.anatomy.blocks}
+    policy = replace(policy, removed_blocks=tuple(sorted(blocks)[:2]))
+
+    check_export(made, policy, images(8, side=64), tmp_path)
+
+
+@pytest.mark.parametrize("weights", [2, 3, 4, 8])
+@pytest.mark.parametrize("activations", [8, 32])
+def test_the_integers_of_the_file_are_those_that_training_saw(weights: int, activations: int, tmp_path: Path) -> None:
+    policy = uniform(ANATOMY, width=0.75, bits=LayerBits(weights=weights, activations=activations))
+    module, planned = prepared(tiny(), policy, images(16))
+
+    path = exported(module, planned, policy, tmp_path)
+
+    initializers = {i.name: numpy_helper.to_array(i) for i in onnx.load(str(path)).graph.initializer}
+    for p in planned.ops:
+        if not p.weight_count or p.op.module is None:
+            continue
+        weight = module.get_parameter(f"{p.op.module}.weight").detach()
+        scales = weight_scales(weight, weights)
+        grid = torch.round(weight / scales.reshape(-1, *[1] * (weight.dim() - 1)))
+        if p.op.norm is not None:  # a negative scale of the batch norm turns the channel's signs
+            turned = module.get_parameter(f"{p.op.norm}.weight").detach() < 0
+            assert p.op.module == "stem.0" or not p.op.module.startswith("stem") or turned.any()
+            grid[turned] *= -1
+        integers = initializers[f"{p.op.name}.weight.q"]
+        assert integers.dtype == np.int8
+        assert abs(integers).max() == 2 ** (weights - 1) - 1
+        np.testing.assert_array_equal(integers, grid.numpy())
+
+
+@pytest.mark.parametrize("weakness", ["scale of the batch norm", "weights"])
+def test_a_channel_without_weights_keeps_its_bias_in_integers(weakness: str, tmp_path: Path) -> None:
+    """Its bias is many steps of a vanishing scale: more than 32 bits hold."""
+    network = seeded(Tiny)
+    with torch.no_grad():
+        dead = network.get_parameter("stem.1.weight" if weakness != "weights" else "stem.0.weight")
+        dead[:8] = 0
+        network.get_parameter("stem.1.bias")[:8] = 3.0
+    made = compressor_of(task_of(network))
+
+    check_export(made, uniform(made.anatomy, width=1, bits=INT8), images(16), tmp_path)
+
+
+def test_a_file_takes_batches_of_any_size(tmp_path: Path) -> None:
+    module, planned = tiny().apply(PLAIN)
+    run = session(exported(module, planned, PLAIN, tmp_path))
+
+    together = run.outputs(images(70))
+
+    assert together.shape == (70, 5)
+    torch.testing.assert_close(together[:1], run.outputs(images(70)[:1]))
+
+
+def test_a_file_names_its_policy_and_model(tmp_path: Path) -> None:
+    module, planned = tiny().apply(PLAIN)
+
+    written = onnx.load(str(exported(module, planned, PLAIN, tmp_path)))
+
+    assert {entry.key: entry.value for entry in written.metadata_props} == {
+        "nightpress.model": ANATOMY.digest, "nightpress.policy": digest(PLAIN),
+    }  # fmt: skip
+
+
+@settings(max_examples=10)
+@given(seeds())
+def test_the_graph_that_is_timed_is_the_graph_that_ships(seed: int) -> None:
+    policy = random(seed)
+    module, planned = prepared(tiny(), policy, images(4))
+
+    ships = onnx.load_from_string(build_onnx(planned, bake(module, planned)))
+    timed = onnx.load_from_string(build_onnx(planned, random_tensors(planned)))
+
+    assert [(n.op_type, n.name, list(n.input)) for n in ships.graph.node] == [
+        (n.op_type, n.name, list(n.input)) for n in timed.graph.node
+    ]
+    assert {(i.name, i.data_type, tuple(i.dims)) for i in ships.graph.initializer} == {
+        (i.name, i.data_type, tuple(i.dims)) for i in timed.graph.initializer
+    }
+
+
+def test_a_layer_that_does_not_run_as_the_policy_says_is_named(tmp_path: Path) -> None:
+    policy = uniform(ANATOMY, width=1, bits=INT8)
+    module, planned = prepared(tiny(), policy, images(4))
+    path = exported(module, planned, policy, tmp_path)
+    intended = plan(ANATOMY, replace(policy, bits={**policy.bits, "one.conv2": FP32}))
+
+    used = bits_used(path, intended, DISABLED)
+
+    with pytest.raises(
+        ValueError, match=r"^layer one\.conv2 was to run in fp32, but the runtime runs it in int8$"
+    ):
+        check_bits(used, intended)
+    with pytest.raises(ValueError, match=r"^layer stem\.0 was to run in int8, but the runtime runs it in fp32$"):
+        check_bits(dict.fromkeys(used, "fp32"), planned)
+    with pytest.raises(ValueError, match=r"but the runtime runs it in unknown$"):
+        check_bits(dict.fromkeys(used, "unknown"), planned)
+
+
+def test_an_optimiser_that_quantises_on_its_own_is_noticed(tmp_path: Path) -> None:
+    """Why the target disables one: beside integer neighbours it turns fp32 layers into INT8."""
+    bits = {layer.name: INT8 for layer in ANATOMY.layers if layer.name != "one.conv2"}
+    policy = replace(PLAIN, bits=bits)
+    module, planned = prepared(tiny(), policy, images(4))
+    path = exported(module, planned, policy, tmp_path)
+
+    check_bits(bits_used(path, planned, DISABLED), planned)
+
+    assert all(node.op_type != "QLinearConv" or "one_conv2" not in node.name for node in optimised_graph(path, DISABLED).graph.node)
+
+
+def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(b"not a model")
+
+    with pytest.raises(RuntimeError, match=r"^ONNX Runtime cannot load broken\.onnx: [^\n]*$"):
+        session(path)
+
+
+def test_weights_that_are_not_finite_are_refused_by_layer() -> None:
+    module, planned = tiny().apply(PLAIN)
+    with torch.no_grad():
+        module.get_parameter("one.conv2.weight")[0] = float("nan")
+
+    with pytest.raises(ValueError, match=r"^the weights of one\.conv2 are not finite$"):
+        bake(module, planned)
