@@ -6,7 +6,6 @@ from . import night, parts
 
 app = typer.Typer(
     name="nightpress",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

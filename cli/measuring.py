@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..evaluators.apply import compressor
@@ -53,9 +54,10 @@ def apply_to_file(task: Task, anatomy: Anatomy, policy: Policy, out: Path, weigh
         module, planned = engine.shell(policy)
         try:
             module.load_state_dict(load_file(weights))
-        except (OSError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"{weights}: not the weights of this policy: {first}.") from None
+        except (OSError, RuntimeError, SafetensorError) as error:
+            lines = str(error).strip().splitlines()  # torch says what is wrong below a headline
+            reason = lines[min(1, len(lines) - 1)].strip().rstrip(".")
+            raise InputError(f"{weights}: not the weights of this policy: {reason}.") from None
     try:
         if out.suffix == ".safetensors":
             save_file({k: v.contiguous() for k, v in module.state_dict().items()}, out)

@@ -80,12 +80,13 @@ def front_info(run: RunRecord) -> FrontInfo:
     )
     best = [dot for dot in dots if dot.on_front]
     corners = pareto.non_dominated([(dot.latency_ms, -dot.accuracy) for dot in best])
-    shown = _in_focus(dots)
+    labels = _labels(run)
+    shown = _in_focus(dots, {number for number, _ in labels})
     x_range, logarithmic = _latency_range([dot.latency_ms for dot in shown], allowed.max_latency_ms)
     return FrontInfo(
         dots=dots,
         line=tuple(sorted((best[i].latency_ms, best[i].accuracy) for i in corners)),
-        labels=_labels(run),
+        labels=labels,
         limits=allowed,
         x_range=x_range,
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
@@ -134,10 +135,10 @@ def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
     )
 
 
-def _in_focus(dots: Sequence[Dot]) -> list[Dot]:
-    """Dots that the picture shows at first: what is near the best accuracy, and all of the front."""
+def _in_focus(dots: Sequence[Dot], named: set[int]) -> list[Dot]:
+    """Dots that the picture shows at first: what is near the best accuracy, and what has a name in it."""
     floor = max((dot.accuracy for dot in dots), default=0.0) - FOCUS
-    return [dot for dot in dots if dot.accuracy >= floor or dot.on_front]
+    return [dot for dot in dots if dot.accuracy >= floor or dot.trial in named]
 
 
 def _latency_range(values: list[float], limit: float | None) -> tuple[tuple[float, float], bool]:
@@ -157,7 +158,9 @@ def _accuracy_range(values: list[float]) -> tuple[float, float]:
         return (0.0, 1.0)
     low, high = min(values), max(values)
     margin = max(0.08 * (high - low), 0.01)
-    return (max(0.0, low - margin), min(1.0, high + margin) if high <= 1 else high + margin)
+    # A perfect model is drawn whole, but there is no tick above 100 %.
+    top = high + margin if high + margin < 1 or high > 1 else 1 + 0.12 * margin
+    return (max(0.0, low - margin), top)
 
 
 def front_text(info: FrontInfo) -> str:
@@ -175,8 +178,8 @@ def front_text(info: FrontInfo) -> str:
     beyond = sum(not dot.within for dot in info.dots)
     if beyond and on_front:
         said.append(f"{counted(beyond, 'point')} {'is' if beyond == 1 else 'are'} beyond the limits (shaded, pale).")
-    if any(dot.kind == "predicted" for dot in info.dots) and verified:
-        said.append("Hollow points are what the search saw: predicted latency, search split.")
+    if verified and not all(dot.verified for dot in info.dots):
+        said.append("Hollow points were not exported: they stand where the search saw them, on its own split.")
     if info.outside:
         said.append(f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all).")
     if info.left_out:

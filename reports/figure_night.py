@@ -85,7 +85,7 @@ class NoiseSample(NamedTuple):
     """One look at the uncompressed model's latency; ``repeat_error`` is a share."""
 
     time: str
-    hours: float | None
+    seconds: float | None
     phase: str
     reference_ms: float
     repeat_error: float | None
@@ -105,11 +105,11 @@ def noise_info(run: RunRecord) -> NoiseInfo:
         if known.get("reference_ms") is None:
             continue
         moment = seconds_since_epoch(known.get("time"))
-        hours = (moment - start) / 3600 if moment is not None and start is not None else None
+        seconds = moment - start if moment is not None and start is not None else None
         samples.append(
             NoiseSample(
                 local_time(known.get("time")),
-                hours,
+                seconds,
                 str(known.get("phase") or ""),
                 float(known["reference_ms"]),
                 known.get("repeat_error"),
@@ -147,12 +147,13 @@ def _wandering(values: list[float]) -> str:
 
 def noise_figure(info: NoiseInfo) -> "Figure":
     """Draw the reference's latency; samples that did not repeat in red."""
-    timed = all(sample.hours is not None for sample in info.samples)
-    figure = blank(
-        "hours since the start" if timed else "measurement", "uncompressed model, ms", height=300, margin_b=52
-    )
+    moments = [sample.seconds for sample in info.samples if sample.seconds is not None]
+    timed = len(moments) == len(info.samples)
+    unit, factor = _time_unit(max(moments, default=0.0))
+    x_title = f"{unit} since the start" if timed else "measurement"
+    figure = blank(x_title, "uncompressed model, ms", height=300, margin_b=52)
     figure.add_scatter(
-        x=[sample.hours if timed else i + 1 for i, sample in enumerate(info.samples)],
+        x=[moment / factor for moment in moments] if timed else list(range(1, len(info.samples) + 1)),
         y=[sample.reference_ms for sample in info.samples],
         error_y={
             "type": "data",

@@ -18,6 +18,7 @@ from .front import (
     shrinkage,
     speedup,
     uncompressed,
+    verified_any,
 )
 from .text import UNKNOWN, accuracy, counted, local_time, milliseconds, plain, size, times, title
 from .verdict import doubts, findings, finished
@@ -98,8 +99,11 @@ def facts(run: RunRecord) -> list[str]:
     """The line below the title."""
     said = [str(run.config["task"])] if run.config.get("task") else []
     target: Mapping[str, Any] = run.target or {}
-    if target.get("runtime"):
-        said.append(str(target["runtime"]))
+    device: Mapping[str, Any] = target.get("target") or target
+    if device.get("runtime"):
+        said.append(str(device["runtime"]))
+    if device.get("threads"):
+        said.append(counted(int(device["threads"]), "thread"))
     if run.state.get("host"):
         said.append(str(run.state["host"]))
     if run.state.get("started"):
@@ -114,6 +118,8 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
     note = (struck and f"struck out: {struck}") or trial.reason or ""
     if not note and found is not None:
         note = "; ".join(breaches(limits(run), found))
+    if not note and trial.verified is None and verified_any(run):
+        note = "not exported: search split, not compared"
     return TableRow(
         trial=trial.number,
         name=title(trial),
@@ -158,6 +164,8 @@ def approval_row(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
 
 

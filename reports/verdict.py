@@ -124,7 +124,7 @@ def _against_baselines(run: RunRecord) -> list[str]:
             said.append(f"The search beat the uniform baselines: {gain}.")
         elif search > uniform:
             said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
-        elif search == 0:
+        elif search == uniform == 0:
             said.append("Neither the search nor the baselines have a point that beats the reference point.")
         else:
             said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")

@@ -106,8 +106,9 @@ class JsonLog(logging.Handler):
 def read_run(path: Path) -> RunRecord:
     """A run from its folder. Raises InputError when the folder is not one of a run."""
     folder = RunFolder(path)
-    if not (path / CONFIG).is_file():
-        raise InputError(f"{path}: not a run folder: it has no {CONFIG}.")
+    missing = next((name for name in (CONFIG, STATE) if not (path / name).is_file()), None)
+    if missing is not None:
+        raise InputError(f"{path}: not a run folder: it has no {missing}.")
     import yaml
 
     config = yaml.safe_load((path / CONFIG).read_text())

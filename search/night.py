@@ -205,7 +205,7 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
             raise InputError(f"{path}: not a run folder, so there is nothing to resume: it has no {CONFIG}.")
         _check_same(yaml.safe_load(written.read_text()), resolved, path)
         return RunFolder(path)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: the run folder exists already; choose another out, or go on with --resume.")
     try:
         path.mkdir(parents=True, exist_ok=True)

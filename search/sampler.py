@@ -59,7 +59,13 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
 def make_sampler(name: str, seed: int, trials: int, space: Space, costs: Costs) -> optuna.samplers.BaseSampler:
     """A sampler by its name in the config. ``trials`` (finished so far) moves the seed, because a resumed
     sampler with the same seed would repeat its draws."""
-    seed += trials
+    with warnings.catch_warnings():
+        # Optuna calls these interfaces experimental; the tests of this project hold them.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return _sampler(name, seed + trials, space, costs)
+
+
+def _sampler(name: str, seed: int, space: Space, costs: Costs) -> optuna.samplers.BaseSampler:
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=24)
     if name == "nsga3":

@@ -17,6 +17,8 @@ FOLLOWERS = frozenset({"add", "mul", "cat", "max_pool", "avg_pool", "global_pool
 SAME_GRID = frozenset({"max_pool", "flatten"})
 # Fused into the integer kernel before them: the runtime drops a ReLU whose zero point is the lowest integer.
 FUSED_ACTIVATIONS = frozenset({"relu", "relu6"})
+# The runtime fuses an fp32 linear layer with these rather than run it on integers.
+LINEAR_ACTIVATIONS = FUSED_ACTIVATIONS | {"sigmoid", "hardsigmoid"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,8 @@ def _quantised(
     for op in live:
         if op.kind in WEIGHTED and bits[op.name].int8:
             needed.add(inputs[op.name][0])
-            if op.kind == "conv":  # an integer convolution must requantise; QGemm may return fp32
+            # An integer convolution must requantise; QGemm may return fp32, but not to such an activation.
+            if op.kind == "conv" or any(user.kind in LINEAR_ACTIVATIONS for user in consumers[op.name]):
                 needed.add(landing(op.name))
     grids: dict[str, str] = {}
     for op in live:

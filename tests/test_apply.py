@@ -17,7 +17,6 @@ from onnx import numpy_helper
 from strategies import (
     EVERY_PAIR,
     OFFERED,
-    Residual,
     Tiny,
     compressor_of,
     images,
@@ -38,7 +37,7 @@ from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.evaluators.quality import Compute, Trainer
 from nightpress.evaluators.quantise import weight_scales
-from nightpress.evaluators.runtime import Session, bits_used, check_bits, optimised_graph
+from nightpress.evaluators.runtime import Session, bits_used, check_bits
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform
@@ -235,6 +234,8 @@ def check_export(made: Compressor, policy: Policy, inputs: Tensor, folder: Path)
 
     if planned.quantised:
         assert cosine(run, simulated) >= 0.99
+        # What the inputs have in common would hide much.
+        assert cosine(run - run.mean(0), simulated - simulated.mean(0)) >= 0.97
     else:
         assert relative_error(run, simulated) < 1e-4
     used = bits_used(path, planned, DISABLED)
@@ -254,10 +255,37 @@ def test_the_runtime_computes_every_pair_of_widths(tmp_path: Path, bits: LayerBi
     check_export(tiny(), uniform(ANATOMY, width=0.75, bits=bits), images(16), tmp_path)
 
 
+ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Hardswish]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_layer_before_any_activation_runs_as_the_policy_says(
+    activation: type[nn.Module], kind: str, tmp_path: Path
+) -> None:
+    first = [nn.Flatten(), nn.Linear(192, 16)] if kind == "linear" else [nn.Conv2d(3, 8, 3, stride=2)]
+    last = [nn.Linear(16, 5)] if kind == "linear" else [nn.Conv2d(8, 5, 3), nn.Flatten()]
+    made = compressor_of(task_of(seeded(lambda: nn.Sequential(*first, activation(), *last))))
+    layers = [layer.name for layer in made.anatomy.layers]
+
+    for quantised in ([layers[0]], [layers[1]], layers):
+        policy = Policy(model=made.anatomy.digest, bits=dict.fromkeys(quantised, INT8))
+        check_export(made, policy, images(16), tmp_path)
+
+
 @cache
 def of_torchvision(name: str) -> Compressor:
-    """With random weights, for inputs of 64×64."""
-    return compressor_of(task_of(seeded(lambda: torchvision.models.get_model(name)), images(8, side=64)))
+    """With random weights, for inputs of 64×64.
+
+    A deep network of random weights is chaotic: one integer that is rounded the other way grows from layer to
+    layer until the output is another. Shifts that keep most activations above 0 calm it.
+    """
+    network = seeded(lambda: torchvision.models.get_model(name))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.ones_(module.bias)
+    return compressor_of(task_of(network, images(8, side=64)))
 
 
 @pytest.mark.slow
@@ -293,7 +321,6 @@ def test_the_integers_of_the_file_are_those_that_training_saw(weights: int, acti
         grid = torch.round(weight / scales.reshape(-1, *[1] * (weight.dim() - 1)))
         if p.op.norm is not None:  # a negative scale of the batch norm turns the channel's signs
             turned = module.get_parameter(f"{p.op.norm}.weight").detach() < 0
-            assert p.op.module == "stem.0" or not p.op.module.startswith("stem") or turned.any()
             grid[turned] *= -1
         integers = initializers[f"{p.op.name}.weight.q"]
         assert integers.dtype == np.int8
@@ -370,15 +397,15 @@ def test_a_layer_that_does_not_run_as_the_policy_says_is_named(tmp_path: Path) -
 
 
 def test_an_optimiser_that_quantises_on_its_own_is_noticed(tmp_path: Path) -> None:
-    """Why the target disables one: beside integer neighbours it turns fp32 layers into INT8."""
-    bits = {layer.name: INT8 for layer in ANATOMY.layers if layer.name != "one.conv2"}
+    """Why targets disable one: beside integer neighbours it turns layers into INT8 that were to stay in fp32."""
+    bits = {layer.name: INT8 for layer in ANATOMY.layers if layer.name != "three.conv2"}
     policy = replace(PLAIN, bits=bits)
     module, planned = prepared(tiny(), policy, images(4))
     path = exported(module, planned, policy, tmp_path)
 
     check_bits(bits_used(path, planned, DISABLED), planned)
-
-    assert all(node.op_type != "QLinearConv" or "one_conv2" not in node.name for node in optimised_graph(path, DISABLED).graph.node)
+    with pytest.raises(ValueError, match=r"^layer three\.conv2 was to run in fp32, but the runtime runs it in int8$"):
+        check_bits(bits_used(path, planned, ()), planned)
 
 
 def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:

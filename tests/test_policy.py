@@ -182,7 +182,7 @@ def test_a_file_that_is_no_policy_of_this_schema_is_refused(text: str, message: 
     [
         ({"prunne": {}}, r"^p\.json: unknown key prunne; did you mean prune\.$"),
         ({"removed_block": []}, r"unknown key removed_block; did you mean removed_blocks\.$"),
-        ({"zzz": 1}, r"unknown key zzz \(known: bits, .*prune, ),
+        ({"zzz": 1}, r"unknown key zzz \(known: bits, .*prune, "),
         ({"bits": {"a": {"weight": 8}}}, r"unknown key bits\.a\.weight; did you mean weights\.$"),
         ({"distill": {"temprature": 3}}, r"unknown key distill\.temprature; did you mean temperature\.$"),
         ({"finetune": {"lr": 0.1}}, r"unknown key finetune\.lr \(known: learning_rate\)\.$"),

@@ -92,6 +92,11 @@ def test_broken_models_lie_outside_the_picture_and_are_counted() -> None:
     assert "Outside the picture, far below: 1 point" in front_text(info)
 
 
+def test_a_perfect_model_is_drawn_whole() -> None:
+    info = front_info(run([trial(0, 1.0, 0.4), trial(1, 0.99, 0.3)]))
+    assert 1 < info.y_range[1] < 1.002
+
+
 def test_wide_latencies_get_a_logarithmic_axis() -> None:
     info = front_info(run([trial(0, 0.9, 0.4), trial(1, 0.95, 9.0)]))
     assert info.logarithmic
@@ -187,7 +192,7 @@ def test_noise_of_the_night() -> None:
     info = noise_info(run(state={**run().state, "noise": noise}))
     assert info == NoiseInfo(
         (
-            NoiseSample(local_time(START.timestamp() + 3600), 1.0, "search", 1.0, 0.01),
+            NoiseSample(local_time(START.timestamp() + 3600), 3600, "search", 1.0, 0.01),
             NoiseSample("soon", None, "", 1.1, 0.06),
         )
     )

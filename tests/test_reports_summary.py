@@ -115,6 +115,7 @@ def test_verdict_says_what_you_get() -> None:
     [
         (trial(1, 0.9, 0.3, 200_000), "The search beat the uniform baselines: "),
         (trial(1, 0.6, 0.9, 999_000), "The search did not beat the uniform baselines: it covers "),
+        (trial(1, 0.4, 0.1, 999), "The search did not beat the uniform baselines: it covers 0.0 %"),
         (
             trial(1, 0.9, 0.3, 200_000),
             "the fastest baseline is uniform INT8 with 0.500 ms: the best trial is 1.7× as fast",

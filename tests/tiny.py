@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,10 @@ from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
 from nightpress.search.night import resolved_config
 from nightpress.search.prepare import space_of
+from nightpress.search.records import Quality, TrialState
+from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
+from nightpress.spaces.policy import Policy
 
 TASK = '''"""Which quarter of an 8x8 picture is bright: a residual network of three convolutions."""
 
@@ -159,10 +163,9 @@ def write_config(folder: Path, name: str = "config.yaml", **keys: Any) -> Path:
     return path
 
 
-def anatomy_of(task_file: Path, function: str = "build") -> tuple[Task, Anatomy, Target]:
-    """The task in a file with its anatomy for the default target."""
-    task, target = load_task(f"{task_file}:{function}"), Target()
-    return task, inspect(task, step_of=target.channel_step)[0], target
+def anatomy_of(task_file: Path, function: str = "build") -> Anatomy:
+    """The anatomy of the task in a file for the default target."""
+    return inspect(load_task(f"{task_file}:{function}"), step_of=Target().channel_step)[0]
 
 
 class FormulaTimer(Timer):
@@ -207,12 +210,14 @@ def call(*words: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.setattr(sys, "argv", ["nightpress", *map(str, words)])
     logger = logging.getLogger("nightpress")
     before = list(logger.handlers), logger.level, logger.propagate
+    threads = torch.get_num_threads()
     capsys.readouterr()
     try:
         code = main()
     finally:
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
+        torch.set_num_threads(threads)
     return Result(code, *capsys.readouterr())
 
 
@@ -224,3 +229,16 @@ def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) ->
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
+
+
+def add_trial(folder: Path, policy: Policy) -> int:
+    """A complete trial in a run's study, its figures made up and without weights; returns its number."""
+    store = Store(open_storage(folder, None))
+    trial = store.study.ask()
+    store.begin(trial, policy, time.time())
+    latency = {"latency_ms": 0.02, "low_ms": 0.01, "high_ms": 0.03, "measured": False}
+    store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1_000_000, params=20_000)
+    quality = Quality(rung="bn", split="search", accuracy=0.9, accuracy_se=0.05, samples=40, seconds=0.1)
+    store.note_quality(trial.number, quality)
+    store.finish(trial.number, TrialState.COMPLETE, finished=time.time())
+    return trial.number

@@ -158,12 +158,15 @@ function curve(stage) {
       svg("text", { x: 234, y: 98, "text-anchor": "end" }, "end"),
       svg("polyline", { points: line }),
     ),
-    el("figcaption", {}, `${stage.name}, rung ${stage.rung}`),
+    el("figcaption", {}, `${stage.rung} fine-tune`),
   );
 }
 
 function training(trial) {
-  const curves = trial.stages.filter((stage) => stage.losses.length > 1);
+  // A fine-tune may stand in several stages; its curve is drawn once.
+  const curves = [
+    ...new Map(trial.stages.filter((s) => s.losses.length > 1).map((s) => [s.rung, s])).values(),
+  ];
   const rows = [
     settings("Distillation", trial.policy.distill),
     settings("Fine-tune", trial.policy.finetune),

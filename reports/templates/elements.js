@@ -7,11 +7,11 @@ const unknown = "–";
 
 function digits(value, significant = 3) {
   if (value === null || value === undefined) return unknown;
-  // Rounded first: 9.996 has three digits as 10.0, not as 10.00.
+  // Rounded first for the decimals: 9.996 has three digits as 10.0, not as 10.00.
   const rounded = Number(value.toPrecision(significant));
   const decimals = rounded ? significant - 1 - Math.floor(Math.log10(Math.abs(rounded))) : 0;
   const shown = Math.min(12, Math.max(0, decimals));
-  return rounded.toLocaleString("en", { minimumFractionDigits: shown, maximumFractionDigits: 12 });
+  return value.toLocaleString("en", { minimumFractionDigits: shown, maximumFractionDigits: shown });
 }
 const percent = (share) =>
   share === null || share === undefined ? unknown : `${(100 * share).toFixed(1)} %`;
