@@ -113,7 +113,9 @@ class Evaluator:
             return replace(self.sensitivity(module), seconds=time.perf_counter() - start)
         losses: tuple[float, ...] = ()
         if job.rung != "bn":
-            losses = self.trainer.fit(module, job.policy, steps=job.steps, seed=job.seed, progress=progress)
+            losses = self.trainer.fit(
+                module, job.policy, steps=job.steps, seed=job.seed, simulate=job.rung == "long", progress=progress
+            )
         save_checkpoint(module, checkpoint(job.folder, job.rung))
         found = judge(module, self.search, self.task, self.recipe.compute)
         outcome = Outcome(search=found, losses=losses)

@@ -1,7 +1,7 @@
 """A traced module as a list of operations that the plan, the predictor and the ONNX builder understand."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ _ELEMENTWISE_MODULES: dict[type[nn.Module], str] = {
     nn.Hardsigmoid: "hardsigmoid",
     nn.SiLU: "silu",
     nn.Sigmoid: "sigmoid",
-    nn.GELU: "gelu",
     nn.Identity: "identity",
     nn.Dropout: "identity",
     nn.Dropout2d: "identity",
@@ -46,6 +45,10 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {
     F.avg_pool2d: "avg_pool",
     F.adaptive_avg_pool2d: "adaptive_avg_pool",
     torch.mean: "mean",
+}
+_POOL_ARGUMENTS = {
+    "max_pool": ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    "avg_pool": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
 }
 _METHODS = {"add": "add", "add_": "add", "mul": "mul", "relu": "relu", "flatten": "flatten", "view": "flatten",
             "reshape": "flatten", "mean": "mean", "sigmoid": "sigmoid", "contiguous": "identity"}  # fmt: skip
@@ -117,8 +120,8 @@ def _only_output(node: fx.Node, alias: dict[str, str]) -> str:
     value = node.args[0]
     if not isinstance(value, fx.Node):
         raise InputError(
-            f"The model must return one tensor, but it returns a {type(value).__name__}; wrap it so that it returns "
-            "the logits."
+            f"The model must return one tensor, but it returns a {type(value).__name__.removeprefix('immutable_')}; "
+            "wrap it so that it returns the logits."
         )
     return alias.get(str(value.name), str(value.name))
 
@@ -155,15 +158,15 @@ def _describe_module(module: nn.Module, node: fx.Node) -> tuple[str, dict[str, A
         return "linear", {}
     if isinstance(module, nn.BatchNorm2d):
         return "batch_norm", {"eps": module.eps}
-    if isinstance(module, nn.MaxPool2d):
-        return "max_pool", _pool(module.kernel_size, module.stride, module.padding, module.ceil_mode)
-    if isinstance(module, nn.AvgPool2d):
-        attrs = _pool(module.kernel_size, module.stride, module.padding, module.ceil_mode)
-        return "avg_pool", {**attrs, "count_include_pad": int(module.count_include_pad)}
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "avg_pool"
+        return _pooling(kind, node, {name: getattr(module, name) for name in _POOL_ARGUMENTS[kind]})
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return _adaptive(node)
     if isinstance(module, nn.Flatten):
-        return "flatten", {}
+        return _flatten(node)
+    if isinstance(module, nn.GELU):
+        return _gelu(node, module.approximate)
     kind = _ELEMENTWISE_MODULES.get(type(module))
     if kind is None:
         raise _unsupported(node, type(module).__name__)
@@ -180,19 +183,35 @@ def _describe_function(kind: str, node: fx.Node) -> tuple[str, dict[str, Any]]:
             raise _unsupported(node, f"mean over {axes}")
         return "global_pool", {"keepdim": bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))}
     if kind in {"max_pool", "avg_pool"}:
-        names = ("kernel_size", "stride", "padding")
-        given = dict(zip(names, args[1:], strict=False)) | dict(kwargs)
-        if set(given) - set(names):
-            raise _unsupported(node, f"{kind} with {sorted(set(given) - set(names))}")
-        attrs = _pool(given["kernel_size"], given.get("stride"), given.get("padding", 0), False)
-        return kind, attrs | ({"count_include_pad": 1} if kind == "avg_pool" else {})
-    if kind in {"add", "mul"} and len(node.all_input_nodes) != 2:
-        raise _unsupported(node, f"{kind} with a constant")
-    if kind == "cat" and kwargs.get("dim", args[1] if len(args) > 1 else 0) not in (1, -3):
-        raise _unsupported(node, "concatenation along another axis than the channels")
-    if kind == "flatten" and len(shape_of(node)) != 1:
-        raise _unsupported(node, f"reshape to {shape_of(node)}")
+        return _pooling(kind, node, dict(zip(_POOL_ARGUMENTS[kind], args[1:], strict=False)) | dict(kwargs))
+    if kind in {"add", "mul"}:
+        if len(node.all_input_nodes) != 2:
+            raise _unsupported(node, f"{kind} with a constant or of a tensor with itself")
+        if kwargs.get("alpha", 1) != 1:
+            raise _unsupported(node, f"{kind} with alpha")
+    if kind == "cat":
+        if kwargs.get("dim", args[1] if len(args) > 1 else 0) not in (1, -3):
+            raise _unsupported(node, "concatenation along another axis than the channels")
+        joined: Any = args[0] if args else kwargs["tensors"]
+        if len(joined) != len(node.all_input_nodes):
+            raise _unsupported(node, "concatenation of a tensor with itself")
+    if kind == "flatten":
+        return _flatten(node)
+    if kind == "gelu":
+        return _gelu(node, kwargs.get("approximate", "none"))
     return kind, {}
+
+
+def _flatten(node: fx.Node) -> tuple[str, dict[str, Any]]:
+    if len(shape_of(node)) != 1:
+        raise _unsupported(node, f"reshape to {shape_of(node)}")
+    return "flatten", {}
+
+
+def _gelu(node: fx.Node, approximate: Any) -> tuple[str, dict[str, Any]]:
+    if approximate != "none":
+        raise _unsupported(node, f"gelu with approximate {approximate!r}")
+    return "gelu", {}
 
 
 def _adaptive(node: fx.Node) -> tuple[str, dict[str, Any]]:
@@ -206,6 +225,15 @@ def _adaptive(node: fx.Node) -> tuple[str, dict[str, Any]]:
         kernel = (source[1] // result[1], source[2] // result[2])
         return "avg_pool", {**_pool(kernel, kernel, 0, False), "count_include_pad": 1}
     raise _unsupported(node, f"adaptive pooling from {source[1:]} to {result[1:]}")
+
+
+def _pooling(kind: str, node: fx.Node, given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and attributes from torch's own arguments, of which some have no counterpart in every runtime."""
+    for name, usual in (("dilation", 1), ("return_indices", False), ("divisor_override", None)):
+        if given.get(name, usual) not in (usual, (usual, usual), [usual, usual]):
+            raise _unsupported(node, f"{kind} with {name} {given[name]!r}")
+    attrs = _pool(given["kernel_size"], given.get("stride"), given.get("padding", 0), given.get("ceil_mode", False))
+    return kind, attrs | ({"count_include_pad": int(given.get("count_include_pad", 1))} if kind == "avg_pool" else {})
 
 
 def _pool(kernel: Any, stride: Any, padding: Any, ceil: bool) -> dict[str, Any]:

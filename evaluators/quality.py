@@ -6,8 +6,8 @@ trial pays for neither (both are the same for every trial of a night).
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -81,52 +81,64 @@ class Trainer:
             norm.momentum = None  # cumulative average
             norm.train()
         sites = list(quantisers(module).values())
-        with torch.no_grad():
-            self._pass_through(module, inputs, sites)
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-                norm.eval()
-            self._pass_through(module, inputs, sites)
+        with bypassed(sites):
+            self._pass_through(module, inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         module.eval()
+        self.observe(module)
 
-    def _pass_through(self, module: nn.Module, inputs: Tensor, sites: list[ActivationQuantiser]) -> None:
+    def observe(self, module: nn.Module) -> None:
+        """Ranges of the activation quantisers anew, with everything else as it is at inference."""
+        sites = list(quantisers(module).values())
+        if not sites:
+            return
+        self.compute.module(module).eval()
         for site in sites:
             site.seen.zero_()
             site.observing = True
-        for start in range(0, len(inputs), self.batch_size * 2):
-            module(self.compute.cast(inputs[start : start + self.batch_size * 2]))
+        self._pass_through(module, self.train.inputs[:REESTIMATION_ITEMS].float())
         for site in sites:
             site.observing = False
 
+    @torch.no_grad()
+    def _pass_through(self, module: nn.Module, inputs: Tensor) -> None:
+        for start in range(0, len(inputs), self.batch_size * 2):
+            module(self.compute.cast(inputs[start : start + self.batch_size * 2]))
+
     def fit(
-        self,
-        module: nn.Module,
-        policy: Policy,
-        *,
-        steps: int,
-        seed: int,
+        self, module: nn.Module, policy: Policy, *, steps: int, seed: int, simulate: bool = True,
         progress: Callable[[float], None] | None = None,
-    ) -> tuple[float, ...]:
+    ) -> tuple[float, ...]:  # fmt: skip
         """Train in place for ``steps`` steps; returns the mean loss over each tenth of them.
 
-        SGD with Nesterov momentum, weight decay, warm-up and cosine, gradient norm clipped to 1.
+        SGD with Nesterov momentum, weight decay, warm-up and cosine, gradient norm clipped to 1. ``simulate``
+        trains with quantised activations; without it they are left alone, which is much quicker, and their ranges
+        are taken afterwards (weights are always on their grid: few bits need the training).
         Raises DivergedError when the loss is no longer finite.
         """
         self.compute.module(module).train()
+        if simulate:
+            losses = self._loop(module, policy, steps, seed, progress)
+        else:
+            with bypassed(quantisers(module).values()):
+                losses = self._loop(module, policy, steps, seed, progress)
+            self.observe(module)
+        module.eval()
+        return losses
+
+    def _loop(
+        self, module: nn.Module, policy: Policy, steps: int, seed: int, progress: Callable[[float], None] | None
+    ) -> tuple[float, ...]:
         trained = [p for p in module.parameters() if p.requires_grad]
-        optimiser = torch.optim.SGD(
-            [{"params": [p for p in trained if p.dim() > 1], "weight_decay": 5e-4},
-             {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}],
-            lr=policy.finetune.learning_rate, momentum=0.9, nesterov=True,
-        )  # fmt: skip
+        optimiser = _optimiser(trained, policy.finetune.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, steps))
         means: list[float] = []
         running = torch.zeros((), device=self.compute.device)
         part, counted = max(1, math.ceil(steps / _LOSS_PARTS)), 0
-        for step, (inputs, targets, answers) in enumerate(self._batches(policy.distill, steps, seed)):
-            loss = self._step(module, optimiser, trained, (inputs, targets, answers), policy.distill, step / steps)
+        for step, batch in enumerate(self._batches(policy.distill, steps, seed)):
+            running += self._step(module, optimiser, trained, batch, policy.distill, step / steps)
             schedule.step()
-            running += loss
             counted += 1
             if counted == part or step == steps - 1:  # one look at the loss a tenth: no host sync a step
                 means.append(float(running) / counted)
@@ -136,7 +148,6 @@ class Trainer:
                 counted = 0
                 if progress is not None:
                     progress((step + 1) / steps)
-        module.eval()
         return tuple(means)
 
     def _step(
@@ -288,6 +299,28 @@ def probe(trainer: Trainer, module: nn.Module, policy: Policy, steps: int = 4) -
         step_ms[name] = 1000 * (time.perf_counter() - start) / steps
         module.load_state_dict(start_state)
     return options[min(step_ms, key=lambda k: step_ms[k])], step_ms
+
+
+@contextmanager
+def bypassed(sites: Iterable[ActivationQuantiser]) -> Generator[None]:
+    """Activation quantisers that let everything through unchanged."""
+    held = list(sites)
+    for site in held:
+        site.bypassed = True
+    try:
+        yield
+    finally:
+        for site in held:
+            site.bypassed = False
+
+
+def _optimiser(trained: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Weight decay is for weights; batch norms and biases go without."""
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 5e-4},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9, nesterov=True)
 
 
 def _warm_cosine(step: int, steps: int) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from ..spaces.plan import Plan
 
 ACTIVATION_LEVELS = 255
-_MOMENTUM = 0.05
+_MOMENTUM = 0.2
+_OBSERVE_EVERY = 8
 _LEAST_SCALE = 1e-8
 
 
@@ -48,7 +49,8 @@ class QuantLinear(nn.Linear):
 
 
 class ActivationQuantiser(nn.Module):
-    """Per-tensor u8 quantiser. It follows the range of what it sees while ``observing``, else it holds it.
+    """Per-tensor u8 quantiser. It follows the range of what it sees while ``observing``, and in training once every
+    few steps, because ranges move slowly; else it holds it. While ``bypassed`` it does nothing.
 
     Buffers ``low`` and ``high`` (scalars): the range, which always contains 0.
     """
@@ -64,15 +66,16 @@ class ActivationQuantiser(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.ceiling = ceiling
         self.observing = False
+        self.bypassed = False
+        self._steps = 0
 
     def forward(self, value: Tensor) -> Tensor:
-        if self.observing or self.training:
+        if self.bypassed:
+            return value
+        if self.observing or (self.training and self._steps % _OBSERVE_EVERY == 0):
             self._observe(value.detach())
+        self._steps += self.training
         scale, zero_point = self.grid()
-        if value.dtype != torch.float32:  # the rounding itself must not be rounded to bf16
-            return torch.fake_quantize_per_tensor_affine(value.float(), scale, zero_point, 0, ACTIVATION_LEVELS).to(
-                value.dtype
-            )
         return torch.fake_quantize_per_tensor_affine(value, scale, zero_point, 0, ACTIVATION_LEVELS)
 
     def grid(self) -> tuple[Tensor, Tensor]:

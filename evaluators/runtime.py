@@ -69,7 +69,8 @@ def bits_used(path: Path, plan: Plan, disabled_optimizers: tuple[str, ...]) -> d
             continue
         # Integer kernels keep the names of their weights; fp32 weights are reordered under new names,
         # but the node keeps its own, or that of the activation fused into it.
-        names = [name.split(".weight")[0] for name in node.input] + [_SUFFIX.sub("", node.name)]
+        weights = [name.split(".weight")[0] for name in node.input if ".weight" in name]
+        names = [*weights, _SUFFIX.sub("", node.name)]
         for owner in {owners[name] for name in names if name in owners}:
             found[owner] = kind
     return {

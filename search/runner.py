@@ -12,6 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from ..evaluators.evaluate import Evaluator, Job, Outcome, Recipe
 
 MEMORY_SHARE = 0.8
@@ -108,6 +110,7 @@ _recipe: Recipe | None = None
 
 def _start(recipe: Recipe, progress: Any, memory_bytes: int) -> None:
     global _recipe, _shared_progress
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is killed would leave behind
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
     # Past this an allocation fails and the trial with it; without it the kernel would pick a process to kill.
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))

@@ -92,8 +92,11 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
 
+    def __post_init__(self) -> None:
+        self._described = distributions(self.space)
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return distributions(self.space)
+        return self._described
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -129,7 +132,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
 
     def _pool(self, parents: list[Policy], generator: np.random.Generator) -> list[Policy]:
         pool: dict[str, Policy] = {}
-        names = list(distributions(self.space).items())
+        names = list(self._described.items())
         for number in range(POOL):
             if number % 8 == 0:
                 policy = self.space.random(generator)
@@ -166,10 +169,10 @@ class NightpressSampler(optuna.samplers.BaseSampler):
 
     def _vector(self, policy: Policy, rung: float) -> Array:
         params = self.space.params(policy)
-        described = distributions(self.space)
         # The damage estimate and the rung matter more than any single choice: they get weight by repetition.
         damage = np.log1p(self.sensitivity.damage(policy))
-        return np.array([*(_number(params[n], d) for n, d in described.items()), damage, damage, damage, rung, rung])
+        choices = [_number(params[name], described) for name, described in self._described.items()]
+        return np.array([*choices, damage, damage, damage, rung, rung])
 
 
 @dataclass(frozen=True, slots=True)

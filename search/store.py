@@ -61,11 +61,11 @@ class Store:
         self.study.enqueue_trial(dict(params), user_attrs={"role": role, "name": name, "given": dict(given)})
 
     def begin(self, trial: Trial, policy: Policy, started: float) -> None:
-        trial.set_user_attr("policy", policy_to_dict(policy))
         trial.set_user_attr("digest", digest(policy))
         trial.set_user_attr("started", started)
         if "role" not in trial.user_attrs:
             trial.set_user_attr("role", "search")
+        trial.set_user_attr("policy", policy_to_dict(policy))  # last: who has a policy has the rest
 
     def note(self, number: int, **values: Any) -> None:
         """Attributes of a running trial."""
@@ -84,8 +84,8 @@ class Store:
         self.note(number, qualities=[*known, asdict(quality)])
 
     def finish(self, number: int, state: TrialState, *, finished: float, reason: str | None = None) -> None:
-        """Close a trial: the state first, so that the record is whole before the sampler is told."""
-        self.note(number, state=str(state), reason=reason, finished=finished)
+        """Close a trial: the state last, so that the record is whole, and before the sampler is told."""
+        self.note(number, reason=reason, finished=finished, state=str(state))
         self.tell(number)
 
     def tell(self, number: int) -> None:

@@ -398,13 +398,13 @@ def test_a_layer_that_does_not_run_as_the_policy_says_is_named(tmp_path: Path) -
 
 def test_an_optimiser_that_quantises_on_its_own_is_noticed(tmp_path: Path) -> None:
     """Why targets disable one: beside integer neighbours it turns layers into INT8 that were to stay in fp32."""
-    bits = {layer.name: INT8 for layer in ANATOMY.layers if layer.name != "three.conv2"}
+    bits = {layer.name: INT8 for layer in ANATOMY.layers if layer.name != "one.conv1"}
     policy = replace(PLAIN, bits=bits)
     module, planned = prepared(tiny(), policy, images(4))
     path = exported(module, planned, policy, tmp_path)
 
     check_bits(bits_used(path, planned, DISABLED), planned)
-    with pytest.raises(ValueError, match=r"^layer three\.conv2 was to run in fp32, but the runtime runs it in int8$"):
+    with pytest.raises(ValueError, match=r"^layer one\.conv1 was to run in fp32, but the runtime runs it in int8$"):
         check_bits(bits_used(path, planned, ()), planned)
 
 

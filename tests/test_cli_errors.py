@@ -4,7 +4,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import pytest
 from safetensors.torch import save_file
 
 import tiny
-from nightpress.search.folder import RunFolder
-from nightpress.spaces.anatomy import Anatomy
-from nightpress.spaces.policy import Policy, policy_to_dict
 
 MISTAKES = """
 def raising():
@@ -54,50 +50,17 @@ answer = 42
 Cli = Callable[..., tiny.Result]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A folder with a task of some functions, its profile and a policy that is right."""
-
-    folder: Path
-    task_file: Path
-    anatomy: Anatomy
-    profile: Path
-    policy: Path
-
-    @property
-    def task(self) -> str:
-        return f"{self.task_file}:build"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("task")
-    task_file = tiny.write_task(folder, MISTAKES)
-    anatomy = tiny.anatomy_of(task_file)
-    policy = folder / "policy.json"
-    policy.write_text(json.dumps(policy_to_dict(Policy(model=anatomy.digest, prune={anatomy.groups[0].name: 0.5}))))
-    return Place(folder, task_file, anatomy, tiny.write_profile(folder / "profile.json", anatomy), policy)
+@pytest.fixture
+def place(tmp_path_factory: pytest.TempPathFactory) -> tiny.Place:
+    return tiny.place(tmp_path_factory, MISTAKES)
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     def run(*words: object) -> tiny.Result:
-        return tiny.call(*words, monkeypatch=monkeypatch, capsys=capsys)
+        return tiny.call(*words, capsys=capsys)
 
     return run
-
-
-def refused(result: tiny.Result) -> str:
-    """The one sentence of a command that was given something wrong."""
-    assert result.code == 2, result.err
-    assert result.out == ""
-    assert "Traceback" not in result.err
-    return result.sentence
-
-
-def config(place: Place, tmp_path: Path, **keys: Any) -> Path:
-    """A config in a test's own folder for the task of the place, its target not measured but read."""
-    return tiny.write_config(tmp_path, **{"task": place.task, "target": str(place.profile), **keys})
 
 
 # The config file
@@ -115,13 +78,13 @@ def config(place: Place, tmp_path: Path, **keys: Any) -> Path:
 def test_a_config_that_is_wrong(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    assert refused(cli("run", path, "--json")) == f"{path}: {message}"
+    assert tiny.refused(cli("run", path, "--json")) == f"{path}: {message}"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_config_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    sentence = refused(cli("run", path, "--json"))
+    sentence = tiny.refused(cli("run", path, "--json"))
     assert sentence == f"{path}: there is no such config file; nightpress init DIR makes one."
 
 
@@ -133,13 +96,15 @@ def test_a_config_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
         (["--budget", "8h", "--until", "07:00"], "--until and --budget exclude each other."),
     ],
 )
-def test_a_time_limit_that_is_wrong(cli: Cli, place: Place, tmp_path: Path, words: list[str], message: str) -> None:
-    assert refused(cli("run", config(place, tmp_path), *words, "--json")) == message
+def test_a_time_limit_that_is_wrong(
+    cli: Cli, place: tiny.Place, tmp_path: Path, words: list[str], message: str
+) -> None:
+    assert tiny.refused(cli("run", tiny.config_for(place, tmp_path), *words, "--json")) == message
     assert not (tmp_path / "run").exists()
 
 
-def test_a_moment_that_has_passed(cli: Cli, place: Place, tmp_path: Path) -> None:
-    sentence = refused(cli("run", config(place, tmp_path), "--until", "2020-01-31T07:00", "--json"))
+def test_a_moment_that_has_passed(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
+    sentence = tiny.refused(cli("run", tiny.config_for(place, tmp_path), "--until", "2020-01-31T07:00", "--json"))
     assert sentence.startswith("--until must lie in the future, but got '2020-01-31T07:00' and it is ")
 
 
@@ -156,10 +121,10 @@ def test_a_moment_that_has_passed(cli: Cli, place: Place, tmp_path: Path) -> Non
     ],
 )  # fmt: skip
 def test_a_limit_that_no_policy_can_meet(
-    cli: Cli, place: Place, tmp_path: Path, limits: dict[str, float], message: str
+    cli: Cli, place: tiny.Place, tmp_path: Path, limits: dict[str, float], message: str
 ) -> None:
     """The sentence names the nearest value that can be reached; nothing was trained for it."""
-    sentence = refused(cli("run", config(place, tmp_path, limits=limits), "--json"))
+    sentence = tiny.refused(cli("run", tiny.config_for(place, tmp_path, limits=limits), "--json"))
 
     found = re.fullmatch(message, sentence)
     assert found is not None, sentence
@@ -176,12 +141,12 @@ def test_a_limit_that_no_policy_can_meet(
 
 
 def test_a_task_file_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
-    sentence = refused(cli("inspect", f"{tmp_path}/plates.py:build", "--json"))
+    sentence = tiny.refused(cli("inspect", f"{tmp_path}/plates.py:build", "--json"))
     assert sentence == f"The task file {tmp_path.resolve()}/plates.py does not exist."
 
 
 def test_a_built_in_task_that_is_not_there(cli: Cli) -> None:
-    assert "mnist5k-resnet" in refused(cli("inspect", "mnist5k-resnot", "--json"))
+    assert "mnist5k-resnet" in tiny.refused(cli("inspect", "mnist5k-resnot", "--json"))
 
 
 @pytest.mark.parametrize(
@@ -189,47 +154,47 @@ def test_a_built_in_task_that_is_not_there(cli: Cli) -> None:
     [
         ("biuld", r"There is no function biuld in \S+/task\.py; the nearest is build\."),
         ("answer", r"answer in \S+/task\.py must be a function, but it is of type int\."),
-        ("returns_nothing", r"returns_nothing in \S+ must return a nightpress\.evaluators\.Task, but it returned None\."),
+        ("returns_nothing", r"returns_nothing in \S+ must return a \S+\.Task, but it returned None\."),
         ("not_a_task", r"not_a_task in \S+ must return a \S+\.Task, but it returned a value of type int\."),
         ("wrong_input", r"The model fails on the example input of shape \(1, 3, 8, 8\): RuntimeError: .*channels.*\."),
         ("empty_training_set", r"The training set is empty, but at least one item is needed\."),
         ("label_out_of_range", r"Labels must be in \[0, 4\), .*, but the training set has label 4 at index 5\."),
     ],
 )  # fmt: skip
-def test_a_task_that_is_wrong(cli: Cli, place: Place, function: str, message: str) -> None:
-    sentence = refused(cli("inspect", f"{place.task_file}:{function}", "--json"))
+def test_a_task_that_is_wrong(cli: Cli, place: tiny.Place, function: str, message: str) -> None:
+    sentence = tiny.refused(cli("inspect", f"{place.task_file}:{function}", "--json"))
     assert re.fullmatch(message, sentence), sentence
 
 
-def test_a_task_that_raises_shows_its_last_line_and_where(cli: Cli, place: Place) -> None:
+def test_a_task_that_raises_shows_its_last_line_and_where(cli: Cli, place: tiny.Place) -> None:
     lines = place.task_file.read_text().splitlines()
     number = lines.index('    return layers["head"]') + 1
-    sentence = refused(cli("inspect", f"{place.task_file}:raising", "--json"))
+    sentence = tiny.refused(cli("inspect", f"{place.task_file}:raising", "--json"))
     assert sentence == f"raising in {place.task_file} raised KeyError: 'head' ({place.task_file}:{number})."
 
 
 def test_a_task_file_that_cannot_be_imported(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "task.py"
     path.write_text("import numpie\n")
-    sentence = refused(cli("inspect", f"{path}:build", "--json"))
+    sentence = tiny.refused(cli("inspect", f"{path}:build", "--json"))
     assert sentence == f"Importing {path} raised ModuleNotFoundError: No module named 'numpie' ({path}:1)."
     path.write_text("def build(:\n")
-    assert f"({path}:1)" in refused(cli("inspect", f"{path}:build", "--json"))
+    assert f"({path}:1)" in tiny.refused(cli("inspect", f"{path}:build", "--json"))
 
 
-def test_a_night_refuses_a_wrong_task_as_the_other_commands_do(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path, task=f"{place.task_file}:label_out_of_range")
-    assert "has label 4 at index 5" in refused(cli("run", path, "--json"))
+def test_a_night_refuses_a_wrong_task_as_the_other_commands_do(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
+    path = tiny.config_for(place, tmp_path, task=f"{place.task_file}:label_out_of_range")
+    assert "has label 4 at index 5" in tiny.refused(cli("run", path, "--json"))
 
 
-def test_a_target_that_is_neither_runtime_nor_profile(cli: Cli, place: Place) -> None:
-    sentence = refused(cli("inspect", place.task, "--target", "tensorrt", "--json"))
+def test_a_target_that_is_neither_runtime_nor_profile(cli: Cli, place: tiny.Place) -> None:
+    sentence = tiny.refused(cli("inspect", place.task, "--target", "tensorrt", "--json"))
     assert sentence == "--target: target must be one of onnxruntime or a profile file, but got 'tensorrt'."
 
 
-def test_more_threads_than_cores(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path, target={"threads": 4096})
-    sentence = refused(cli("run", path, "--json"))
+def test_more_threads_than_cores(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
+    path = tiny.config_for(place, tmp_path, target={"threads": 4096})
+    sentence = tiny.refused(cli("run", path, "--json"))
     cores = len(os.sched_getaffinity(0))
     assert sentence == f"target.threads must be between 1 and this machine's {cores} cores, but got 4096."
 
@@ -258,7 +223,7 @@ def test_more_threads_than_cores(cli: Cli, place: Place, tmp_path: Path) -> None
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["predict", "measure", "apply"])
 def test_a_policy_that_is_wrong(
-    cli: Cli, place: Place, tmp_path: Path, command: str, keys: dict[str, Any], message: str
+    cli: Cli, place: tiny.Place, tmp_path: Path, command: str, keys: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps({**json.loads(place.policy.read_text()), **keys}))
@@ -268,29 +233,29 @@ def test_a_policy_that_is_wrong(
         "apply": ["apply", path, place.task, "--out", tmp_path / "model.pt"],
     }[command]
 
-    sentence = refused(cli(*words, "--json"))
+    sentence = tiny.refused(cli(*words, "--json"))
 
     assert sentence.startswith(f"{path}: {message}")
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_policy_file_that_cannot_be_read(cli: Cli, place: Place, tmp_path: Path) -> None:
+def test_a_policy_file_that_cannot_be_read(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
     path = tmp_path / "policy.json"
-    assert f"{path}: the policy cannot be read: " in refused(cli("measure", place.task, path, "--json"))
+    assert f"{path}: the policy cannot be read: " in tiny.refused(cli("measure", place.task, path, "--json"))
     path.write_text('{\n"schema": 1,\n')
-    sentence = refused(cli("measure", place.task, path, "--json"))
+    sentence = tiny.refused(cli("measure", place.task, path, "--json"))
     assert sentence.startswith(f"{path}: a policy is a JSON file, but line 3 is not: ")
 
 
-def test_weights_that_are_not_those_of_the_policy(cli: Cli, place: Place, tmp_path: Path) -> None:
+def test_weights_that_are_not_those_of_the_policy(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
     words = ["apply", place.policy, place.task, "--out", tmp_path / "model.pt", "--json", "--weights"]
     weights = tmp_path / "model.safetensors"
-    assert "not the weights of this policy: No such file" in refused(cli(*words, weights))
+    assert "not the weights of this policy: No such file" in tiny.refused(cli(*words, weights))
     weights.write_text("not safetensors")
-    assert f"{weights}: not the weights of this policy: " in refused(cli(*words, weights))
+    assert f"{weights}: not the weights of this policy: " in tiny.refused(cli(*words, weights))
     save_file({}, weights)
     assert re.search(r": not the weights of this policy: Missing key\(s\) in state_dict: .*\.$",
-                     refused(cli(*words, weights)))  # fmt: skip
+                     tiny.refused(cli(*words, weights)))  # fmt: skip
     assert not (tmp_path / "model.pt").exists()
 
 
@@ -311,187 +276,23 @@ def test_weights_that_are_not_those_of_the_policy(cli: Cli, place: Place, tmp_pa
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["predict", "run"])
 def test_a_profile_that_does_not_fit(
-    cli: Cli, place: Place, tmp_path: Path, command: str,
+    cli: Cli, place: tiny.Place, tmp_path: Path, command: str,
     change: Callable[[dict[str, Any]], dict[str, Any]], message: str,
 ) -> None:  # fmt: skip
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(change(json.loads(place.profile.read_text()))))
     words = {
         "predict": ["predict", place.task, place.policy, "--target", path],
-        "run": ["run", config(place, tmp_path, target=str(path))],
+        "run": ["run", tiny.config_for(place, tmp_path, target=str(path))],
     }[command]
-    assert refused(cli(*words, "--json")).startswith(f"{path}: {message}")
+    assert tiny.refused(cli(*words, "--json")).startswith(f"{path}: {message}")
 
 
-def test_a_profile_that_is_none(cli: Cli, place: Place, tmp_path: Path) -> None:
+def test_a_profile_that_is_none(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     path.write_text("{}")
-    sentence = refused(cli("predict", place.task, place.policy, "--target", path, "--json"))
+    sentence = tiny.refused(cli("predict", place.task, place.policy, "--target", path, "--json"))
     assert sentence == f"{path}: not a profile of nightpress calibrate (KeyError: 'target')."
-
-
-# Run folders
-
-
-@pytest.mark.parametrize("words", [["status"], ["report"], ["approve", "0", "--note", "x"], ["export", "0"]])
-def test_a_folder_that_is_no_run(cli: Cli, tmp_path: Path, words: list[str]) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    more = ["--out", tmp_path / "out"] if words[0] == "export" else []
-    sentence = refused(cli(words[0], folder, *words[1:], *more, "--json"))
-    assert sentence == f"{folder}: not a run folder: it has no config.yaml."
-    assert list(folder.iterdir()) == []
-    assert f"{tmp_path}/none: not a run folder" in refused(cli(words[0], tmp_path / "none", *words[1:], *more))
-
-
-def test_a_config_alone_makes_no_run(cli: Cli, tmp_path: Path) -> None:
-    assert cli("init", tmp_path).code == 0
-    assert refused(cli("status", tmp_path, "--json")) == f"{tmp_path}: not a run folder: it has no state.json."
-
-
-def test_runs_to_compare(cli: Cli, place: Place, tmp_path: Path) -> None:
-    run = tiny.write_run(config(place, tmp_path))
-    assert refused(cli("compare", run, "--json")) == "compare needs at least two run folders."
-    sentence = refused(cli("compare", run, tmp_path / "other", "--json"))
-    assert sentence == f"{tmp_path}/other: not a run folder: it has no config.yaml."
-
-
-def test_a_run_folder_that_exists(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path)
-    run = tiny.write_run(path)
-    before = {file.name: file.read_bytes() for file in run.iterdir()}
-
-    sentence = refused(cli("run", path, "--json"))
-
-    assert sentence == f"{run}: the run folder exists already; choose another out, or go on with --resume."
-    assert {file.name: file.read_bytes() for file in run.iterdir()} == before
-
-
-def test_a_run_folder_that_is_a_file(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path)
-    (tmp_path / "run").write_text("mine")
-    assert "the run folder exists already" in refused(cli("run", path, "--json"))
-    assert (tmp_path / "run").read_text() == "mine"
-
-
-def test_nothing_to_resume(cli: Cli, place: Place, tmp_path: Path) -> None:
-    sentence = refused(cli("run", config(place, tmp_path), "--resume", "--json"))
-    assert sentence == f"{tmp_path}/run: not a run folder, so there is nothing to resume: it has no config.yaml."
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"seed": 5}, "seed was 0 and is now 5."),
-        ({"limits": {"min_accuracy": 0.5}}, "limits was {'max_latency_ms': None, 'min_accuracy': None"),
-        ({"target": "onnxruntime"}, "target_profile was "),
-        ({"search": {"max_trials": 5}}, "search was {"),
-    ],
-)
-def test_a_run_resumed_with_another_config(
-    cli: Cli, place: Place, tmp_path: Path, keys: dict[str, Any], message: str
-) -> None:
-    run = tiny.write_run(config(place, tmp_path))
-    path = config(place, tmp_path, **keys)
-    sentence = refused(cli("run", path, "--resume", "--json"))
-    assert sentence.startswith(f"{run}/config.yaml: a run is resumed with the config it began with, but {message}")
-
-
-def test_a_run_whose_deadline_has_passed(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path, budget=None)
-    run = tiny.write_run(path)
-    state = {"state": "interrupted", "deadline": "2026-01-31T07:00:00+00:00", "deadline_epoch": 1769842800.0}
-    (run / "state.json").write_text(json.dumps(state))
-    sentence = refused(cli("run", path, "--resume", "--json"))
-    assert sentence == f"{run}: its deadline {state['deadline']} has passed; give --budget or --until to go on."
-
-
-def test_a_run_that_another_driver_holds(cli: Cli, place: Place, tmp_path: Path) -> None:
-    path = config(place, tmp_path)
-    driver = RunFolder(tiny.write_run(path))
-    driver.acquire()
-    try:
-        sentence = refused(cli("run", path, "--resume", "--json"))
-    finally:
-        driver.release()
-    assert re.fullmatch(rf"{driver.path}: only one driver may work on a run, but pid {os.getpid()} on \S+ holds it\.",
-                        sentence)  # fmt: skip
-
-
-# Trials and exports
-
-
-@pytest.fixture
-def run(place: Place, tmp_path: Path) -> Path:
-    """A run with trial 0, which left no weights."""
-    folder = tiny.write_run(config(place, tmp_path))
-    assert tiny.add_trial(folder, Policy(model=place.anatomy.digest)) == 0
-    return folder
-
-
-@pytest.mark.parametrize("name", ["7", "-1", "first", "0.0", "00"])
-@pytest.mark.parametrize("command", ["approve", "export"])
-def test_a_trial_that_does_not_exist(cli: Cli, run: Path, tmp_path: Path, command: str, name: str) -> None:
-    more = ["--note", "x"] if command == "approve" else ["--out", tmp_path / "out"]
-    sentence = refused(cli(command, *more, "--json", "--", run, name))
-    assert sentence == (
-        f"{run}: TRIAL must be best, knee, fastest, accurate or the number of one of its 1 trials, but got '{name}'."
-    )
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_pick_of_a_run_without_a_front(cli: Cli, place: Place, tmp_path: Path) -> None:
-    run = tiny.write_run(config(place, tmp_path))
-    sentence = refused(cli("export", run, "best", "--out", tmp_path / "out", "--json"))
-    assert sentence == f"{run}: no trial can be called best: nothing on the front is within the limits."
-
-
-def test_an_export_folder_that_exists(cli: Cli, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine.txt").write_text("mine")
-    sentence = refused(cli("export", run, "0", "--out", out, "--json"))
-    assert sentence == f"{out}: the export folder exists already; --force replaces it."
-    assert [file.name for file in out.iterdir()] == ["mine.txt"]
-
-
-def test_a_trial_that_left_no_weights(cli: Cli, run: Path, tmp_path: Path) -> None:
-    sentence = refused(cli("export", run, "0", "--out", tmp_path / "out", "--json"))
-    assert sentence == f"{run}: trial 0 (COMPLETE) left no weights, so it cannot be exported."
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "run"]
-
-
-# Places that cannot be written
-
-
-@pytest.mark.parametrize("command", ["run", "report", "export", "sample", "calibrate", "apply", "init"])
-def test_an_output_below_a_regular_file(cli: Cli, place: Place, run: Path, tmp_path: Path, command: str) -> None:
-    """A folder that cannot be made, whoever asks: the tests may run as root."""
-    file = tmp_path / "file.txt"
-    file.write_text("mine")
-    out = file / "out"
-    words = {
-        "run": ["run", config(place, tmp_path), "--out", out, "--json"],
-        "report": ["report", run, "--out", out, "--json"],
-        "export": ["export", run, "0", "--out", out, "--json"],
-        "sample": ["sample", place.task, "--out", out, "--json"],
-        "calibrate": ["calibrate", place.task, "--out", out, "--json"],
-        "apply": ["apply", place.policy, place.task, "--out", out, "--json"],
-        "init": ["init", out],
-    }[command]
-
-    sentence = refused(cli(*words))
-
-    assert sentence.startswith(str(out)), sentence
-    assert file.read_text() == "mine"
-
-
-def test_a_starter_file_that_exists(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "task.py").write_text("mine")
-    result = cli("init", tmp_path)
-    assert (result.code, result.sentence) == (2, f"{tmp_path}/task.py: the file exists already; --force replaces it.")
-    assert (tmp_path / "task.py").read_text() == "mine"
 
 
 # The command line itself
@@ -512,7 +313,7 @@ def test_a_starter_file_that_exists(cli: Cli, tmp_path: Path) -> None:
     ],
 )
 def test_words_that_are_no_command(cli: Cli, words: list[str], message: str) -> None:
-    assert refused(cli(*words)).startswith(message)
+    assert tiny.refused(cli(*words)).startswith(message)
 
 
 def test_no_words_at_all_shows_the_commands(cli: Cli) -> None:
@@ -523,4 +324,4 @@ def test_no_words_at_all_shows_the_commands(cli: Cli) -> None:
 
 def test_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
     result = tiny.nightpress("status", tmp_path, "--json")
-    assert refused(result) == f"{tmp_path}: not a run folder: it has no config.yaml."
+    assert tiny.refused(result) == f"{tmp_path}: not a run folder: it has no config.yaml."

@@ -30,7 +30,7 @@ from nightpress.search.prepare import space_of
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import Policy, policy_to_json
 
 TASK = '''"""Which quarter of an 8x8 picture is bright: a residual network of three convolutions."""
 
@@ -93,6 +93,12 @@ CONFIG: Mapping[str, Any] = {
     "search": {"max_trials": 4},
     "calibration_policies": 10,
 }
+
+RUN_FILES = {
+    "config.yaml", "study.journal", "target.json", "decisions.jsonl", "trials.csv", "trials.parquet", "artifacts",
+    "report.html", "log.jsonl",
+}  # fmt: skip
+"""What every run folder holds at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +211,17 @@ def write_run(config: Path) -> Path:
     return settings.out
 
 
-def call(*words: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Result:
+def call(*words: object, capsys: pytest.CaptureFixture[str]) -> Result:
     """The command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["nightpress", *map(str, words)])
     logger = logging.getLogger("nightpress")
     before = list(logger.handlers), logger.level, logger.propagate
-    threads = torch.get_num_threads()
+    threads, arguments = torch.get_num_threads(), sys.argv
     capsys.readouterr()
+    sys.argv = ["nightpress", *map(str, words)]
     try:
         code = main()
     finally:
+        sys.argv = arguments
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
         torch.set_num_threads(threads)
@@ -242,3 +249,77 @@ def add_trial(folder: Path, policy: Policy) -> int:
     store.note_quality(trial.number, quality)
     store.finish(trial.number, TrialState.COMPLETE, finished=time.time())
     return trial.number
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """One real night on the tiny task, run as ``run --json`` in a process of its own."""
+
+    folder: Path
+    task: str
+    config: Path
+    run: Path
+    result: Result
+
+
+_nights: list[Night] = []
+
+
+def night(factory: pytest.TempPathFactory) -> Night:
+    """The session's one night; it is run when the first test asks for it."""
+    if not _nights:
+        folder = factory.mktemp("night")
+        task = write_task(folder)
+        config = write_config(folder)
+        result = nightpress("run", config, "--json")
+        _nights.append(Night(folder, f"{task}:build", config, folder / "run", result))
+    return _nights[0]
+
+
+def bare(path: Path) -> dict[str, bytes]:
+    """A folder's files by name."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A folder with a task, its profile and a policy that is right."""
+
+    folder: Path
+    task_file: Path
+    anatomy: Anatomy
+    profile: Path
+    policy: Path
+
+    @property
+    def task(self) -> str:
+        return f"{self.task_file}:build"
+
+
+_places: dict[str, Place] = {}
+
+
+def place(factory: pytest.TempPathFactory, more: str = "") -> Place:
+    """The session's folder for a task file with ``more`` code at its end."""
+    if more not in _places:
+        folder = factory.mktemp("place")
+        task_file = write_task(folder, more)
+        anatomy = anatomy_of(task_file)
+        policy = folder / "policy.json"
+        policy.write_text(policy_to_json(Policy(model=anatomy.digest, prune={anatomy.groups[0].name: 0.5})))
+        profile = write_profile(folder / "profile.json", anatomy)
+        _places[more] = Place(folder, task_file, anatomy, profile, policy)
+    return _places[more]
+
+
+def config_for(place: Place, folder: Path, **keys: Any) -> Path:
+    """A config in a test's own folder for the task of a place, its target not measured but read."""
+    return write_config(folder, **{"task": place.task, "target": str(place.profile), **keys})
+
+
+def refused(result: Result) -> str:
+    """The one sentence of a command that was given something wrong."""
+    assert result.code == 2, result.err
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    return result.sentence
