@@ -156,7 +156,8 @@ def _width(module: nn.Module) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause = error.__cause__ or error  # what went wrong in the user's module, rather than where
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
 
 
 def _op_macs(op: Op, ops: list[Op]) -> int:

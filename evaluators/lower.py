@@ -1,5 +1,7 @@
 """A traced module as a list of operations that the plan, the predictor and the ONNX builder understand."""
 
+import contextlib
+import io
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -73,7 +75,7 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> fx.GraphModule:
 
 def note_shapes(traced: fx.GraphModule, example_input: torch.Tensor) -> None:
     """Run the graph once and note the shape of every value in ``node.meta``."""
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # it prints each traceback before it raises
         ShapeProp(traced).propagate(example_input.to(next(traced.parameters()).device))
 
 

@@ -321,6 +321,18 @@ def test_an_unknown_model_is_refused_at_inspection() -> None:
         inspect(task_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh())))
 
 
+def test_what_cannot_be_pruned_is_left_out_with_a_reason_and_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 36, 3), nn.Conv2d(36, 36, 3, groups=9), nn.Conv2d(36, 4, 3), nn.Flatten())
+
+    anatomy, _ = inspect(task_of(model))
+
+    reasons = {item.name: item.reason for item in anatomy.left_out}
+    assert reasons["2"] == "4 channels are fewer than two steps of 4"
+    assert not [reason for reason in reasons.values() if "ShapeProp" in reason or "\n" in reason]
+    assert anatomy.groups == ()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_fixed_batch_is_written_into_the_file() -> None:
     made = compressor_of(task_of(network(F.relu)))
     module, planned = made.apply(Policy(model=made.anatomy.digest))
