@@ -119,7 +119,7 @@ def split_search(train: Arrays, fraction: float = 0.2, max_items: int = 5000, se
     """Carves the search split out of the training data.
 
     Where targets are ``(n,)`` integers every label keeps its share in both parts, and no label
-    loses its last training item. The same arguments give the same split; the order of items is kept.
+    loses its last training item. The same arguments give the same split, shuffled the same way.
 
     Args:
         train: All training items.
@@ -148,7 +148,8 @@ def split_search(train: Arrays, fraction: float = 0.2, max_items: int = 5000, se
             f"A search split needs a training set with two items of one label, and at least one item to "
             f"take, but got {total} items and {max_items=}."
         )
-    return train.take((~chosen).nonzero().flatten()), train.take(chosen.nonzero().flatten())
+    # Shuffled, because data sets come sorted by label and the first items of a part stand for the whole of it.
+    return train.take(order[~chosen[order]]), train.take(order[chosen[order]])
 
 
 def batches(

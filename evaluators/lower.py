@@ -92,7 +92,9 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
         if node.op == "output":
             output = _only_output(node, alias)
             continue
-        inputs = tuple(alias.get(str(n.name), str(n.name)) for n in node.all_input_nodes)
+        if "tensor_meta" not in node.meta:  # a size; the reshape that reads it is judged by its own shape
+            continue
+        inputs = tuple(alias.get(str(n.name), str(n.name)) for n in _tensors(node))
         kind, attrs, module = _describe(node, modules)
         if kind == "identity":
             alias[str(node.name)] = inputs[0]
@@ -110,6 +112,11 @@ def lower(traced: fx.GraphModule) -> tuple[list[Op], str]:
             attrs=attrs, channels_by_group={},
         )  # fmt: skip
     return list(ops.values()), output
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node reads, without the sizes."""
+    return [source for source in node.all_input_nodes if "tensor_meta" in source.meta]
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -187,7 +194,7 @@ def _describe_function(kind: str, node: fx.Node) -> tuple[str, dict[str, Any]]:
     if kind in {"max_pool", "avg_pool"}:
         return _pooling(kind, node, dict(zip(_POOL_ARGUMENTS[kind], args[1:], strict=False)) | dict(kwargs))
     if kind in {"add", "mul"}:
-        if len(node.all_input_nodes) != 2:
+        if len(_tensors(node)) != 2:
             raise _unsupported(node, f"{kind} with a constant or of a tensor with itself")
         if kwargs.get("alpha", 1) != 1:
             raise _unsupported(node, f"{kind} with alpha")
@@ -195,7 +202,7 @@ def _describe_function(kind: str, node: fx.Node) -> tuple[str, dict[str, Any]]:
         if kwargs.get("dim", args[1] if len(args) > 1 else 0) not in (1, -3):
             raise _unsupported(node, "concatenation along another axis than the channels")
         joined: Any = args[0] if args else kwargs["tensors"]
-        if len(joined) != len(node.all_input_nodes):
+        if len(joined) != len(_tensors(node)):
             raise _unsupported(node, "concatenation of a tensor with itself")
     if kind == "flatten":
         return _flatten(node)
@@ -234,6 +241,8 @@ def _pooling(kind: str, node: fx.Node, given: Mapping[str, Any]) -> tuple[str, d
     for name, usual in (("dilation", 1), ("return_indices", False), ("divisor_override", None)):
         if given.get(name, usual) not in (usual, (usual, usual), [usual, usual]):
             raise _unsupported(node, f"{kind} with {name} {given[name]!r}")
+    if len(node.all_input_nodes) != 1:
+        raise _unsupported(node, f"{kind} with a size that is computed; nn.AdaptiveAvgPool2d(1) would be known")
     attrs = _pool(given["kernel_size"], given.get("stride"), given.get("padding", 0), given.get("ceil_mode", False))
     return kind, attrs | ({"count_include_pad": int(given.get("count_include_pad", 1))} if kind == "avg_pool" else {})
 

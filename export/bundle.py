@@ -40,7 +40,7 @@ def export_trial(run: RunRecord, trial: TrialRecord, out: Path, *, force: bool =
         staged.chmod(0o755)
         verified = _collect(run, trial, staged)
         data = _describe(run, trial, verified, staged)
-        _swap(staged, out)
+        swap(staged, out)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
@@ -105,15 +105,20 @@ def _describe(run: RunRecord, trial: TrialRecord, verified: Verified, staged: Pa
     return {"files": [*hashes, MANIFEST], **measured}
 
 
-def _swap(staged: Path, out: Path) -> None:
+def swap(staged: Path, out: Path) -> None:
     """Move the finished folder into place; what was there goes only once the new one is complete."""
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
-        out.rename(old / out.name)
+    if not out.exists():
         staged.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        staged.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    finally:
         shutil.rmtree(old)
-    else:
-        staged.rename(out)
 
 
 def _write(path: Path, data: Any) -> None:

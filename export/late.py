@@ -31,7 +31,7 @@ def verify_now(run: RunRecord, trial: TrialRecord, folder: Path) -> Verified:
 
     Raises InputError when the trial left no weights or its task has changed since.
     """
-    source = run.path / "artifacts" / str(trial.reused_from or trial.number)
+    source = run.path / "artifacts" / str(trial.number if trial.reused_from is None else trial.reused_from)
     reached = [rung for rung in RUNGS if checkpoint(source, rung).is_file()]
     if not reached:
         raise InputError(f"{run.path}: trial {trial.number} ({trial.state}) left no weights, so it cannot be exported.")

@@ -114,13 +114,16 @@ def test_the_split_keeps_each_labels_share() -> None:
     assert train.targets.bincount().tolist() == [80, 40, 8]
 
 
-def test_the_parts_are_disjoint_complete_and_in_order() -> None:
+def test_the_parts_are_disjoint_and_complete() -> None:
     train, search = split_search(labelled(7, 13), fraction=0.3)
 
     assert sorted(ids(train) + ids(search)) == list(range(20))
-    assert ids(train) == sorted(ids(train))
-    assert ids(search) == sorted(ids(search))
     assert len(search) == 6
+
+
+def test_the_first_items_of_each_part_stand_for_all_labels_of_sorted_data() -> None:
+    for part in split_search(labelled(100, 100, 100, 100), fraction=0.3):
+        assert set(part.targets[:40].tolist()) == {0, 1, 2, 3}
 
 
 def test_the_split_is_decided_by_its_seed() -> None:

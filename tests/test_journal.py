@@ -204,6 +204,25 @@ def test_two_processes_append_whole_entries(path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_writer_waits_for_the_one_that_holds_the_lock(path: Path) -> None:
+    """Else it could cut off, as a torn tail, what the other is writing."""
+    holder = child(HOLDER, path)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    writer = child(WRITER, path, "a", 1)
+    with pytest.raises(subprocess.TimeoutExpired, match="2 seconds"):
+        writer.communicate("go\n", timeout=2)
+    assert path.read_bytes() == b""
+
+    holder.kill()
+    holder.communicate()
+    writer.communicate(timeout=20)
+
+    assert writer.returncode == 0
+    assert len(list(JournalFile(path).read_logs(0))) == 2
+
+
+@pytest.mark.slow
 def test_a_killed_writer_that_held_the_lock_does_not_block_the_next(path: Path) -> None:
     study = study_in(path)
     one_trial(study, 0.5)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CLASSES, images, policies, seeds, space_of, tiny
+from strategies import CLASSES, compressor_of, images, policies, seeds, space_of, task_of, tiny
+from torch import Tensor, nn
 
 from nightpress.evaluators.lower import note_shapes, shape_of
 from nightpress.spaces.plan import FOLLOWERS, Plan, PlannedOp, plan, pruned_groups
@@ -131,6 +132,30 @@ def test_a_depthwise_convolution_stays_depthwise() -> None:
     assert (op.groups, op.shape[0], op.in_shapes[0][0]) == (8, 8, 8)
     assert op.weight_count == 8 * 9
     assert op.macs == 8 * 4 * 4 * 9
+
+
+class Flattening(nn.Module):
+    """The way to flatten of older code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+        self.head = nn.Linear(16 * 36, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_a_channel_that_is_flattened_takes_all_its_pixels_with_it() -> None:
+    made = compressor_of(task_of(Flattening()))
+    policy = Policy(model=made.anatomy.digest, prune={"conv": 0.25})
+
+    module, planned = made.apply(policy)
+
+    assert of_layer(planned, "head").in_shapes == ((12 * 36,),)
+    assert module.get_parameter("head.weight").shape == (CLASSES, 12 * 36)
+    assert module(images(2)).shape == (2, CLASSES)
 
 
 def test_pruned_groups_are_listed_with_what_stays() -> None:

@@ -225,7 +225,8 @@ def call(*words: object, capsys: pytest.CaptureFixture[str]) -> Result:
         logger.handlers[:], logger.propagate = before[0], before[2]
         logger.setLevel(before[1])
         torch.set_num_threads(threads)
-    return Result(code, *capsys.readouterr())
+    captured = capsys.readouterr()
+    return Result(code, captured.out, captured.err)
 
 
 def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) -> Result:

@@ -1,0 +1,520 @@
+"""Latency: timing in a process of its own, the predictor on truths that are known, the profile file."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import policies, seeds, space_of, tiny
+
+from nightpress.evaluators.bake import bake
+from nightpress.evaluators.latency.features import TERMS, features, payload_bytes
+from nightpress.evaluators.latency.measure import (
+    REFERENCE,
+    MeasurementError,
+    Timer,
+    Timing,
+    measure_policies,
+    write_random,
+)
+from nightpress.evaluators.latency.predictor import LEAST_POINTS, Predictor, conformal_margin, fit, spearman
+from nightpress.evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from nightpress.evaluators.latency.target import Fingerprint, Target, check_target, target_from_dict, target_to_dict
+from nightpress.evaluators.onnx_graph import build_onnx
+from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
+from nightpress.spaces.space import uniform
+
+ANATOMY = tiny().anatomy
+SPACE = space_of(ANATOMY)
+PLAIN = Policy(model=ANATOMY.digest)
+Array = NDArray[np.float64]
+
+
+def random_policies(count: int, seed: int) -> list[Policy]:
+    generator = np.random.default_rng(seed)
+    return [SPACE.random(generator) for _ in range(count)]
+
+
+def terms_of(count: int, seed: int) -> Array:
+    """Terms of random policies, shape (count, terms)."""
+    return np.stack([features(plan(ANATOMY, policy)) for policy in random_policies(count, seed)])
+
+
+# Timing
+
+
+@pytest.mark.parametrize(
+    ("windows_ms", "latency_ms", "repeat_error", "halves_ms"),
+    [
+        ((3.0, 2.0, 2.5, 4.0), 2.0, 0.25, (2.5, 2.0)),
+        ((2.0, 2.0), 2.0, 0.0, (2.0, 2.0)),
+        ((2.0,), 2.0, 0.0, (2.0, 2.0)),
+    ],
+)
+def test_the_latency_is_the_lowest_window(
+    windows_ms: tuple[float, ...], latency_ms: float, repeat_error: float, halves_ms: tuple[float, float]
+) -> None:
+    timing = Timing(windows_ms=windows_ms, reference_ms=6.0)
+
+    assert timing.latency_ms == latency_ms
+    assert timing.repeat_error == pytest.approx(repeat_error)
+    assert timing.halves_ms() == halves_ms
+    assert timing.ratio == 6.0 / latency_ms
+
+
+def test_without_a_reference_there_is_no_ratio() -> None:
+    assert Timing(windows_ms=(1.0,), reference_ms=None).ratio is None
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    """The tiny network in two versions, as files."""
+    found = {"half": uniform(ANATOMY, width=0.5, bits=INT8), "whole": PLAIN}
+    paths = {name: tmp_path / f"{name}.onnx" for name in found}
+    for name, policy in found.items():
+        write_random(plan(ANATOMY, policy), paths[name])
+    return paths
+
+
+@pytest.fixture
+def timer() -> Iterator[Timer]:
+    with Timer(Target(batch=2)) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_models_are_timed_beside_the_reference(timer: Timer, files: dict[str, Path]) -> None:
+    timings = timer.time({"half": files["half"]}, files["whole"], least_rounds=2, most_rounds=3)
+
+    assert set(timings) == {"half", REFERENCE}
+    for timing in timings.values():
+        assert 2 <= len(timing.windows_ms) <= 3
+        assert timing.latency_ms > 0
+        assert timing.repeat_error >= 0
+        assert timing.reference_ms == timings[REFERENCE].latency_ms
+    assert timings[REFERENCE].ratio == 1
+
+
+@pytest.mark.slow
+def test_a_model_is_timed_without_a_reference_too(timer: Timer, files: dict[str, Path]) -> None:
+    timings = timer.time(files, None, least_rounds=1, most_rounds=1)
+
+    assert set(timings) == {"half", "whole"}
+    assert all(timing.reference_ms is None and len(timing.windows_ms) == 1 for timing in timings.values())
+
+
+@pytest.mark.slow
+def test_a_refused_file_is_one_line_and_the_timer_goes_on(
+    timer: Timer, files: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(files["half"].read_bytes()[:100])
+
+    with pytest.raises(MeasurementError, match=r"^[^\n]*broken\.onnx[^\n]*$"):
+        timer.time({"half": files["half"], "broken": broken}, None)
+    with pytest.raises(MeasurementError, match=r"^[^\n]*missing\.onnx[^\n]*$"):
+        timer.time({"missing": tmp_path / "missing.onnx"}, files["whole"])
+
+    assert timer.time({"half": files["half"]}, None, least_rounds=1, most_rounds=1)["half"].latency_ms > 0
+
+
+@pytest.mark.slow
+def test_a_timing_process_that_dies_is_an_error_and_can_be_closed(files: dict[str, Path]) -> None:
+    with Timer(Target()) as timer:
+        os.kill(timer._process.pid, signal.SIGKILL)  # pyright: ignore[reportPrivateUsage]
+
+        for _ in range(2):
+            with pytest.raises(MeasurementError, match=r"^the timing process ended with code -9$"):
+                timer.time({"half": files["half"]}, None)
+
+
+@pytest.mark.slow
+def test_policies_are_measured_without_training() -> None:
+    with Timer(Target()) as timer:
+        timings, sizes = measure_policies(ANATOMY, {"small": uniform(ANATOMY, width=0.25, bits=FP32)}, Target(), timer)
+
+    assert set(timings) == set(sizes) == {"small", REFERENCE}
+    assert timings["small"].latency_ms > 0
+    assert 0 < sizes["small"] < sizes[REFERENCE]
+
+
+class FormulaTimer(Timer):
+    """Answers with a formula of each file's size instead of measuring."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.timed: list[str] = []
+
+    def time(
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
+    ) -> dict[str, Timing]:
+        del least_rounds, most_rounds
+        self.timed += models
+        files = {**models, REFERENCE: reference} if reference is not None else dict(models)
+        latency_ms = {key: 0.02 + path.stat().st_size / 1e6 for key, path in files.items()}
+        return {
+            key: Timing(windows_ms=(value, 1.01 * value), reference_ms=latency_ms.get(REFERENCE))
+            for key, value in latency_ms.items()
+        }
+
+
+@given(st.lists(seeds(), min_size=1, max_size=3, unique=True))
+def test_the_size_of_a_policy_is_that_of_its_export(chosen: list[int]) -> None:
+    policies = {str(seed): SPACE.random(np.random.default_rng(seed)) for seed in chosen}
+
+    _, sizes = measure_policies(ANATOMY, policies, Target(), FormulaTimer(Target()))
+
+    for name, policy in policies.items():
+        module, planned = tiny().apply(policy)
+        assert sizes[name] == len(build_onnx(planned, bake(module, planned), batch=None))
+
+
+# Terms
+
+
+@given(policies(ANATOMY))
+def test_terms_are_amounts(policy: Policy) -> None:
+    amounts = features(plan(ANATOMY, policy))
+
+    assert amounts.shape == (len(TERMS),)
+    assert np.isfinite(amounts).all()
+    assert (amounts >= 0).all()
+    assert amounts[TERMS.index("graph")] == 1
+
+
+@given(policies(ANATOMY), policies(ANATOMY))
+def test_work_never_grows_with_pruning(policy: Policy, more: Policy) -> None:
+    harsher = replace(
+        policy,
+        prune={g.name: max(policy.prune.get(g.name, 0), more.prune.get(g.name, 0)) for g in ANATOMY.groups},
+        removed_blocks=tuple({*policy.removed_blocks, *more.removed_blocks}),
+    )
+    mild, harsh = (dict(zip(TERMS, features(plan(ANATOMY, p)), strict=True)) for p in (policy, harsher))
+
+    for term in TERMS:
+        if term.endswith(("_macs", "_weights", "_patches")):
+            assert harsh[term] <= mild[term], term
+
+
+@pytest.mark.parametrize(
+    ("bits", "busy", "idle"),
+    [
+        (FP32, "fp32", ("int8", "quantise", "dequantise", "conversions", "stored", "other_int8")),
+        (INT8, "int8", ("fp32", "stored")),
+        (LayerBits(weights=4, activations=8), "int8", ("fp32", "stored")),
+        (LayerBits(weights=8), "fp32", ("int8", "quantise", "conversions", "other_int8")),
+    ],
+)
+def test_work_is_counted_for_the_kernel_that_runs(bits: LayerBits, busy: str, idle: tuple[str, ...]) -> None:
+    amounts = dict(zip(TERMS, features(plan(ANATOMY, uniform(ANATOMY, width=1, bits=bits))), strict=True))
+
+    assert amounts[f"{busy}_conv_macs"] > 0
+    assert amounts[f"{busy}_depthwise_macs"] > 0
+    assert amounts[f"{busy}_linear_macs"] > 0
+    assert not [term for term, amount in amounts.items() if amount and term.startswith(idle)]
+
+
+def test_fewer_weight_bits_are_no_less_work() -> None:
+    eight, four = (uniform(ANATOMY, width=1, bits=LayerBits(weights=w, activations=8)) for w in (8, 4))
+
+    np.testing.assert_array_equal(features(plan(ANATOMY, eight)), features(plan(ANATOMY, four)))
+
+
+# The predictor
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=60))
+def test_the_margin_covers_at_least_nine_in_ten_of_its_own_scores(scores: list[float]) -> None:
+    margin = conformal_margin(np.array(scores))
+
+    assert margin in scores
+    assert np.mean(np.array(scores) <= margin) >= 0.9
+    assert margin == conformal_margin(np.array(scores[::-1]))
+    if len(scores) < 9:  # too few to leave one out
+        assert margin == max(scores)
+
+
+def test_the_margin_is_the_rank_of_the_conformal_quantile() -> None:
+    assert conformal_margin(np.arange(1, 20)) == 18  # ⌈20 · 0.9⌉
+    assert conformal_margin(np.arange(1, 100)) == 90
+    assert conformal_margin(np.arange(1, 102)) == 92  # ⌈91.8⌉
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0, 10))
+def test_a_worse_score_never_lowers_the_margin(scores: list[float], more: float) -> None:
+    worse = [*scores[:-1], scores[-1] + more]
+
+    assert conformal_margin(np.array(worse)) >= conformal_margin(np.array(scores))
+
+
+@pytest.mark.parametrize("count", [19, 40, 99])
+def test_a_new_score_lies_within_the_margin_in_nine_of_ten_draws(count: int) -> None:
+    generator = np.random.default_rng(count)
+    draws = np.abs(generator.normal(size=(4000, count + 1)))
+
+    covered = np.mean([draw[-1] <= conformal_margin(draw[:-1]) for draw in draws])
+
+    assert 0.885 <= covered <= 0.915 + 1 / (count + 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"), [([1, 2, 3], [10, 20, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3], [1, 3, 2], 0.5)]
+)  # fmt: skip
+def test_rank_correlation(first: list[float], second: list[float], expected: float) -> None:
+    assert spearman(first, second) == pytest.approx(expected)
+
+
+def truth(terms: Array, noise: float, seed: int) -> Array:
+    """Latencies in ms: a sum of the terms, each worth about as much, with noise on its logarithm."""
+    generator = np.random.default_rng(seed)
+    costs = np.random.default_rng(1).uniform(0.2, 1.8, len(TERMS)) / np.maximum(terms_of(50, 2).mean(axis=0), 1)
+    return terms @ costs * np.exp(generator.normal(0, noise, len(terms)))
+
+
+@cache
+def exact() -> Predictor:
+    """Fitted to a sum without noise."""
+    terms = terms_of(24, 3)
+    return fit(terms, truth(terms, 0.0, 0))
+
+
+@pytest.mark.slow
+def test_a_sum_of_terms_is_learned() -> None:
+    terms = terms_of(100, 4)
+    measured = truth(terms, 0.0, 0)
+
+    predicted = exact().predict(terms)[:, 0]
+
+    assert np.abs(predicted / measured - 1).mean() < 0.03
+    assert exact().heldout.n == 24
+    assert exact().heldout.mape < 0.05
+    assert exact().heldout.spearman > 0.98
+    assert exact().heldout.within_5 <= exact().heldout.within_10 <= 1
+    assert min(exact().candidates, key=lambda name: exact().candidates[name]) == exact().design
+
+
+@pytest.mark.slow
+def test_an_interval_holds_its_prediction() -> None:
+    found = exact().predict(terms_of(20, 5))
+
+    assert found.shape == (20, 3)
+    assert (0 < found[:, 1]).all()
+    assert (found[:, 1] <= found[:, 0]).all()
+    assert (found[:, 0] <= found[:, 2]).all()
+    np.testing.assert_allclose(exact().predict(terms_of(20, 5)[3]), found[3:4])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_intervals_cover_nine_in_ten_new_policies() -> None:
+    terms = terms_of(300, 6)
+    shares: list[float] = []
+    for draw in range(4):
+        known = terms_of(24, 100 + draw)
+        predictor = fit(known, truth(known, 0.04, draw))
+        measured = truth(terms, 0.04, 50 + draw)
+        _, low, high = predictor.predict(terms).T
+        shares.append(float(np.mean((low <= measured) & (measured <= high))))
+        assert predictor.heldout.mape < 0.1
+
+    assert 0.8 <= np.mean(shares) <= 0.99, shares
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a predictor needs at least 10 measured policies, but got 9$"):
+        fit(np.ones((LEAST_POINTS - 1, len(TERMS))), np.ones(LEAST_POINTS - 1))
+
+
+# The profile
+
+
+@cache
+def calibrated() -> Profile:
+    return calibrate(ANATOMY, random_policies(12, 7), Target(), timer=FormulaTimer(Target()))
+
+
+def written(folder: Path, change: Callable[[dict[str, Any]], object] = lambda data: None) -> Path:
+    """The profile's file with something changed in it."""
+    data = json.loads(json.dumps(profile_to_dict(calibrated())))
+    change(data)
+    path = folder / "profile.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_calibration_measures_each_policy_once() -> None:
+    timer = FormulaTimer(Target())
+    some = random_policies(10, 8)
+
+    profile = calibrate(ANATOMY, [*some, *some], Target(), timer=timer)
+
+    assert sorted(timer.timed) == sorted({digest(policy) for policy in some})
+    assert len(profile.points) == len(timer.timed)
+    assert profile.reference_ms == pytest.approx(0.02 + _bytes_of(PLAIN) / 1e6)
+    assert profile.reference_repeat_error == pytest.approx(0.01)
+
+
+def _bytes_of(policy: Policy) -> int:
+    module, planned = tiny().apply(policy)
+    return len(build_onnx(planned, bake(module, planned), batch=None))
+
+
+def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
+    loaded = load_profile(written(tmp_path), ANATOMY)
+
+    for policy in [PLAIN, *random_policies(5, 9)]:
+        planned = plan(ANATOMY, policy)
+        assert loaded.predict(planned) == calibrated().predict(planned)
+        assert loaded.predict_size(planned) == calibrated().predict_size(planned)
+    assert loaded.points == calibrated().points
+    assert profile_to_dict(loaded) == profile_to_dict(calibrated())
+
+
+def test_a_profile_says_how_well_it_predicts_what_it_had_not_seen() -> None:
+    data = profile_to_dict(calibrated())
+
+    assert data["heldout"]["n"] == len(data["points"]) == 12
+    assert data["truth_repeat"] == {"mape": pytest.approx(1 - 1 / 1.01), "within_10": 1.0}
+    for point in data["points"]:
+        assert point["low_ms"] <= point["predicted_ms"] <= point["high_ms"]
+        assert point["held_out"] is True
+
+
+@given(seeds())
+def test_the_size_of_a_file_is_predicted(seed: int) -> None:
+    policy = SPACE.random(np.random.default_rng(seed))
+
+    assert payload_bytes(plan(ANATOMY, policy)) < _bytes_of(policy)
+    assert calibrated().predict_size(plan(ANATOMY, policy)) == pytest.approx(_bytes_of(policy), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"profile\.json: a profile must be a readable JSON file, but: Expecting property name.*\.$"),
+        ("[]", r"profile\.json: a profile of version 1 was expected; make one with nightpress calibrate\.$"),
+        ("{}", r"profile\.json: a profile of version 1 was expected; make one with nightpress calibrate\.$"),
+        ('{"version": 2}', r"a profile of version 1 was expected"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+
+    with pytest.raises(InputError, match=message):
+        load_profile(path, ANATOMY)
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "profile.json"
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(InputError, match=r"profile\.json: a profile must be a readable JSON file, but: .*\.$"):
+        load_profile(path, ANATOMY)
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, lambda data: data.update(model="0" * 16))
+
+    with pytest.raises(
+        InputError,
+        match=rf"^{path}: a profile belongs to one model; this one is for 0{{16}}, the task's model is {ANATOMY.digest}\.$",
+    ):
+        load_profile(path, ANATOMY)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Fingerprint)])
+def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Path, field: str) -> None:
+    then: Any = ["avx9"] if field == "flags" else 99 if field == "cores" else "another"
+    shown = {"flags": r"\('avx9',\)", "cores": "99"}.get(field, "'another'")
+    path = written(tmp_path, lambda data: data["device"].update({field: then}))
+
+    with pytest.raises(
+        InputError,
+        match=rf": a profile holds for one device; {field} was {shown} when it was made, here it is .*: calibrate again\.$",
+    ):
+        load_profile(path, ANATOMY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("target"), r"the profile is damaged: KeyError 'target'\.$"),
+        (lambda data: data["target"].pop("disabled_optimizers"), r"the profile is damaged: KeyError 'disabled_opt"),
+        (lambda data: data["target"].update(cache=1), r"the profile is damaged: TypeError .*cache"),
+        (lambda data: data.update(target=None), r"the profile is damaged: TypeError "),
+        (lambda data: data.update(device=[]), r"the profile is damaged: TypeError "),
+        (lambda data: data["points"][3].pop("halves_ms"), r"the profile is damaged: KeyError 'halves_ms'\.$"),
+        (lambda data: data["points"][3].update(halves_ms=[1.0]), r"the profile is damaged: IndexError "),
+        (lambda data: data["points"][3].update(measured_ms="fast"), r"the profile is damaged: ValueError .*'fast'\.$"),
+        (lambda data: data["points"][3].update(measured_ms=-1), r"measured_ms must be positive numbers in every point"),
+        (lambda data: data["points"][3].update(measured_ms=float("nan")), r"measured_ms must be positive numbers in"),
+        (lambda data: data["points"][3]["policy"].update(prunne={}), r"json: unknown key prunne; did you mean prune\.$"),
+        (lambda data: data.update(points=data["points"][:9]), r"damaged: ValueError a predictor needs at least 10 meas"),
+        (lambda data: data.update(points=[]), r"profile\.json: the profile is damaged: ValueError "),
+        (lambda data: data.update(points=None), r"profile\.json: the profile is damaged: TypeError "),
+        (lambda data: data.update(reference_ms=None), r"profile\.json: the profile is damaged: TypeError "),
+    ],
+)  # fmt: skip
+def test_a_damaged_profile_is_refused_with_what_is_wrong(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = written(tmp_path, change)
+
+    with pytest.raises(InputError, match=message):
+        load_profile(path, ANATOMY)
+
+
+# Targets
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "offered"),
+    [
+        ((8, 32), (8, 32), "32/32 8/8 8/32"),
+        ((32,), (32,), "32/32"),
+        ((8,), (8,), "8/8"),
+        ((4, 8), (8,), "4/8 8/8"),
+        ((32,), (8,), "8/8"),
+    ],
+)
+def test_a_target_offers_the_pairs_that_it_runs(
+    weights: tuple[int, ...], activations: tuple[int, ...], offered: str
+) -> None:
+    pairs = Target().bit_choices(weights, activations)
+
+    assert " ".join(f"{pair.weights}/{pair.activations}" for pair in pairs) == offered
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target(runtime="tensorrt"), r"^target\.runtime must be one of onnxruntime.*, but got 'tensorrt'\.$"),
+        (Target(threads=0), r"^target\.threads must be between 1 and this machine's \d+ cores, but got 0\.$"),
+        (Target(threads=4096), r"but got 4096\.$"),
+        (Target(batch=0), r"^target\.batch must be at least 1, but got 0\.$"),
+    ],
+)
+def test_a_target_that_this_machine_cannot_run_is_refused(target: Target, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_target(target)
+
+
+def test_a_target_comes_back_from_its_data() -> None:
+    target = Target(threads=2, batch=8, disabled_optimizers=("GemmActivationFusion",))
+
+    assert target_from_dict(json.loads(json.dumps(target_to_dict(target)))) == target
+    check_target(Target())

@@ -1,0 +1,553 @@
+"""Training and judging: the loss, the fine-tune, batch-norm statistics, what is computed once."""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from strategies import CLASSES, images, seeded, task_of, tiny
+from torch import Tensor, fx, nn
+from torch.utils.data import TensorDataset
+
+from nightpress.evaluators.data import Arrays
+from nightpress.evaluators.quality import (
+    MAX_VIEWS,
+    Compute,
+    DivergedError,
+    Trainer,
+    blended_loss,
+    bypassed,
+    judge,
+    outputs_of,
+    probe,
+    score,
+    temperature_at,
+)
+from nightpress.evaluators.quantise import quantisers
+from nightpress.evaluators.task import Task
+from nightpress.spaces.policy import INT8, SCHEDULES, Distill, FineTune, Policy
+from nightpress.spaces.space import uniform
+
+HARD = Distill(method="none")
+
+
+@cache
+def all_digits() -> Arrays:
+    pixels, labels = load_digits(return_X_y=True)
+    return Arrays(torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long())
+
+
+def digits(count: int = 512) -> Arrays:
+    """Real handwritten digits of 8×8 pixels, which scikit-learn brings: inputs (n, 1, 8, 8) in [0, 1]."""
+    return all_digits().take(torch.arange(count))
+
+
+def reader(seed: int = 0) -> nn.Module:
+    """A small network for the digits."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 10)
+        )
+
+    return seeded(make, seed)
+
+
+def trainer_of(model: nn.Module, data: Arrays, batch_size: int = 64, **extras: object) -> Trainer:
+    dataset = TensorDataset(data.inputs, data.targets)
+    task = Task(
+        name="toy", model=model, example_input=data.inputs[:1].float(), train=dataset, test=dataset, **extras  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Trainer(task, data, Compute(), seed=0, batch_size=batch_size)
+
+
+def policy(distill: Distill = HARD, learning_rate: float = 0.05) -> Policy:
+    return Policy(model="m", distill=distill, finetune=FineTune(learning_rate=learning_rate))
+
+
+class Counted(nn.Module):
+    """Counts the items that pass through it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.items = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.items += len(x)
+        return self.inner(x)
+
+
+# The loss
+
+
+@pytest.mark.parametrize(
+    ("schedule", "done", "expected"),
+    [
+        ("constant", 0.0, 6.0),
+        ("constant", 0.99, 6.0),
+        ("halving", 0.0, 6.0),
+        ("halving", 0.2499, 6.0),
+        ("halving", 0.25, 3.0),
+        ("halving", 0.5, 1.5),
+        ("halving", 0.75, 1.0),  # 0.75, but never below 1
+        ("linear", 0.0, 6.0),
+        ("linear", 0.5, 3.75),
+        ("linear", 1.0, 1.5),
+    ],
+)
+def test_the_temperature_follows_its_schedule(schedule: str, done: float, expected: float) -> None:
+    assert temperature_at(Distill(temperature=6.0, schedule=schedule), done) == pytest.approx(expected)
+
+
+@given(st.sampled_from(SCHEDULES), st.floats(1, 100), st.floats(0, 1), st.floats(0, 1))
+def test_the_temperature_never_rises_and_never_leaves_its_bounds(
+    schedule: str, temperature: float, one: float, other: float
+) -> None:
+    early, late = (temperature_at(Distill(temperature=temperature, schedule=schedule), t) for t in sorted((one, other)))
+
+    assert 1 - 1e-9 <= late <= early + 1e-9
+    assert early <= temperature * (1 + 1e-9)
+
+
+def test_the_blended_loss_is_its_formula() -> None:
+    student = np.array([[1.0, 2.0, -1.0], [0.5, 0.0, 0.25]])
+    teacher = np.array([[0.0, 3.0, 0.0], [1.0, -1.0, 0.0]])
+    targets = np.array([1, 2])
+    alpha, temperature = 0.7, 4.0
+
+    def softmax(logits: np.ndarray, t: float) -> np.ndarray:
+        powers = np.exp(logits / t)
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    divergence = (p * np.log(p / q)).sum(axis=1).mean()
+    hard = -np.log(softmax(student, 1.0)[[0, 1], targets]).mean()
+
+    loss = blended_loss(
+        torch.from_numpy(student), torch.from_numpy(targets), torch.from_numpy(teacher),
+        Distill(alpha=alpha, temperature=temperature), 0.5, None,
+    )  # fmt: skip
+
+    assert float(loss) == pytest.approx(alpha * temperature**2 * divergence + (1 - alpha) * hard, rel=1e-6)
+
+
+def test_the_temperature_of_the_moment_is_used() -> None:
+    outputs, answers, targets = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    moving = Distill(alpha=1.0, temperature=6.0, schedule="halving")
+
+    late = blended_loss(outputs, targets, answers, moving, 0.5, None)
+
+    torch.testing.assert_close(
+        late, blended_loss(outputs, targets, answers, Distill(alpha=1.0, temperature=1.5), 0.0, None)
+    )
+
+
+def test_a_student_that_answers_as_the_teacher_has_no_soft_loss() -> None:
+    outputs, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+
+    assert float(blended_loss(outputs, targets, outputs.clone(), Distill(alpha=1.0), 0.0, None)) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(("answers", "distill"), [(None, Distill()), (torch.zeros(2, 2), HARD)])
+def test_without_a_teacher_or_a_method_the_loss_is_the_tasks_own(answers: Tensor | None, distill: Distill) -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).abs().sum()
+
+    assert blended_loss(torch.ones(2, 2), torch.zeros(2, 2), answers, distill, 0.0, loss) == 4
+
+
+# The fine-tune
+
+
+def test_a_fine_tune_lowers_the_loss_and_raises_the_accuracy() -> None:
+    data, model = digits(), reader()
+    trainer = trainer_of(model, data)
+    before = judge(model, data, trainer.task, trainer.compute)
+
+    losses = trainer.fit(model, policy(learning_rate=0.1), steps=60, seed=0)
+
+    after = judge(model, data, trainer.task, trainer.compute)
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 * losses[0]
+    assert before.accuracy < 0.3
+    assert after.accuracy > 0.85
+
+
+def test_distillation_alone_teaches_the_teachers_answers() -> None:
+    data, teacher, student = digits(), reader(), reader(seed=1)
+    trainer_of(teacher, data).fit(teacher, policy(learning_rate=0.1), steps=60, seed=0)
+    unlabelled = Arrays(data.inputs, torch.zeros_like(data.targets))
+    trainer = trainer_of(student, unlabelled, teacher=teacher)
+
+    trainer.fit(student, policy(Distill(alpha=1.0), learning_rate=0.1), steps=60, seed=0)
+
+    assert judge(student, data, trainer.task, trainer.compute).accuracy > 0.8
+
+
+def quantised(width: float = 1.0) -> fx.GraphModule:
+    """The tiny network in INT8, its ranges not yet known."""
+    return tiny().apply(uniform(tiny().anatomy, width=width, bits=INT8))[0]
+
+
+def tiny_trainer(inputs: Tensor, compute: Compute | None = None) -> Trainer:
+    data = Arrays(inputs, torch.arange(len(inputs)) % CLASSES)
+    return Trainer(task_of(tiny().traced, inputs), data, compute or Compute(), seed=0)
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+@pytest.mark.parametrize("compute", [Compute(), Compute(bf16=True, channels_last=True)])
+def test_a_quantised_network_trains_too(simulate: bool, compute: Compute) -> None:
+    module, trainer = quantised(width=0.75), tiny_trainer(images(64), compute)
+    trainer.reestimate(module)
+
+    losses = trainer.fit(module, policy(learning_rate=0.05), steps=20, seed=0, simulate=simulate)
+
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+def test_ranges_are_known_and_used_after_a_fine_tune(simulate: bool) -> None:
+    module, trainer = quantised(), tiny_trainer(images(64))
+
+    trainer.fit(module, policy(), steps=3, seed=0, simulate=simulate)
+
+    assert all(float(site.high - site.low) > 0 for site in quantisers(module).values())
+    assert not any(site.bypassed or site.observing for site in quantisers(module).values())
+    with bypassed(quantisers(module).values()):
+        unquantised = outputs_of(module, trainer.train, trainer.compute)
+    assert not torch.equal(outputs_of(module, trainer.train, trainer.compute), unquantised)
+
+
+def test_without_simulation_ranges_are_those_of_the_trained_weights() -> None:
+    module, trainer = quantised(), tiny_trainer(images(64))
+    trainer.fit(module, policy(), steps=3, seed=0, simulate=False)
+    found = {name: value.clone() for name, value in module.state_dict().items()}
+
+    trainer.observe(module)
+
+    assert all(torch.equal(found[name], value) for name, value in module.state_dict().items())
+
+
+def test_judging_does_not_move_the_ranges() -> None:
+    module, trainer = quantised(), tiny_trainer(images(64))
+    trainer.reestimate(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    judge(module, Arrays(10 * images(64), trainer.train.targets), trainer.task, trainer.compute)
+
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("distill", [HARD, Distill()])
+def test_the_same_seed_gives_the_same_weights(distill: Distill) -> None:
+    def trained(seed: int) -> dict[str, Tensor]:
+        model = reader()
+        trainer_of(model, digits(128), teacher=reader(seed=1)).fit(model, policy(distill), steps=5, seed=seed)
+        return model.state_dict()
+
+    first, second, other = trained(1), trained(1), trained(2)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+
+
+def test_frozen_parameters_are_not_trained() -> None:
+    model = reader()
+    before = copy.deepcopy(model.state_dict())
+    model.get_parameter("0.weight").requires_grad_(False)
+
+    trainer_of(model, digits(128)).fit(model, policy(), steps=3, seed=0)
+
+    assert torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    assert not torch.equal(model.state_dict()["5.weight"], before["5.weight"])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 23])
+def test_progress_ends_at_one_and_never_falls(steps: int) -> None:
+    seen: list[float] = []
+
+    losses = trainer_of(reader(), digits(64)).fit(reader(), policy(), steps=steps, seed=0, progress=seen.append)
+
+    assert seen == sorted(seen)
+    assert seen[-1] == 1
+    assert len(losses) == len(seen) <= 10
+
+
+def test_a_batch_larger_than_the_data_is_the_data() -> None:
+    losses = trainer_of(reader(), digits(10), batch_size=64).fit(reader(), policy(), steps=3, seed=0)
+
+    assert len(losses) == 3
+
+
+def test_a_module_is_left_in_evaluation_mode() -> None:
+    model = reader()
+
+    trainer_of(model, digits(64)).fit(model, policy(), steps=2, seed=0)
+
+    assert not model.training
+
+
+# Divergence
+
+
+def test_inputs_that_are_not_finite_end_the_fine_tune() -> None:
+    data = digits(64)
+    data.inputs[0] = math.inf
+
+    with pytest.raises(DivergedError, match=r"^the training loss became nan by step 1 of 10$"):
+        trainer_of(reader(), data).fit(reader(), policy(), steps=10, seed=0)
+
+
+def explosive() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
+def test_a_huge_learning_rate_ends_the_fine_tune() -> None:
+    with pytest.raises(DivergedError, match=r"^the training loss became (nan|inf) by step \d+ of 100$"):
+        trainer_of(reader(), digits(64)).fit(seeded(explosive), policy(learning_rate=1e15), steps=100, seed=0)
+
+
+@pytest.mark.parametrize("simulate", [True, False])
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_quantised_network_diverges_with_the_same_error(bad: float, simulate: bool) -> None:
+    inputs = images(64)
+    inputs[3] = bad
+
+    with pytest.raises(DivergedError, match=r"^the training loss became nan by step "):
+        tiny_trainer(inputs).fit(quantised(), policy(), steps=4, seed=0, simulate=simulate)
+
+
+def test_outputs_that_are_not_finite_are_no_accuracy() -> None:
+    data = digits(4)
+    outputs = torch.zeros(4, 10)
+    outputs[2, 3] = math.nan
+
+    with pytest.raises(DivergedError, match=r"^the network's outputs are not finite$"):
+        score(outputs, data, trainer_of(reader(), data).task)
+
+
+def test_a_metric_that_is_not_finite_is_no_accuracy() -> None:
+    data = digits(4)
+    task = trainer_of(reader(), data, metric=lambda outputs, targets: math.nan).task
+
+    with pytest.raises(DivergedError, match=r"^the task's metric is nan$"):
+        score(torch.zeros(4, 10), data, task)
+
+
+# Judging
+
+
+def test_accuracy_comes_with_its_binomial_error() -> None:
+    data = Arrays(torch.zeros(8, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    outputs = torch.eye(4)[torch.tensor([0, 1, 2, 3, 0, 1, 0, 0])]
+
+    found = score(outputs, data, trainer_of(reader(), data).task)
+
+    assert found.accuracy == 0.75
+    assert found.accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
+    assert found.samples == 8
+
+
+def test_the_error_of_a_custom_metric_is_unknown() -> None:
+    data = digits(16)
+    task = trainer_of(reader(), data, metric=lambda outputs, targets: outputs.shape[1] / 20).task
+
+    found = judge(reader(), data, task, Compute())
+
+    assert (found.accuracy, found.accuracy_se, found.samples) == (0.5, None, 16)
+    assert found.seconds > 0
+
+
+def test_a_custom_metric_sees_the_whole_split_at_once() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def metric(outputs: Tensor, targets: Tensor) -> float:
+        seen.append((*outputs.shape, *targets.shape))
+        return 0.0
+
+    data = digits(300)
+    judge(reader(), data, trainer_of(reader(), data, metric=metric).task, Compute())
+
+    assert seen == [(300, 10, 300)]
+
+
+def test_outputs_do_not_depend_on_batches_or_on_training_mode() -> None:
+    data, model = digits(300), reader()
+    with torch.no_grad():
+        expected = model(data.inputs)
+
+    torch.testing.assert_close(outputs_of(model.train(), data, Compute()), expected)
+
+
+# Batch norms and ranges
+
+
+class Seen(nn.Module):
+    """A batch norm right on the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2, momentum=0.3)
+        self.flat = nn.Flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(self.norm(x))
+
+
+def test_reestimation_sets_the_statistics_of_the_training_data() -> None:
+    inputs = 3 * images(128, channels=2) + 5
+    module = Seen()
+    module.norm.running_mean = torch.full((2,), 99.0)
+
+    trainer_of(module, Arrays(inputs, torch.zeros(128).long())).reestimate(module)
+
+    # Batches of 128: one, so that the average over batches is that of all items.
+    mean, var = module.norm.running_mean, module.norm.running_var
+    assert mean is not None
+    assert var is not None
+    torch.testing.assert_close(mean, inputs.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(var, inputs.var(dim=(0, 2, 3)))
+    assert module.norm.momentum == 0.3
+    assert not any(child.training for child in module.modules())
+
+
+def test_reestimation_changes_no_weight() -> None:
+    model = reader()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+
+    trainer_of(model, digits(64)).reestimate(model)
+
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+
+
+def test_reestimation_twice_is_reestimation_once() -> None:
+    module, trainer = quantised(), tiny_trainer(images(300))
+
+    trainer.reestimate(module)
+    first = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer.reestimate(module)
+
+    assert all(torch.equal(first[name], value) for name, value in module.state_dict().items())
+
+
+def test_reestimation_sets_the_ranges_of_quantisers() -> None:
+    module, planned = tiny().apply(uniform(tiny().anatomy, width=1, bits=INT8))
+    inputs = images(100)
+
+    tiny_trainer(inputs).reestimate(module)
+
+    sites = quantisers(module)
+    assert set(sites) == set(planned.quantised.values())
+    source = next(op.op.name for op in planned.ops if op.op.kind == "input")
+    assert float(sites[source].low) == pytest.approx(float(inputs.min()))
+    assert float(sites[source].high) == pytest.approx(float(inputs.max()))
+    for name, site in sites.items():
+        scale, zero_point = site.grid()
+        assert scale > 0, name
+        assert 0 <= int(zero_point) <= 255
+        assert site.low <= 0 <= site.high
+        assert not site.observing
+
+
+# What is computed once
+
+
+def test_views_and_the_teachers_answers_are_made_once() -> None:
+    calls: list[int] = []
+
+    def augment(batch: Tensor) -> Tensor:
+        calls.append(len(batch))
+        return batch + torch.rand(1)
+
+    teacher = Counted(reader(seed=1))
+    trainer = trainer_of(reader(), digits(128), teacher=teacher, augment=augment)
+    epochs = 3 * MAX_VIEWS
+
+    for _ in range(2):
+        trainer.fit(reader(), policy(Distill()), steps=2 * epochs, seed=0)  # 128 items are two batches
+
+    assert sum(calls) == 128 * MAX_VIEWS
+    assert teacher.items == 128 * MAX_VIEWS
+    assert sorted(trainer.views) == sorted(trainer.answers) == list(range(MAX_VIEWS))
+    assert len({float(view[0, 0, 0, 0]) for view in trainer.views.values()}) == MAX_VIEWS
+
+
+def test_without_augmentation_there_is_one_view_and_it_is_the_data() -> None:
+    teacher = Counted(reader(seed=1))
+    trainer = trainer_of(reader(), digits(128), teacher=teacher)
+
+    trainer.fit(reader(), policy(Distill()), steps=10, seed=0)
+
+    assert teacher.items == 128
+    assert trainer.views == {}
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.answers[0], teacher.inner(trainer.train.inputs))
+
+
+def test_without_distillation_the_teacher_is_not_asked() -> None:
+    teacher = Counted(reader(seed=1))
+
+    trainer_of(reader(), digits(64), teacher=teacher).fit(reader(), policy(), steps=4, seed=0)
+
+    assert teacher.items == 0
+
+
+def test_a_view_belongs_to_the_trainers_seed_and_takes_no_random_numbers_from_the_run() -> None:
+    def augment(batch: Tensor) -> Tensor:
+        return batch + torch.rand(len(batch), 1, 1, 1)
+
+    def views(seed: int) -> dict[int, Tensor]:
+        trainer = trainer_of(reader(), digits(64), augment=augment)
+        trainer.seed = seed
+        trainer.fit(reader(), policy(), steps=2, seed=0)
+        return trainer.views
+
+    torch.manual_seed(1)
+    first = views(0)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(torch.equal(first[number], view) for number, view in views(0).items())
+    assert not torch.equal(first[0], views(1)[0])
+
+
+def test_integer_inputs_are_trained_on_as_numbers() -> None:
+    data = digits(64)
+    bytes_of = Arrays((data.inputs * 255).to(torch.uint8), data.targets)
+
+    losses = trainer_of(reader(), bytes_of).fit(reader(), policy(), steps=2, seed=0)
+
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+# Compute
+
+
+@pytest.mark.parametrize("make", [lambda: Compute(channels_last=True), lambda: Compute(bf16=True)])
+def test_other_ways_to_compute_train_as_well(make: Callable[[], Compute]) -> None:
+    model, data = reader(), digits(256)
+    trainer = trainer_of(model, data)
+    trainer.compute = make()
+
+    losses = trainer.fit(model, policy(learning_rate=0.1), steps=20, seed=0)
+
+    assert losses[-1] < losses[0]
+
+
+def test_the_probe_leaves_the_weights_as_they_were() -> None:
+    model = reader()
+    before = copy.deepcopy(model.state_dict())
+
+    best, step_ms = probe(trainer_of(model, digits(64), batch_size=16), model, policy(), steps=1)
+
+    assert set(step_ms) == {"fp32", "fp32 channels_last", "bf16 channels_last"}
+    assert all(value > 0 for value in step_ms.values())
+    assert best.device == "cpu"
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
