@@ -238,17 +238,28 @@ def reference(run: RunRecord) -> Losses | None:
     return corner if corner[0] > -1 and corner[1] > 0 and corner[2] > 0 else None
 
 
+def all_baselines_verified(run: RunRecord) -> bool:
+    """Whether every baseline that ended was verified. Where the deadline left some out, comparing verified trials of
+    the search with the few verified baselines would flatter the search."""
+    return all(t.verified is not None for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE)
+
+
 def hypervolumes(run: RunRecord) -> dict[str, float | None]:
-    """Relative hypervolume of the feasible candidates of the ``search`` and of the ``baselines`` alone."""
-    corner = reference(run)
+    """Relative hypervolume of the feasible trials of the ``search`` and of the ``baselines`` alone.
+
+    Of the verified ones when all baselines are among them, else of all complete ones as the search saw them: both
+    sides stand on the same split and rung.
+    """
+    corner, allowed = reference(run), limits(run)
+    verified = verified_any(run) and all_baselines_verified(run)
+    known = candidates(run) if verified else [t for t in run.trials if t.state is TrialState.COMPLETE]
 
     def covered(trials: Sequence[TrialRecord]) -> float | None:
         if corner is None or not trials:
             return None
-        points = [found.losses for trial in trials if feasible(run, trial) and (found := point(trial))]
-        return pareto.relative_hypervolume(points, corner)
+        points = [found for trial in trials if (found := (point if verified else search_point)(trial))]
+        return pareto.relative_hypervolume([p.losses for p in points if not breaches(allowed, p)], corner)
 
-    known = candidates(run)
     return {
         "search": covered([trial for trial in known if trial.role != "baseline"]),
         "baselines": covered([trial for trial in known if trial.role == "baseline"]),

@@ -109,12 +109,14 @@ def train_long(session: Session) -> None:
             "chosen greedily by the hypervolume that each adds to those before it",
         )  # fmt: skip
     rules = complete(session, "baseline")
-    original = [t for t in rules if t.name == UNCOMPRESSED]
-    queue = original + chosen + [t for t in rules if t.name != UNCOMPRESSED]
+    # The baselines get the same training, or the comparison with them would be worth nothing.
+    queue = sorted(rules, key=lambda t: t.name != UNCOMPRESSED)[:1] + chosen
+    queue += [t for t in rules if t not in queue]
+    _size_long(session, queue)
     jobs = {t.number: _job(session, t) for t in queue if not _outcome_file(session, t.number).is_file()}
-    # None starts that would not end before the verification; the uncompressed network is the slowest of them.
-    longest = session.state["rungs"]["long_steps"] * session.prepared.step_ms / 1000
-    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report") + longest
+    # None starts that would not end before the verification.
+    typical = float(np.median([_long_seconds(session, t) for t in queue])) if queue else 0.0
+    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report") + typical
     done = 0
     for number, result in session.run_all(jobs, until):
         done += 1
@@ -125,6 +127,29 @@ def train_long(session: Session) -> None:
             _save(_outcome_file(session, number), result)
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
+
+
+def _size_long(session: Session, queue: list[TrialRecord]) -> None:
+    """The length that lets all of the queue finish, from what their short fine-tunes took; the config wins."""
+    rungs = session.state["rungs"]
+    if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
+        return
+    seconds = session.clock.left_before("verify", "report") * session.config.search.workers
+    a_step = sum(_long_seconds(session, t) for t in queue) / rungs["long_steps"]
+    fitting = int(0.9 * seconds / max(a_step, 1e-9))
+    steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], fitting))
+    session.folder.decide(
+        "finalists", f"long fine-tunes of {steps} steps",
+        f"{len(queue)} of them, at what the short ones took, fit into the {seconds:.0f} s that are left for it",
+    )  # fmt: skip
+    session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
+
+
+def _long_seconds(session: Session, trial: TrialRecord) -> float:
+    """What a long fine-tune will take, from the short one; simulated activations cost half as much again."""
+    rungs = session.state["rungs"]
+    short = next((q.seconds for q in trial.qualities if q.rung == Rung.SHORT), 0.0)
+    return short / rungs["short_steps"] * rungs["long_steps"] * (1.5 if trial.policy["bits"] else 1.0)
 
 
 def _job(session: Session, trial: TrialRecord) -> Job:

@@ -48,6 +48,17 @@ class RunFolder:
         lock.flush()
         self._lock = lock
 
+    def held(self) -> bool:
+        """Whether a driver is at work on the run."""
+        try:
+            with (self.path / LOCK).open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def release(self) -> None:
         if self._lock is not None:
             self._lock.close()
@@ -113,10 +124,13 @@ def read_run(path: Path) -> RunRecord:
 
     config = yaml.safe_load((path / CONFIG).read_text())
     trials, approvals = read_trials(path, (config.get("search") or {}).get("storage"))
+    state = folder.read_json(STATE) or {"state": "new", "phase": None}
+    if state["state"] == "running" and not folder.held():
+        state = {**state, "state": "interrupted", "reason": "its driver ended without a word"}
     return RunRecord(
         path=path,
         config=config,
-        state=folder.read_json(STATE) or {"state": "new", "phase": None},
+        state=state,
         trials=trials,
         decisions=tuple(_lines(path / DECISIONS)),
         target=folder.read_json(TARGET),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import socket
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ..spaces.policy import INT8
 from . import finalists, prepare
 from .clock import SHARES, Clock
 from .config import RunConfig
-from .folder import CONFIG, LOG, STATE, JsonLog, RunFolder, read_run
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run
 from .pareto import losses, non_dominated
 from .proposals import baselines, greedy_walk
 from .records import TrialState
@@ -56,6 +57,10 @@ def run_night(
         )  # fmt: skip
         with graceful(session):
             return _run(session)
+    except InputError:
+        if not resume and not (folder.path / ARTIFACTS).exists():
+            shutil.rmtree(folder.path)  # nothing was trained: the corrected config may use the same folder
+        raise
     finally:
         log.removeHandler(handler)
         handler.close()
@@ -68,8 +73,8 @@ def _run(session: Session) -> str:
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
-    except InputError as error:
-        session.update(state="failed", current=None, activity=None, reason=str(error))
+    except Exception as error:  # whatever it was, the record must not say that the night goes on
+        session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
         raise
     finally:
         session.close()

@@ -44,6 +44,9 @@ def prepare(session: Session) -> None:
     check_target(config.target)
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
+    least = config.limits.min_accuracy
+    if least is not None and least > 1 and task.metric is None:
+        raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     space = space_of(anatomy, config)
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
@@ -107,7 +110,14 @@ def _compute(session: Session, trainer: Trainer, anatomy: Anatomy) -> tuple[Comp
     """How to train and what a step costs; probed once a run, so that a resumed night trains the same way."""
     known = session.state.get("compute")
     if known is None:
-        compute, step_ms = probe(trainer, copy.deepcopy(trainer.task.model), Policy(model=anatomy.digest))
+        try:
+            compute, step_ms = probe(trainer, copy.deepcopy(trainer.task.model), Policy(model=anatomy.digest))
+        except Exception as error:  # the user's loss, augment or teacher runs here
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise InputError(
+                f"{session.config.task}: the given model cannot be trained for a few steps: "
+                f"{type(error).__name__}: {reason}."
+            ) from error
         fastest = min(step_ms, key=lambda name: step_ms[name])
         session.folder.decide(
             "inspect",

@@ -49,9 +49,10 @@ class Store:
         self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None
     ) -> None:
         self._storage = storage
-        self.study = optuna.create_study(
-            storage=storage, study_name=STUDY, directions=DIRECTIONS, load_if_exists=True, sampler=sampler
-        )
+        if _has_study(storage):  # a reader leaves no mark in the record
+            self.study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler)
+        else:
+            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=DIRECTIONS, sampler=sampler)
         self._study_id = storage.get_study_id_from_name(STUDY)
         if self.study.user_attrs.get("schema") is None:
             self.study.set_user_attr("schema", SCHEMA)
@@ -131,6 +132,8 @@ class Store:
         for frozen in self.study.get_trials(deepcopy=False, states=running):
             if "policy" not in frozen.user_attrs:
                 self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
+                if "given" in frozen.user_attrs:  # it was taken from the queue: back into it
+                    self.study.enqueue_trial(frozen.system_attrs["fixed_params"], user_attrs=frozen.user_attrs)
             elif "state" in frozen.user_attrs:
                 self.tell(frozen.number)
             else:
@@ -166,12 +169,16 @@ class Store:
         )
 
 
+def _has_study(storage: optuna.storages.BaseStorage) -> bool:
+    return STUDY in [study.study_name for study in storage.get_all_studies()]
+
+
 def read_trials(run: Path, url: str | None) -> tuple[tuple[TrialRecord, ...], tuple[Mapping[str, Any], ...]]:
     """Trials and approvals of a run, for readers that do not search; empty where there is no study yet."""
     if url is None and not (run / JOURNAL).is_file():
         return (), ()
     storage = open_storage(run, url)
-    if STUDY not in [summary.study_name for summary in storage.get_all_studies()]:
+    if not _has_study(storage):
         return (), ()
     store = Store(storage)
     return store.trials(), store.approvals()

@@ -53,43 +53,50 @@ class Trials:
                 break
 
     def _adopt(self, record: TrialRecord) -> None:
-        """Go on at the rung after the trial's last result."""
+        """Go on at the rung after the trial's last result; from its start where that was not yet on record."""
         log.info("trial %d is taken up again", record.number)
-        rungs = {quality.rung for quality in record.qualities}
-        self._submit(record.number, policy_of(record), Rung.SHORT if Rung.BN in rungs else Rung.BN)
+        if record.qualities and record.params is not None:
+            self._submit(record.number, policy_of(record), Rung.SHORT)
+        else:
+            self._start(record.number, policy_of(record), record.role)
 
     def begin(self) -> None:
-        """Ask for one policy and start it, or close it at once: known already, or beyond a hard limit."""
-        store, session = self.session.store, self.session
+        """Ask for one policy and start it."""
+        store = self.session.store
         trial = store.study.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
-        store.begin(trial, policy, session.clock.now())
-        known = self._known(digest(policy), trial.number)
+        store.begin(trial, policy, self.session.clock.now())
+        self._start(trial.number, policy, str(trial.user_attrs["role"]))
+
+    def _start(self, number: int, policy: Policy, role: str) -> None:
+        """Look at the free objectives, then train; or close it at once: known already, or beyond a hard limit."""
+        store, session = self.session.store, self.session
+        known = self._known(digest(policy), number)
         if known is not None:
-            self._reuse(trial.number, known)
+            self._reuse(number, known)
             return
         self.repeats = 0
         latency, low, high, size = session.predict(policy)
         planned = plan(session.prepared.anatomy, policy)
         store.note(
-            trial.number,
+            number,
             predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
         point = next((p for p in session.profile.points if digest(p.policy) == digest(policy)), None)
         if point is not None:  # it was measured during calibration
             store.note(
-                trial.number,
+                number,
                 measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
             )
         excess = self.excess(low, size)
         if excess:
-            store.constrain(trial.number, excess)
+            store.constrain(number, excess)
         beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]
-        if beyond and trial.user_attrs.get("role") != "baseline":
-            self._finish(trial.number, TrialState.INFEASIBLE, f"beyond {', '.join(beyond)}, not trained")
+        if beyond and role != "baseline":
+            self._finish(number, TrialState.INFEASIBLE, f"beyond {', '.join(beyond)}, not trained")
             return
-        self._submit(trial.number, policy, Rung.BN)
+        self._submit(number, policy, Rung.BN)
 
     def excess(self, latency_ms: float, size_bytes: int) -> dict[str, float]:
         """How far beyond the limits on free objectives, as shares of the limits. Latency counts by the low

@@ -85,9 +85,14 @@ def policies(anatomy: Anatomy | None = None) -> st.SearchStrategy[Policy]:
 def _op(name: str, kind: str, inputs: str, shape: tuple[int, ...], follows: str = "", **attrs: object) -> Op:
     """An operation whose first axis loses one channel for each that the group ``follows`` loses."""
     return Op(
-        name=name, kind=kind, inputs=tuple(inputs.split()), shape=shape,
-        module=name if kind in {"conv", "linear"} else None, attrs=attrs, channels_by_group={follows: 1} if follows else {},
-    )  # fmt: skip
+        name=name,
+        kind=kind,
+        inputs=tuple(inputs.split()),
+        shape=shape,
+        module=name if kind in {"conv", "linear"} else None,
+        attrs=attrs,
+        channels_by_group={follows: 1} if follows else {},
+    )
 
 
 def _conv(name: str, source: str, channels: int, follows: str) -> Op:

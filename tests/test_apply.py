@@ -14,19 +14,6 @@ import torch
 import torchvision
 from hypothesis import HealthCheck, given, settings
 from onnx import numpy_helper
-from strategies import (
-    EVERY_PAIR,
-    OFFERED,
-    Tiny,
-    compressor_of,
-    images,
-    seeded,
-    seeds,
-    space_of,
-    state_after,
-    task_of,
-    tiny,
-)
 from torch import Tensor, fx, nn
 
 from nightpress.evaluators.apply import Compressor
@@ -41,6 +28,18 @@ from nightpress.evaluators.runtime import Session, bits_used, check_bits
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform
+from strategies import (
+    OFFERED,
+    Tiny,
+    compressor_of,
+    images,
+    seeded,
+    seeds,
+    space_of,
+    state_after,
+    task_of,
+    tiny,
+)
 
 ANATOMY = tiny().anatomy
 SPACE = space_of(ANATOMY)
@@ -386,9 +385,7 @@ def test_a_layer_that_does_not_run_as_the_policy_says_is_named(tmp_path: Path) -
 
     used = bits_used(path, intended, DISABLED)
 
-    with pytest.raises(
-        ValueError, match=r"^layer one\.conv2 was to run in fp32, but the runtime runs it in int8$"
-    ):
+    with pytest.raises(ValueError, match=r"^layer one\.conv2 was to run in fp32, but the runtime runs it in int8$"):
         check_bits(used, intended)
     with pytest.raises(ValueError, match=r"^layer stem\.0 was to run in int8, but the runtime runs it in fp32$"):
         check_bits(dict.fromkeys(used, "fp32"), planned)

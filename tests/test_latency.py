@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import policies, seeds, space_of, tiny
 
 from nightpress.evaluators.bake import bake
 from nightpress.evaluators.latency.features import TERMS, features, payload_bytes
@@ -34,6 +33,7 @@ from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform
+from strategies import policies, space_of, tiny
 
 ANATOMY = tiny().anatomy
 SPACE = space_of(ANATOMY)
@@ -115,9 +115,7 @@ def test_a_model_is_timed_without_a_reference_too(timer: Timer, files: dict[str,
 
 
 @pytest.mark.slow
-def test_a_refused_file_is_one_line_and_the_timer_goes_on(
-    timer: Timer, files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_refused_file_is_one_line_and_the_timer_goes_on(timer: Timer, files: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(files["half"].read_bytes()[:100])
 
@@ -169,18 +167,24 @@ class FormulaTimer(Timer):
         }
 
 
-@given(st.lists(seeds(), min_size=1, max_size=3, unique=True))
-def test_the_size_of_a_policy_is_that_of_its_export(chosen: list[int]) -> None:
-    policies = {str(seed): SPACE.random(np.random.default_rng(seed)) for seed in chosen}
+def export_bytes(policy: Policy) -> int:
+    module, planned = tiny().apply(policy)
+    return len(build_onnx(planned, bake(module, planned), batch=None))
 
-    _, sizes = measure_policies(ANATOMY, policies, Target(), FormulaTimer(Target()))
 
-    for name, policy in policies.items():
-        module, planned = tiny().apply(policy)
-        assert sizes[name] == len(build_onnx(planned, bake(module, planned), batch=None))
+def test_the_size_of_a_policy_is_that_of_its_export() -> None:
+    some = {digest(policy): policy for policy in random_policies(10, 11)}
+
+    _, sizes = measure_policies(ANATOMY, some, Target(), FormulaTimer(Target()))
+
+    assert sizes == {name: export_bytes(policy) for name, policy in some.items()} | {REFERENCE: export_bytes(PLAIN)}
 
 
 # Terms
+
+
+def amounts_of(policy: Policy) -> dict[str, float]:
+    return {str(term): float(amount) for term, amount in zip(TERMS, features(plan(ANATOMY, policy)), strict=True)}
 
 
 @given(policies(ANATOMY))
@@ -200,7 +204,7 @@ def test_work_never_grows_with_pruning(policy: Policy, more: Policy) -> None:
         prune={g.name: max(policy.prune.get(g.name, 0), more.prune.get(g.name, 0)) for g in ANATOMY.groups},
         removed_blocks=tuple({*policy.removed_blocks, *more.removed_blocks}),
     )
-    mild, harsh = (dict(zip(TERMS, features(plan(ANATOMY, p)), strict=True)) for p in (policy, harsher))
+    mild, harsh = amounts_of(policy), amounts_of(harsher)
 
     for term in TERMS:
         if term.endswith(("_macs", "_weights", "_patches")):
@@ -217,7 +221,7 @@ def test_work_never_grows_with_pruning(policy: Policy, more: Policy) -> None:
     ],
 )
 def test_work_is_counted_for_the_kernel_that_runs(bits: LayerBits, busy: str, idle: tuple[str, ...]) -> None:
-    amounts = dict(zip(TERMS, features(plan(ANATOMY, uniform(ANATOMY, width=1, bits=bits))), strict=True))
+    amounts = amounts_of(uniform(ANATOMY, width=1, bits=bits))
 
     assert amounts[f"{busy}_conv_macs"] > 0
     assert amounts[f"{busy}_depthwise_macs"] > 0
@@ -246,9 +250,9 @@ def test_the_margin_covers_at_least_nine_in_ten_of_its_own_scores(scores: list[f
 
 
 def test_the_margin_is_the_rank_of_the_conformal_quantile() -> None:
-    assert conformal_margin(np.arange(1, 20)) == 18  # ⌈20 · 0.9⌉
-    assert conformal_margin(np.arange(1, 100)) == 90
-    assert conformal_margin(np.arange(1, 102)) == 92  # ⌈91.8⌉
+    assert conformal_margin(np.arange(1.0, 20)) == 18  # ⌈20 · 0.9⌉
+    assert conformal_margin(np.arange(1.0, 100)) == 90
+    assert conformal_margin(np.arange(1.0, 102)) == 92  # ⌈91.8⌉
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0, 10))
@@ -269,10 +273,10 @@ def test_a_new_score_lies_within_the_margin_in_nine_of_ten_draws(count: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "expected"), [([1, 2, 3], [10, 20, 90], 1), ([1, 2, 3], [3, 2, 1], -1), ([1, 2, 3], [1, 3, 2], 0.5)]
-)  # fmt: skip
-def test_rank_correlation(first: list[float], second: list[float], expected: float) -> None:
-    assert spearman(first, second) == pytest.approx(expected)
+    ("second", "expected"), [([10.0, 20.0, 90.0], 1), ([3.0, 2.0, 1.0], -1), ([1.0, 3.0, 2.0], 0.5)]
+)
+def test_rank_correlation_looks_at_the_order_alone(second: list[float], expected: float) -> None:
+    assert spearman([1.0, 2.0, 3.0], second) == pytest.approx(expected)
 
 
 def truth(terms: Array, noise: float, seed: int) -> Array:
@@ -309,7 +313,7 @@ def test_an_interval_holds_its_prediction() -> None:
     found = exact().predict(terms_of(20, 5))
 
     assert found.shape == (20, 3)
-    assert (0 < found[:, 1]).all()
+    assert (found[:, 1] > 0).all()
     assert (found[:, 1] <= found[:, 0]).all()
     assert (found[:, 0] <= found[:, 2]).all()
     np.testing.assert_allclose(exact().predict(terms_of(20, 5)[3]), found[3:4])
@@ -361,13 +365,8 @@ def test_calibration_measures_each_policy_once() -> None:
 
     assert sorted(timer.timed) == sorted({digest(policy) for policy in some})
     assert len(profile.points) == len(timer.timed)
-    assert profile.reference_ms == pytest.approx(0.02 + _bytes_of(PLAIN) / 1e6)
+    assert profile.reference_ms == pytest.approx(0.02 + export_bytes(PLAIN) / 1e6)
     assert profile.reference_repeat_error == pytest.approx(0.01)
-
-
-def _bytes_of(policy: Policy) -> int:
-    module, planned = tiny().apply(policy)
-    return len(build_onnx(planned, bake(module, planned), batch=None))
 
 
 def test_a_profile_comes_back_from_its_file(tmp_path: Path) -> None:
@@ -391,12 +390,12 @@ def test_a_profile_says_how_well_it_predicts_what_it_had_not_seen() -> None:
         assert point["held_out"] is True
 
 
-@given(seeds())
-def test_the_size_of_a_file_is_predicted(seed: int) -> None:
-    policy = SPACE.random(np.random.default_rng(seed))
+def test_the_size_of_a_file_is_predicted() -> None:
+    for policy in [PLAIN, *random_policies(15, 12)]:
+        planned, true_bytes = plan(ANATOMY, policy), export_bytes(policy)
 
-    assert payload_bytes(plan(ANATOMY, policy)) < _bytes_of(policy)
-    assert calibrated().predict_size(plan(ANATOMY, policy)) == pytest.approx(_bytes_of(policy), rel=0.05)
+        assert payload_bytes(planned) < true_bytes
+        assert calibrated().predict_size(planned) == pytest.approx(true_bytes, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +430,7 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(
         InputError,
-        match=rf"^{path}: a profile belongs to one model; this one is for 0{{16}}, the task's model is {ANATOMY.digest}\.$",
+        match=rf"^{path}: a profile belongs to one model; this one is for 0{{16}}, the task.s model is {PLAIN.model}",
     ):
         load_profile(path, ANATOMY)
 
@@ -444,7 +443,7 @@ def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Pa
 
     with pytest.raises(
         InputError,
-        match=rf": a profile holds for one device; {field} was {shown} when it was made, here it is .*: calibrate again\.$",
+        match=rf": a profile holds for one device; {field} was {shown} when it was made, here it is .*: calibrate ag",
     ):
         load_profile(path, ANATOMY)
 
@@ -462,8 +461,8 @@ def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Pa
         (lambda data: data["points"][3].update(measured_ms="fast"), r"the profile is damaged: ValueError .*'fast'\.$"),
         (lambda data: data["points"][3].update(measured_ms=-1), r"measured_ms must be positive numbers in every point"),
         (lambda data: data["points"][3].update(measured_ms=float("nan")), r"measured_ms must be positive numbers in"),
-        (lambda data: data["points"][3]["policy"].update(prunne={}), r"json: unknown key prunne; did you mean prune\.$"),
-        (lambda data: data.update(points=data["points"][:9]), r"damaged: ValueError a predictor needs at least 10 meas"),
+        (lambda data: data["points"][3]["policy"].update(prunne={}), r"json: unknown key prunne; did you mean prune"),
+        (lambda data: data.update(points=data["points"][:9]), r"damaged: ValueError a predictor needs at least 10 m"),
         (lambda data: data.update(points=[]), r"profile\.json: the profile is damaged: ValueError "),
         (lambda data: data.update(points=None), r"profile\.json: the profile is damaged: TypeError "),
         (lambda data: data.update(reference_ms=None), r"profile\.json: the profile is damaged: TypeError "),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CLASSES, compressor_of, images, policies, seeds, space_of, task_of, tiny
 from torch import Tensor, nn
 
 from nightpress.evaluators.lower import note_shapes, shape_of
 from nightpress.spaces.plan import FOLLOWERS, Plan, PlannedOp, plan, pruned_groups
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy
 from nightpress.spaces.space import uniform
+from strategies import CLASSES, compressor_of, images, policies, seeds, space_of, task_of, tiny
 
 WEIGHT_ONLY = LayerBits(weights=8)
 ANATOMY = tiny().anatomy

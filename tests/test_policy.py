@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import policies
 
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import (
@@ -27,6 +26,7 @@ from nightpress.spaces.policy import (
     policy_to_dict,
     policy_to_json,
 )
+from strategies import policies
 
 GOLDEN = Path(__file__).parent / "golden" / "policy_v1.json"
 # What the golden file says. Neither changes while schema 1 is read.

@@ -3,6 +3,7 @@
 import numpy as np
 import optuna
 import pytest
+
 from nightpress.search.pareto import hypervolume, losses
 from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, probes, sensitivity_of
 from nightpress.search.records import Latency, Quality, TrialState
@@ -52,7 +53,8 @@ def run_trials(store: Store, space: Space, count: int) -> None:
         latency, size = costs(policy)
         store.begin(trial, policy, 0.0)
         store.note(
-            trial.number, size_bytes=size, predicted=dict(latency_ms=latency, low_ms=latency, high_ms=latency, measured=False)
+            trial.number, size_bytes=size,
+            predicted={"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False}
         )  # fmt: skip
         store.note_quality(trial.number, quality(accuracy_of(policy)))
         store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
@@ -118,7 +120,9 @@ def test_unknown_is_never_told_as_a_number(tmp_path, space: Space) -> None:
     assert [t.reason for t in store.trials()] == ["because", "because"]
 
 
-def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_handed_back(tmp_path, space: Space) -> None:
+def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_handed_back(
+    tmp_path, space: Space
+) -> None:
     store = made_store(tmp_path, space, "random")
     finished, running, asked = (store.study.ask() for _ in range(3))
     for trial in (finished, running):
@@ -126,7 +130,7 @@ def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_ha
     store.note_quality(finished.number, quality(0.5))
     store.note(
         finished.number, size_bytes=10, state="COMPLETE", finished=1.0,
-        predicted=dict(latency_ms=1.0, low_ms=0.9, high_ms=1.1, measured=False),
+        predicted={"latency_ms": 1.0, "low_ms": 0.9, "high_ms": 1.1, "measured": False},
     )  # fmt: skip
 
     unfinished = made_store(tmp_path, space, "random").repair()
@@ -139,7 +143,9 @@ def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_ha
 def test_trials_read_back_from_the_folder_equal_those_written(tmp_path, space: Space) -> None:
     store = made_store(tmp_path, space, "random")
     run_trials(store, space, 3)
-    store.remeasure(1, Latency(latency_ms=2.0, low_ms=1.9, high_ms=2.1, measured=True, repeat_error=0.05, reference_ms=4.0))
+    store.remeasure(
+        1, Latency(latency_ms=2.0, low_ms=1.9, high_ms=2.1, measured=True, repeat_error=0.05, reference_ms=4.0)
+    )
     store.approve({"trial": 1, "who": "me"})
 
     trials, approvals = read_trials(tmp_path, None)

@@ -1,5 +1,6 @@
 """Measured latency: models are timed beside the uncompressed one, in a process that does nothing else."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -71,7 +72,8 @@ class Timer:
     def close(self) -> None:
         """End the child."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # what a dead child did not read
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -127,7 +129,9 @@ class Timer:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise MeasurementError(f"the timing process ended with code {self._process.poll()}")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+            raise MeasurementError(f"the timing process ended with code {self._process.returncode}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise MeasurementError(str(answer["error"]))

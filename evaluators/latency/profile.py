@@ -132,7 +132,9 @@ def load_profile(path: Path, anatomy: Anatomy) -> Profile:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
         return _profile_from_dict(data, path, anatomy)
-    except (KeyError, TypeError, IndexError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
