@@ -1,0 +1,64 @@
+"""An export runs where nothing of nightpress is installed."""
+
+import subprocess
+import sys
+import venv
+from importlib.metadata import distribution
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+
+pytestmark = pytest.mark.slow
+
+# Reads the session options from the export itself, as production would.
+SCRIPT = """
+import json, sys, pathlib
+import numpy, onnxruntime
+assert not any(name in sys.modules for name in ("torch", "nightpress"))
+folder = pathlib.Path(sys.argv[1])
+runtime = json.loads((folder / "runtime.json").read_text())
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = runtime["threads"]
+session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=runtime["providers"],
+                                       disabled_optimizers=runtime["disabled_optimizers"])
+data = numpy.load(sys.argv[2])
+logits = session.run(["logits"], {"input": data["inputs"]})[0]
+print(float((logits.argmax(axis=1) == data["targets"]).mean()))
+"""
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees only numpy, onnxruntime and what onnxruntime itself requires."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files if not file.parts[0].startswith("..")}:
+            source = Path(str(distribution(name).locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return folder / "bin" / "python"
+
+
+def test_a_bare_environment_reproduces_the_stated_accuracy(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    night = tiny.night(tmp_path_factory)
+    stated = tiny.nightpress("export", night.run, "best", "--out", tmp_path / "export", "--json").json
+    inputs, targets = tiny.build().test.tensors  # type: ignore[union-attr]
+    np.savez(tmp_path / "test.npz", inputs=inputs.numpy(), targets=targets.numpy())
+    python = bare_python(tmp_path / "bare")
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    without = subprocess.run([python, "-c", "import torch"], capture_output=True, text=True)
+    ran = subprocess.run(
+        [python, tmp_path / "script.py", tmp_path / "export", tmp_path / "test.npz"], capture_output=True, text=True
+    )
+
+    assert "No module named 'torch'" in without.stderr
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout) == pytest.approx(stated["accuracy"], abs=0.001)
+    assert sys.executable != str(python)
