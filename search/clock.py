@@ -13,8 +13,8 @@ SHARES: Mapping[str, float] = {
     "calibrate": 0.10,
     "baselines": 0.15,
     "sensitivity": 0.07,
-    "search": 0.35,
-    "finalists": 0.22,
+    "search": 0.29,
+    "finalists": 0.28,
     "verify": 0.06,
     "report": 0.02,
 }

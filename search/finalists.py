@@ -115,7 +115,9 @@ def train_long(session: Session) -> None:
     _size_long(session, queue)
     jobs = {t.number: _job(session, t) for t in queue if not _outcome_file(session, t.number).is_file()}
     # None starts that would not end before the verification.
-    typical = float(np.median([_long_seconds(session, t) for t in queue])) if queue else 0.0
+    long_steps = session.state["rungs"]["long_steps"]
+    costs = [fixed + a_step * long_steps for fixed, a_step in (_long_costs(session, t) for t in queue)]
+    typical = float(np.median(costs)) if costs else 0.0
     until = session.clock.share_seconds("verify") + session.clock.share_seconds("report") + typical
     done = 0
     for number, result in session.run_all(jobs, until):
@@ -134,22 +136,26 @@ def _size_long(session: Session, queue: list[TrialRecord]) -> None:
     rungs = session.state["rungs"]
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
         return
-    seconds = session.clock.left_before("verify", "report") * session.config.search.workers
-    a_step = sum(_long_seconds(session, t) for t in queue) / rungs["long_steps"]
-    fitting = int(0.9 * seconds / max(a_step, 1e-9))
-    steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], fitting))
+    seconds = 0.9 * session.clock.left_before("verify", "report") * session.config.search.workers
+    fixed, a_step = (sum(parts) for parts in zip(*(_long_costs(session, t) for t in queue), strict=True))
+    steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], int((seconds - fixed) / max(a_step, 1e-9))))
     session.folder.decide(
         "finalists", f"long fine-tunes of {steps} steps",
-        f"{len(queue)} of them, at what the short ones took, fit into the {seconds:.0f} s that are left for it",
+        f"{len(queue)} of them, at what the short ones took, fit into the time that is left for it",
     )  # fmt: skip
     session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
 
 
-def _long_seconds(session: Session, trial: TrialRecord) -> float:
-    """What a long fine-tune will take, from the short one; simulated activations cost half as much again."""
-    rungs = session.state["rungs"]
-    short = next((q.seconds for q in trial.qualities if q.rung == Rung.SHORT), 0.0)
-    return short / rungs["short_steps"] * rungs["long_steps"] * (1.5 if trial.policy["bits"] else 1.0)
+def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+    """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
+
+    The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
+    the data. Simulated activations make a step half as dear again.
+    """
+    spent = {q.rung: q.seconds for q in trial.qualities}
+    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.SHORT, 0.0)
+    a_step = max(short - low, 0.3 * short) / session.state["rungs"]["short_steps"]
+    return 4 * low, a_step * (1.5 if trial.policy["bits"] else 1.0)
 
 
 def _job(session: Session, trial: TrialRecord) -> Job:

@@ -1,18 +1,23 @@
 """Values for the properties, and a tiny residual network with its anatomy: no download, no training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nightpress.evaluators.apply import Compressor, compressor
+from nightpress.evaluators.data import Arrays
 from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.measure import REFERENCE, Timer, Timing
+from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import Task
 from nightpress.spaces.anatomy import Anatomy, Block, Group, Layer, Op
 from nightpress.spaces.policy import (
@@ -223,3 +228,61 @@ def state_after(policy: Policy) -> dict[str, NDArray[Any]]:
     """The state that a policy leaves the tiny network in. Top level, so that a spawned process can call it;
     as arrays, since tensors would travel through shared memory."""
     return {name: value.numpy() for name, value in tiny().apply(policy)[0].state_dict().items()}
+
+
+# Data, a counter, a clock
+
+
+@cache
+def all_digits() -> Arrays:
+    pixels, labels = load_digits(return_X_y=True)
+    return Arrays(torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long())
+
+
+def digits(count: int = 512) -> Arrays:
+    """Real handwritten digits of 8×8 pixels, which scikit-learn brings: inputs (n, 1, 8, 8) in [0, 1]."""
+    return all_digits().take(torch.arange(count))
+
+
+def digits_reader(seed: int = 0) -> nn.Module:
+    """A small network for the digits."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 10)
+        )
+
+    return seeded(make, seed)
+
+
+class Counted(nn.Module):
+    """Counts the items that pass through it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.items = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.items += len(x)
+        return self.inner(x)
+
+
+class FormulaTimer(Timer):
+    """Answers with a formula of each file's size instead of measuring."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.timed: list[str] = []
+
+    def time(
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
+    ) -> dict[str, Timing]:
+        del least_rounds, most_rounds
+        self.timed += models
+        files = {**models, REFERENCE: reference} if reference is not None else dict(models)
+        latency_ms = {key: 0.02 + path.stat().st_size / 1e6 for key, path in files.items()}
+        return {
+            key: Timing(windows_ms=(value, 1.01 * value), reference_ms=latency_ms.get(REFERENCE))
+            for key, value in latency_ms.items()
+        }

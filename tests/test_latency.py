@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform
-from strategies import policies, space_of, tiny
+from strategies import FormulaTimer, policies, space_of, tiny
 
 ANATOMY = tiny().anatomy
 SPACE = space_of(ANATOMY)
@@ -145,26 +145,6 @@ def test_policies_are_measured_without_training() -> None:
     assert set(timings) == set(sizes) == {"small", REFERENCE}
     assert timings["small"].latency_ms > 0
     assert 0 < sizes["small"] < sizes[REFERENCE]
-
-
-class FormulaTimer(Timer):
-    """Answers with a formula of each file's size instead of measuring."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.timed: list[str] = []
-
-    def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
-    ) -> dict[str, Timing]:
-        del least_rounds, most_rounds
-        self.timed += models
-        files = {**models, REFERENCE: reference} if reference is not None else dict(models)
-        latency_ms = {key: 0.02 + path.stat().st_size / 1e6 for key, path in files.items()}
-        return {
-            key: Timing(windows_ms=(value, 1.01 * value), reference_ms=latency_ms.get(REFERENCE))
-            for key, value in latency_ms.items()
-        }
 
 
 def export_bytes(policy: Policy) -> int:

@@ -17,6 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from sklearn.linear_model import LinearRegression
+from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
 Array = NDArray[np.float64]
 Predict = Callable[[Array], Array]
@@ -60,6 +61,12 @@ def fit(terms: Array, latency_ms: Array, seed: int = 0) -> Predictor:
     """Fit to calibration points: ``terms`` (n, terms), ``latency_ms`` (n,). Raises ValueError below 10 points."""
     if len(latency_ms) < LEAST_POINTS:
         raise ValueError(f"a predictor needs at least {LEAST_POINTS} measured policies, but got {len(latency_ms)}")
+    # A few dozen rows: more threads would only wait for each other, for long on a busy machine.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _fit(terms, latency_ms, seed)
+
+
+def _fit(terms: Array, latency_ms: Array, seed: int) -> Predictor:
     folds = np.random.default_rng(seed).permutation(len(latency_ms)) % FOLDS
     held = {name: _out_of_fold(make, terms, latency_ms, folds) for name, make in _DESIGNS.items()}
     errors = {name: float(np.mean(np.abs(h / latency_ms - 1))) for name, h in held.items()}

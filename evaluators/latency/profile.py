@@ -188,4 +188,5 @@ def _overheads(anatomy: Anatomy, points: Sequence[Point]) -> NDArray[np.float64]
     """Least squares on what the files hold beside their payload."""
     plans = [plan(anatomy, p.policy) for p in points]
     rest = np.array([p.size_bytes - payload_bytes(planned) for p, planned in zip(points, plans, strict=True)])
-    return np.linalg.lstsq(np.stack([structure(planned) for planned in plans]), rest, rcond=None)[0]
+    counts = np.stack([structure(planned) for planned in plans])
+    return np.linalg.lstsq(counts, rest, rcond=None)[0].astype(np.float64)
