@@ -23,8 +23,8 @@ from nightpress.evaluators.evaluate import write_onnx
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.evaluators.quality import Compute, Trainer
-from nightpress.evaluators.quantise import weight_scales
-from nightpress.evaluators.runtime import Session, bits_used, check_bits
+from nightpress.evaluators.quantise import quantisers, weight_scales
+from nightpress.evaluators.runtime import Session, bits_used, check_bits, optimised_graph
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform
@@ -338,6 +338,19 @@ def test_a_channel_without_weights_keeps_its_bias_in_integers(weakness: str, tmp
     made = compressor_of(task_of(network))
 
     check_export(made, uniform(made.anatomy, width=1, bits=INT8), images(16), tmp_path)
+
+
+def test_the_integer_kernel_absorbs_the_clip_behind_it(tmp_path: Path) -> None:
+    policy = uniform(ANATOMY, width=1, bits=INT8)
+    module, planned = tiny().apply(policy)
+    inputs = 100 * images(4)  # far above 6, with the statistics that the network came with
+    Trainer(task_of(tiny().traced), Arrays(inputs, torch.zeros(4).long()), Compute(), seed=0).observe(module)
+    clipped = next(p.op.name for p in planned.ops if p.op.kind == "relu6")
+
+    run = optimised_graph(exported(module, planned, policy, tmp_path), DISABLED).graph
+
+    assert 5.99 < float(quantisers(module)[clipped].grid()[0]) * 255 < 6
+    assert "Clip" not in {node.op_type for node in run.node}
 
 
 def test_a_file_takes_batches_of_any_size(tmp_path: Path) -> None:

@@ -132,9 +132,7 @@ def test_a_limit_that_no_policy_can_meet(
     key = "measured_ms" if "max_latency_ms" in limits else "size_bytes"
     least = min(point[key] for point in profile["points"])
     assert 0.3 * least < float(found[1]) < 1.2 * least
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
-    assert (state["state"], state["reason"]) == ("failed", sentence)
-    assert not (tmp_path / "run" / "artifacts").exists()
+    assert not (tmp_path / "run").exists()  # the corrected config may use the same folder
 
 
 # The task

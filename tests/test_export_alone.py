@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
+from nightpress.evaluators.task import load_task
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def test_a_bare_environment_reproduces_the_stated_accuracy(
 ) -> None:
     night = tiny.night(tmp_path_factory)
     stated = tiny.nightpress("export", night.run, "best", "--out", tmp_path / "export", "--json").json
-    inputs, targets = tiny.build().test.tensors  # type: ignore[union-attr]
+    inputs, targets = load_task(night.task).test.tensors  # type: ignore[attr-defined]
     np.savez(tmp_path / "test.npz", inputs=inputs.numpy(), targets=targets.numpy())
     python = bare_python(tmp_path / "bare")
     (tmp_path / "script.py").write_text(SCRIPT)

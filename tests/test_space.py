@@ -279,6 +279,7 @@ def test_a_canonical_policy_is_unchanged_by_its_file(policy: Policy) -> None:
         # Nothing is distilled.
         ({"distill": Distill(method="none", temperature=4.0)}, {"distill": Distill(alpha=0.0)}),
         ({"distill": Distill(alpha=0.0001, schedule="linear")}, {"distill": Distill(method="none")}),
+        ({"distill": Distill(alpha=0.70001, temperature=3.001)}, {"distill": Distill(alpha=0.7, temperature=3.0)}),
         ({"finetune": FineTune(learning_rate=0.020001)}, {"finetune": FineTune(learning_rate=0.02)}),
     ],
 )
