@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,17 +76,36 @@ def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord
 
 
 def choose(session: Session) -> list[TrialRecord]:
-    """A spread of the search's front within the limits, most hypervolume first."""
+    """A spread of the search's front within the limits, most hypervolume first.
+
+    Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
+    short one would leave the fast end of the front out.
+    """
+    later = _extrapolation(session)
     trials = [t for t in complete(session, "search") if _hopeful(session, t)]
-    points = [_losses(t) for t in trials]
-    front = [trials[i] for i in non_dominated(points)] if points else []
+    points = {t.number: _losses(t, later) for t in trials}
+    front = [trials[i] for i in non_dominated(list(points.values()))] if trials else []
     reference = session.state["reference"]
     corner = losses(reference["accuracy"], reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"]
-    chosen = [front[i] for i in spread(np.array([_losses(t) for t in front]), corner, wanted)] if front else []
+    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted)] if front else []
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
-    rest = sorted((t for t in front if t not in chosen), key=lambda t: _losses(t)[0])
+    rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])
     return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
+
+
+def _extrapolation(session: Session) -> Callable[[float], float]:
+    """Short accuracy → long accuracy, a line through the baselines that have both; as it is with fewer than four."""
+    pairs = [
+        (t.quality.accuracy, _load(_outcome_file(session, t.number)).search.accuracy)
+        for t in complete(session, "baseline")
+        if t.quality and _outcome_file(session, t.number).is_file()
+    ]
+    short, long = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
+    if len(pairs) < 4 or short.std() < 1e-6:
+        return lambda accuracy: accuracy
+    slope = float(np.clip(np.polyfit(short, long, 1)[0], 0.0, 1.0))
+    return lambda accuracy: float(long.mean() + slope * (accuracy - short.mean()))
 
 
 def _hopeful(session: Session, trial: TrialRecord) -> bool:
@@ -101,26 +121,35 @@ def _hopeful(session: Session, trial: TrialRecord) -> bool:
 
 
 def train_long(session: Session) -> None:
-    """The long fine-tune of finalists and baselines, each exported. What the deadline leaves no time for is said."""
+    """The long fine-tune of baselines and finalists, each exported. What the deadline leaves no time for is said.
+
+    The baselines come first: they get the same training, or the comparison with them would be worth nothing, and what
+    they gain by it tells which trials are worth it.
+    """
+    rules = sorted(complete(session, "baseline"), key=lambda t: t.name != UNCOMPRESSED)
+    likely = choose(session)
+    _size_long(session, rules + likely)
+    end = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
+    _train(session, rules, end + _expected_seconds(session, likely))
     chosen = choose(session)
     if chosen:
         session.folder.decide(
             "finalists", f"trials {', '.join(str(t.number) for t in chosen)}",
-            "chosen greedily by the hypervolume that each adds to those before it",
+            "chosen greedily by the hypervolume that each adds to those before it, at the accuracy to be expected "
+            "after the long fine-tune",
         )  # fmt: skip
-    rules = complete(session, "baseline")
-    # The baselines get the same training, or the comparison with them would be worth nothing.
-    queue = sorted(rules, key=lambda t: t.name != UNCOMPRESSED)[:1] + chosen
-    queue += [t for t in rules if t not in queue]
-    _size_long(session, queue)
-    jobs = {t.number: _job(session, t) for t in queue if not _outcome_file(session, t.number).is_file()}
-    # None starts that would not end before the verification.
-    long_steps = session.state["rungs"]["long_steps"]
-    costs = [fixed + a_step * long_steps for fixed, a_step in (_long_costs(session, t) for t in queue)]
-    typical = float(np.median(costs)) if costs else 0.0
-    until = session.clock.share_seconds("verify") + session.clock.share_seconds("report") + typical
+    _train(session, chosen, end)
+
+
+def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
+    """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
+    deadline."""
+    jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
+    if not jobs:
+        return
+    one = _expected_seconds(session, trials) / len(trials) * session.config.search.workers
     done = 0
-    for number, result in session.run_all(jobs, until):
+    for number, result in session.run_all(jobs, end + one):
         done += 1
         session.update(activity=f"long fine-tune {done} of {len(jobs)}")
         if isinstance(result, Failure):
@@ -129,6 +158,13 @@ def train_long(session: Session) -> None:
             _save(_outcome_file(session, number), result)
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
+
+
+def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
+    """What the long fine-tunes of these trials will take on all workers together."""
+    steps = session.state["rungs"]["long_steps"]
+    costs = (_long_costs(session, t) for t in trials)
+    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.config.search.workers
 
 
 def _size_long(session: Session, queue: list[TrialRecord]) -> None:
@@ -256,10 +292,12 @@ def _reference_file(session: Session) -> Path:
     return path
 
 
-def _losses(trial: TrialRecord) -> tuple[float, float, float]:
+def _losses(
+    trial: TrialRecord, later: Callable[[float], float] = lambda accuracy: accuracy
+) -> tuple[float, float, float]:
     if trial.quality is None or trial.latency is None or trial.size_bytes is None:
         raise ValueError(f"trial {trial.number} has an unknown objective")
-    return losses(trial.quality.accuracy, trial.latency.latency_ms, trial.size_bytes)
+    return losses(later(trial.quality.accuracy), trial.latency.latency_ms, trial.size_bytes)
 
 
 def _outcome_file(session: Session, number: int) -> Path:

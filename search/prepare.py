@@ -35,7 +35,7 @@ from .session import Prepared, Session, quality_of
 
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
-FINALISTS_WANTED = 5
+FINALISTS_WANTED = 8
 
 
 def prepare(session: Session) -> None:
