@@ -1,5 +1,7 @@
 """What the search decides: samplers, the stopping rule, seeds, the record of trials."""
 
+from pathlib import Path
+
 import numpy as np
 import optuna
 import pytest
@@ -60,7 +62,7 @@ def run_trials(store: Store, space: Space, count: int) -> None:
         store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
 
 
-def made_store(path, space: Space, name: str, seed: int = 0) -> Store:
+def made_store(path: Path, space: Space, name: str, seed: int = 0) -> Store:
     storage = open_storage(path, None)
     sampler = make_sampler(name, seed, 0, space, costs_of(space.anatomy))
     if isinstance(sampler, NightpressSampler):
@@ -70,7 +72,7 @@ def made_store(path, space: Space, name: str, seed: int = 0) -> Store:
 
 
 @pytest.mark.parametrize("name", ["nightpress", "nsga2", "nsga3", "tpe", "random"])
-def test_every_sampler_proposes_policies_of_the_space_and_is_recorded(tmp_path, space: Space, name: str) -> None:
+def test_every_sampler_proposes_policies_of_the_space_and_is_recorded(tmp_path: Path, space: Space, name: str) -> None:
     store = made_store(tmp_path, space, name)
 
     run_trials(store, space, 12)
@@ -81,7 +83,7 @@ def test_every_sampler_proposes_policies_of_the_space_and_is_recorded(tmp_path, 
     assert all(t.state is TrialState.COMPLETE and t.quality and t.latency for t in trials)
 
 
-def test_the_same_seed_gives_the_same_trials(tmp_path, space: Space) -> None:
+def test_the_same_seed_gives_the_same_trials(tmp_path: Path, space: Space) -> None:
     digests = []
     for number in range(2):
         folder = tmp_path / str(number)
@@ -93,21 +95,25 @@ def test_the_same_seed_gives_the_same_trials(tmp_path, space: Space) -> None:
     assert digests[0] == digests[1]
 
 
-def test_our_sampler_covers_more_than_random_choice_at_equal_trials(tmp_path, space: Space) -> None:
+def test_our_sampler_covers_more_than_random_choice_at_equal_trials(tmp_path: Path, space: Space) -> None:
     covered = {}
     for name in ("nightpress", "random"):
         folder = tmp_path / name
         folder.mkdir()
         store = made_store(folder, space, name)
         run_trials(store, space, 30)
-        points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in store.trials()]
+        points = [
+            losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
+            for t in store.trials()
+            if t.quality and t.latency and t.size_bytes
+        ]
         latency, size = costs_of(space.anatomy)(Policy(model=space.anatomy.digest))
         covered[name] = hypervolume(points, (-0.5, latency, float(size)))
 
     assert covered["nightpress"] > covered["random"]
 
 
-def test_unknown_is_never_told_as_a_number(tmp_path, space: Space) -> None:
+def test_unknown_is_never_told_as_a_number(tmp_path: Path, space: Space) -> None:
     store = made_store(tmp_path, space, "random")
     for state in (TrialState.FAILED, TrialState.INFEASIBLE):
         trial = store.study.ask()
@@ -121,7 +127,7 @@ def test_unknown_is_never_told_as_a_number(tmp_path, space: Space) -> None:
 
 
 def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_handed_back(
-    tmp_path, space: Space
+    tmp_path: Path, space: Space
 ) -> None:
     store = made_store(tmp_path, space, "random")
     finished, running, asked = (store.study.ask() for _ in range(3))
@@ -140,7 +146,7 @@ def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_ha
     assert states == {finished.number: "COMPLETE", running.number: "RUNNING", asked.number: "FAIL"}
 
 
-def test_trials_read_back_from_the_folder_equal_those_written(tmp_path, space: Space) -> None:
+def test_trials_read_back_from_the_folder_equal_those_written(tmp_path: Path, space: Space) -> None:
     store = made_store(tmp_path, space, "random")
     run_trials(store, space, 3)
     store.remeasure(
@@ -157,7 +163,7 @@ def test_trials_read_back_from_the_folder_equal_those_written(tmp_path, space: S
     assert approvals == ({"trial": 1, "who": "me"},)
 
 
-def test_a_storage_that_does_not_answer_is_one_sentence_without_the_password(tmp_path) -> None:
+def test_a_storage_that_does_not_answer_is_one_sentence_without_the_password(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"search.storage: the postgresql storage does not answer") as caught:
         open_storage(tmp_path, "postgresql://someone:hunter2@localhost:1/none")
     assert "hunter2" not in str(caught.value)
