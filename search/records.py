@@ -4,7 +4,7 @@ Reports and exports read these; they need neither the model nor the study.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,3 @@ def row(trial: TrialRecord) -> dict[str, Any]:
         "reason": trial.reason,
         "policy": dict(trial.policy),
     }
-
-
-def trial_to_dict(trial: TrialRecord) -> dict[str, Any]:
-    """Nested plain data of a trial, for tables and pages."""
-    return asdict(trial)

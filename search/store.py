@@ -6,7 +6,7 @@ attribute of the study, because Optuna closes finished trials.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,3 @@ def _verified(data: Mapping[str, Any] | None) -> Verified | None:
     values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
     values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
     return Verified(**values)
-
-
-def qualities_by_rung(records: Sequence[TrialRecord], rung: str) -> dict[int, Quality]:
-    """Trial number → its measurement at a rung, where there is one."""
-    return {r.number: q for r in records for q in r.qualities if q.rung == rung}
