@@ -62,7 +62,7 @@ def prepare(session: Session) -> None:
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
     )  # fmt: skip
     session.provide(
-        prepared=Prepared(task=task, anatomy=anatomy, space=space, recipe=recipe, step_ms=step_ms),
+        prepared=Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms),
         runner=LocalRunner(recipe, config.search.workers),
     )
     session.update(
@@ -136,8 +136,7 @@ def size_rungs(session: Session) -> None:
     if "rungs" in session.state:
         return
     finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
-    train, _ = split_search(materialise(session.prepared.task.train), seed=session.config.seed)
-    epoch = max(1, len(train) // finetune.batch_size)
+    epoch = max(1, session.prepared.train_items // finetune.batch_size)
     count = len(baselines(session.prepared.anatomy, session.config.space.distill))
     search_ms = 1000 * clock.share_seconds("search") * session.config.search.workers
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-from ..evaluators.evaluate import Job, Outcome, Recipe
+from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.measure import REFERENCE, Timer, Timing
 from ..evaluators.latency.profile import Profile
 from ..evaluators.onnx_graph import build_onnx, random_tensors
@@ -46,7 +46,8 @@ class Prepared:
     task: Task
     anatomy: Anatomy
     space: Space
-    recipe: Recipe
+    train_items: int
+    """What is left of the training data once the search split is taken out."""
     step_ms: float
     """One fine-tune step of the uncompressed model, in ms."""
 
