@@ -1,222 +1,214 @@
 """The anatomy of a model: prunable groups (each verified by a dry run), layers, residual blocks.
 
-Dependency groups come from torch-pruning (Fang et al. 2023, "DepGraph"); how many channels of every
-tensor follow a group is observed by pruning it once and looking at the shapes, not derived.
+The model is exported once (:mod:`.capture`), its channels are followed through the graph (:mod:`.labels`), and the
+module that is rebuilt from the anatomy must answer as the model does.
 """
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
-import torch_pruning as tp  # type: ignore[import-untyped]
-from torch import fx, nn
+from torch import Tensor, nn
 
-from ..spaces.anatomy import Anatomy, Block, Group, Layer, LeftOut, Op, op_macs
+from ..spaces.anatomy import WEIGHTED, Anatomy, Layer, LeftOut, Op, anatomy_from_json, anatomy_to_json, op_macs
 from ..spaces.errors import InputError
-from .lower import lower, note_shapes, shape_of, trace
-from .task import Task, task_digest
+from ..spaces.plan import plan
+from ..spaces.policy import Policy
+from .blocks import find_blocks
+from .capture import CONSTANT, Captured, capture
+from .dryrun import verify_groups
+from .groups import find_groups
+from .lower import lower
+from .rebuild import rebuild
+from .task import Task, output_of, task_digest
 
-PRUNABLE = (nn.Conv2d, nn.Linear)
+log = logging.getLogger("nightpress")
+REPRODUCED = 1e-3
+"""Largest difference between the outputs of the model and of the module rebuilt from its anatomy, relative to the
+largest output."""
 
 
-def inspect(task: Task, *, step_of: Callable[[int], int] = lambda channels: 4) -> tuple[Anatomy, fx.GraphModule]:
-    """The anatomy of a task's model and its traced graph.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """The tensors behind an anatomy: its state entries by name, and which of them the user keeps frozen."""
 
-    ``step_of`` gives the channel step that the target runs well on for a width; a group narrower than
-    two steps is left out. Raises InputError for a model that cannot be traced or exported.
+    state: Mapping[str, Tensor]
+    frozen: frozenset[str]
+
+
+def inspect(
+    task: Task, *, step_of: Callable[[int], int] = lambda channels: 4, cache: bool = True
+) -> tuple[Anatomy, Network]:
+    """The anatomy of a task's model and the tensors behind it.
+
+    ``step_of`` gives the channel step that the target runs well on for a width; a group narrower than two steps is left
+    out. A model that was inspected before with the same steps is read from the user's cache.
+    Raises InputError for a model that cannot be exported.
     """
-    traced = trace(copy.deepcopy(task.model).cpu(), task.example_input)
-    ops, output = lower(traced)
-    groups, ops, left_out = _groups(traced, ops, output, task.example_input, step_of)
-    layers = tuple(_layer(op, ops, traced) for op in ops if op.kind in {"conv", "linear"})
-    return (
-        Anatomy(
-            digest=task_digest(task.model),
-            ops=tuple(ops),
-            output=output,
-            groups=tuple(groups),
-            layers=layers,
-            blocks=tuple(_blocks(traced, ops, output)),
-            left_out=tuple(left_out),
-            params=sum(p.numel() for p in task.model.parameters()),
-        ),
-        traced,
-    )
+    digest = task_digest(task.model)
+    path = _cache_path(digest, task, step_of) if cache else None
+    known = _cached(path, digest) if path is not None else None
+    if known is not None:
+        network = network_of(task, known)
+        if _difference(task, known, network) <= REPRODUCED:
+            return known, network
+    captured = capture(task.model, task.example_input, task.output)
+    anatomy, network = _inspect(task, digest, captured, step_of)
+    if path is not None:
+        _keep(path, anatomy)
+    return anatomy, network
 
 
-def dependency_graph(traced: nn.Module, example_input: torch.Tensor) -> Any:
-    """torch-pruning's graph of a module. Not picklable; rebuilt for every copy.
-
-    Makes every parameter of the module require gradients.
-    """
-    for parameter in traced.parameters():
-        parameter.requires_grad_(True)  # the graph is read from autograd: frozen layers would be invisible
-    return tp.DependencyGraph().build_dependency(traced, example_inputs=example_input, verbose=False)
-
-
-def prune_group(graph: Any, root: nn.Module, indices: list[int]) -> None:
-    """Remove these output channels of the root layer, and all that depends on them."""
-    prune = tp.prune_linear_out_channels if isinstance(root, nn.Linear) else tp.prune_conv_out_channels
-    group = graph.get_pruning_group(root, prune, idxs=indices)
-    if not graph.check_pruning_group(group):
-        raise ValueError("pruning it would remove a whole layer")
-    group.prune()
+def network_of(task: Task, anatomy: Anatomy) -> Network:
+    """The tensors behind an anatomy, from the task's model; nothing is copied."""
+    own = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
+    names = {entry: anatomy.renamed.get(entry, entry) for op in anatomy.ops for entry in op.params.values()}
+    if all(name in own for name in names.values()):
+        state = {entry: own[name].detach().cpu() for entry, name in names.items()}
+        return Network(state=state, frozen=frozenset(e for e, n in names.items() if not own[n].requires_grad))
+    captured = capture(task.model, task.example_input, task.output)
+    lower(captured)
+    return _network(captured)
 
 
-def _groups(
-    traced: fx.GraphModule, ops: list[Op], output: str, example: torch.Tensor, step_of: Callable[[int], int]
-) -> tuple[list[Group], list[Op], list[LeftOut]]:
-    copied = copy.deepcopy(traced)
-    names = {module: name for name, module in copied.named_modules()}
-    try:
-        found = [
-            [(names[dep.target.module], dep.pruning_fn) for dep, _ in group if dep.target.module in names]
-            for group in dependency_graph(copied, example).get_all_groups(root_module_types=list(PRUNABLE))
-        ]
-    except Exception as error:  # noqa: BLE001  a library's bug on a model it cannot follow must not end the night
-        reason = f"the dependency graph cannot be built ({type(error).__name__}: {error})"
-        return [], ops, [LeftOut(name="all groups", reason=reason)]
-    groups: list[Group] = []
-    left_out: list[LeftOut] = []
-    dry_run = _DryRun(traced, ops, output, example)
-    for members in found:
-        root = members[0][0]
-        width = _width(traced.get_submodule(root))
-        step = step_of(width)
-        if width < 2 * step:
-            left_out.append(LeftOut(name=root, reason=f"{width} channels are fewer than two steps of {step}"))
-            continue
-        try:
-            lost = dry_run.prune(root, min(step, width // 2))
-        except Exception as error:  # noqa: BLE001  anything a model can raise when it is pruned
-            left_out.append(LeftOut(name=root, reason=_reason(error)))
-            dry_run = _DryRun(traced, ops, output, example)
-            continue
-        ops = [replace(op, channels_by_group=_with(op, root, lost.get(op.name, 0))) for op in ops]
-        group_layers = tuple(
-            op.module for op in ops if op.module and op.kind in {"conv", "linear"} and lost.get(op.name)
-        )
-        macs = sum(_op_macs(op, ops) for op in ops if op.module in group_layers)
-        groups.append(Group(name=root, channels=width, step=step, layers=group_layers, macs=macs))
-    return groups, ops, left_out
-
-
-class _DryRun:
-    """A copy of the model that is pruned group after group; each step shows what follows that group.
-
-    One copy for all groups, because building the dependency graph costs far more than pruning. After a
-    failure the copy is in an unknown state and the caller starts a fresh one.
-    """
-
-    def __init__(self, traced: fx.GraphModule, ops: list[Op], output: str, example: torch.Tensor) -> None:
-        self._copy = copy.deepcopy(traced)
-        self._ops = ops
-        self._output = output
-        self._example = example
-        self._graph = dependency_graph(self._copy, example)
-        self._shapes = {op.name: op.shape for op in ops}
-
-    def prune(self, root: str, count: int) -> dict[str, int]:
-        """Prune ``count`` channels; for each operation, how many of its channels went per pruned one.
-
-        Raises ValueError when a shape changes in a way that is not a loss of channels.
-        """
-        prune_group(self._graph, self._copy.get_submodule(root), list(range(count)))
-        note_shapes(self._copy, self._example)
-        nodes = {node.name: shape_of(node) for node in self._copy.graph.nodes}
-        after = {op.name: nodes[op.name] for op in self._ops}
-        lost: dict[str, int] = {}
-        for op in self._ops:
-            old, new = self._shapes[op.name], after[op.name]
-            if op.name == self._output and old != new:
-                raise ValueError("it is the model's output")
-            if old[1:] != new[1:] or (old[0] - new[0]) % count:
-                raise ValueError(f"pruning {count} of its channels turns {op.name} from {old} into {new}")
-            if old[0] != new[0]:
-                lost[op.name] = (old[0] - new[0]) // count
-            elif self._uneven(op, after):
-                raise ValueError(f"{op.module} is a grouped convolution that would lose channels unevenly")
-        self._shapes = after
-        return lost
-
-    def _uneven(self, op: Op, after: dict[str, tuple[int, ...]]) -> bool:
-        if op.kind != "conv" or op.attrs["groups"] in (1, op.shape[0]):
-            return False
-        return after[op.inputs[0]][0] != self._shapes[op.inputs[0]][0]
-
-
-def _with(op: Op, group: str, times: int) -> dict[str, int]:
-    return {**op.channels_by_group, group: times} if times else dict(op.channels_by_group)
-
-
-def _width(module: nn.Module) -> int:
-    return module.out_features if isinstance(module, nn.Linear) else cast("nn.Conv2d", module).out_channels
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error  # what went wrong in the user's module, rather than where
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-
-
-def _op_macs(op: Op, ops: list[Op]) -> int:
-    source = next(o for o in ops if o.name == op.inputs[0])
-    return op_macs(op.kind, op.attrs, source.shape, op.shape)
-
-
-def _layer(op: Op, ops: list[Op], traced: fx.GraphModule) -> Layer:
-    if op.module is None:
-        raise InputError(f"{op.name} has no module to hold its weights.")
-    module = traced.get_submodule(op.module)
-    kind = op.kind
-    if kind == "conv" and op.attrs["groups"] > 1:
-        kind = "depthwise" if op.attrs["groups"] == op.shape[0] else "grouped"
-    params = sum(p.numel() for p in module.parameters())
-    return Layer(name=op.module, kind=kind, op=op.name, macs=_op_macs(op, ops), params=params)
-
-
-def _blocks(traced: fx.GraphModule, ops: list[Op], output: str) -> list[Block]:
-    """Residual blocks: a module whose input and output have the same shape and the same coupled channels.
-
-    Coupling is what a residual sum does, so a plain convolution of equal width is not a block.
-    """
+def _inspect(
+    task: Task, digest: str, captured: Captured, step_of: Callable[[int], int]
+) -> tuple[Anatomy, Network]:  # fmt: skip
+    ops, output = lower(captured)
     by_name = {op.name: op for op in ops}
-    found: list[Block] = []
-    for path in _module_paths(traced):
-        inside = [op for op in ops if _belongs(op, path, traced)]
-        names = {op.name for op in inside}
-        sources = {name for op in inside for name in op.inputs if name not in names}
-        results = {op.name for op in inside if op.name == output or _used_outside(op.name, ops, names)}
-        layers = tuple(op.module for op in inside if op.kind in {"conv", "linear"} and op.module)
-        if len(sources) != 1 or len(results) != 1 or len(layers) < 2 or output in names:
-            continue
-        source, result = by_name[sources.pop()], by_name[results.pop()]
-        coupled = source.channels_by_group == result.channels_by_group and source.channels_by_group
-        taken = {name for block in found for name in block.layers}
-        if source.shape == result.shape and coupled and taken.isdisjoint(layers):
-            macs = sum(_op_macs(op, ops) for op in inside if op.kind in {"conv", "linear"})
-            found.append(
-                Block(name=path, ops=tuple(op.name for op in inside), source=source.name, output=result.name,
-                      layers=layers, macs=macs)
-            )  # fmt: skip
-    return found
+
+    def macs_of(op: Op) -> int:
+        return op_macs(op.kind, op.attrs, by_name[op.inputs[0]].shape, op.shape) if op.kind in WEIGHTED else 0
+
+    network = _network(captured)
+    shapes = {name: tuple(value.shape) for name, value in network.state.items()}
+    used = {entry for op in ops for entry in op.params.values()}
+    groups, ops, left_out = find_groups(ops, output, shapes, step_of, macs_of)
+    anatomy = Anatomy(
+        digest=digest,
+        ops=tuple(ops),
+        output=output,
+        groups=tuple(groups),
+        layers=_layers(ops, shapes, macs_of),
+        blocks=tuple(find_blocks(ops, output, macs_of)),
+        left_out=tuple(left_out),
+        params=sum(p.numel() for p in task.model.parameters()),
+        renamed={entry: name for entry, name in captured.renamed.items() if entry in used}
+        | {entry: entry for entry in used if entry.startswith(CONSTANT)},
+    )
+    difference = _difference(task, anatomy, network)
+    if not difference <= REPRODUCED:
+        raise InputError(
+            f"The model {type(task.model).__name__} does something that its graph does not show: rebuilt from the "
+            f"graph, its output for the example input differs by {difference:.1%}."
+        )
+    return _verified(anatomy, shapes), network
 
 
-def _module_paths(traced: fx.GraphModule) -> list[str]:
-    """Dotted names of modules that contain others, the innermost first: blocks do not overlap."""
-    targets = [str(n.target) for n in traced.graph.nodes if n.op == "call_module"]
-    paths = {".".join(t.split(".")[:i]) for t in targets for i in range(1, t.count(".") + 1)}
-    return sorted(
-        paths, key=lambda p: (-p.count("."), targets.index(next(t for t in targets if t.startswith(p + "."))))
+def _verified(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
+    """Without the groups that fail their dry run; the reason stands in what is left out."""
+    failed = verify_groups(anatomy, shapes)
+    if not failed:
+        return anatomy
+    return without_groups(anatomy, [LeftOut(name=name, reason=reason) for name, reason in failed.items()])
+
+
+def without_groups(anatomy: Anatomy, left_out: Sequence[LeftOut]) -> Anatomy:
+    """The anatomy with these groups at their full width."""
+    gone = {item.name for item in left_out}
+
+    def kept(lost: Mapping[str, int]) -> dict[str, int]:
+        return {group: times for group, times in lost.items() if group not in gone}
+
+    return replace(
+        anatomy,
+        groups=tuple(g for g in anatomy.groups if g.name not in gone),
+        ops=tuple(replace(op, lost=tuple(map(kept, op.lost)), lost_before=kept(op.lost_before)) for op in anatomy.ops),
+        left_out=(*anatomy.left_out, *left_out),
     )
 
 
-def _belongs(op: Op, path: str, traced: fx.GraphModule) -> bool:
-    node = next(n for n in traced.graph.nodes if n.name == op.name)
-    stack = node.meta.get("nn_module_stack") or {}
-    return any(key == path or key.startswith(path + ".") for key in stack)
+def _network(captured: Captured) -> Network:
+    def frozen(entry: str) -> bool:
+        name = captured.renamed.get(entry, entry)
+        return name in captured.frozen or name.startswith(CONSTANT)
+
+    return Network(state=captured.state, frozen=frozenset(filter(frozen, captured.state)))
 
 
-def _used_outside(name: str, ops: list[Op], names: set[str]) -> bool:
-    return any(name in op.inputs for op in ops if op.name not in names)
+def _difference(task: Task, anatomy: Anatomy, network: Network) -> float:
+    """How far the rebuilt module's output for the example is from the model's, relative to the largest output."""
+    module = rebuild(plan(anatomy, Policy(model=anatomy.digest)), network.state, network.frozen)
+    expected = output_of(task, task.model, task.example_input)
+    with torch.no_grad():
+        found = module(task.example_input.cpu())
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+
+
+def _layers(
+    ops: Sequence[Op], shapes: Mapping[str, tuple[int, ...]], macs_of: Callable[[Op], int]
+) -> tuple[Layer, ...]:
+    """Layers in order; one that the model uses several times counts its MACs each time."""
+    found: dict[str, Layer] = {}
+    for op in ops:
+        if op.kind not in WEIGHTED or op.module is None:
+            continue
+        if op.module in found:
+            found[op.module] = replace(found[op.module], macs=found[op.module].macs + macs_of(op))
+            continue
+        kind = op.kind
+        if kind == "conv" and op.attrs["groups"] > 1:
+            kind = "depthwise" if op.attrs["groups"] == op.shape[1] else "grouped"
+        params = sum(_count(shapes[op.params[role]]) for role in ("weight", "bias") if role in op.params)
+        found[op.module] = Layer(name=op.module, kind=kind, op=op.name, macs=macs_of(op), params=params)
+    return tuple(found.values())
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+# The cache
+
+
+def _cache_path(digest: str, task: Task, step_of: Callable[[int], int]) -> Path:
+    """Named after all that an anatomy depends on: model, example, steps, and the code that finds it."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+    parts = [digest, tuple(task.example_input.shape), [step_of(width) for width in (4, 8, 16, 32, 64, 128, 256, 512)]]
+    code = hashlib.sha256()
+    here = Path(__file__).parent
+    for name in ("capture", "lower", "labels", "groups", "blocks", "inspect", "dryrun"):
+        code.update((here / f"{name}.py").read_bytes())
+    code.update((here.parent / "spaces" / "anatomy.py").read_bytes())
+    key = hashlib.sha256(json.dumps([*parts, version("torch"), code.hexdigest()]).encode()).hexdigest()[:24]
+    return folder / f"anatomy-{key}.json"
+
+
+def _cached(path: Path, digest: str) -> Anatomy | None:
+    try:
+        anatomy = anatomy_from_json(path.read_text())
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged and will be made anew: %s", path, error)
+        return None
+    return anatomy if anatomy.digest == digest else None
+
+
+def _keep(path: Path, anatomy: Anatomy) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(anatomy_to_json(anatomy))
+        Path(file.name).replace(path)  # a reader sees the whole file or none
+    except OSError as error:
+        log.warning("%s cannot be kept: %s", path, error)

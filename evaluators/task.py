@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Task:
             in [0, 1].
         augment: ``(n, ...) -> (n, ...)``, applied to the inputs of each training batch.
         teacher: Gives the outputs to distil from; default: the uncompressed model.
+        output: Picks the tensor that counts from what the model and the teacher return; default: they return it.
     """
 
     name: str
@@ -52,6 +53,26 @@ class Task:
     metric: Metric | None = None
     augment: Augment | None = None
     teacher: nn.Module | None = None
+    output: Callable[[Any], Tensor] | None = None
+
+
+def output_of(task: Task, module: nn.Module, inputs: Tensor) -> Tensor:
+    """What a task's model or teacher answers, without gradients, in evaluation mode; modes are left as they were."""
+    with _evaluating(module), torch.no_grad():
+        device = next((value.device for value in (*module.parameters(), *module.buffers())), inputs.device)
+        answer = module(inputs.to(device))
+        return (task.output(answer) if task.output is not None else answer).float().cpu()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Generator[None]:
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes.items():
+            child.training = training
 
 
 def check_task(task: Task) -> None:

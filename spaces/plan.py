@@ -5,6 +5,7 @@ latency predictor all follow it.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .anatomy import WEIGHTED, Anatomy, Group, Op, kept_channels, op_macs
@@ -12,9 +13,9 @@ from .policy import FP32, LayerBits, Policy
 
 # These run on integers when all their inputs are quantised (ONNX Runtime: QLinearAdd, QLinearMul,
 # QLinearConcat, pooling on u8): the precision of the producers decides, the policy does not name them.
-FOLLOWERS = frozenset({"add", "mul", "cat", "max_pool", "avg_pool", "global_pool", "flatten"})
 # Their output lies on the grid of their input: no quantiser of their own.
-SAME_GRID = frozenset({"max_pool", "flatten"})
+SAME_GRID = frozenset({"max_pool", "flatten", "reshape", "permute", "slice"})
+FOLLOWERS = SAME_GRID | {"add", "mul", "cat", "avg_pool", "global_pool"}
 # Fused into the integer kernel before them: the runtime drops a ReLU whose zero point is the lowest integer.
 FUSED_ACTIVATIONS = frozenset({"relu", "relu6"})
 # The runtime fuses an fp32 linear layer with these rather than run it on integers.
@@ -23,7 +24,10 @@ LINEAR_ACTIVATIONS = FUSED_ACTIVATIONS | {"sigmoid", "hardsigmoid"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedOp:
-    """An operation as the policy leaves it. Shapes are without the batch axis."""
+    """An operation as the policy leaves it. Shapes are those of one example, as in :class:`Op`.
+
+    ``start`` is where a slice begins once the channels before it have gone; 0 for any other operation.
+    """
 
     op: Op
     inputs: tuple[str, ...]
@@ -33,6 +37,12 @@ class PlannedOp:
     bits: LayerBits
     int8: bool
     """Whether it runs on integer kernels."""
+    start: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Output channels of a layer."""
+        return self.shape[self.op.channel_axis]
 
     @property
     def macs(self) -> int:
@@ -46,7 +56,7 @@ class PlannedOp:
     def weight_count(self) -> int:
         """Elements of the weight tensor; 0 for operations without one."""
         if self.op.kind == "conv":
-            return self.shape[0] * (self.in_shapes[0][0] // self.groups) * math.prod(self.op.attrs["kernel"])
+            return self.shape[1] * (self.in_shapes[0][1] // self.groups) * math.prod(self.op.attrs["kernel"])
         if self.op.kind == "linear":
             return self.shape[-1] * self.in_shapes[0][-1]
         return 0
@@ -67,7 +77,7 @@ class Plan:
     @property
     def params(self) -> int:
         """Weights and biases at inference, batch norms folded."""
-        return sum(op.weight_count + op.shape[0] for op in self.ops if op.weight_count)
+        return sum(op.weight_count + op.channels for op in self.ops if op.weight_count)
 
 
 def plan(anatomy: Anatomy, policy: Policy) -> Plan:
@@ -88,6 +98,7 @@ def plan(anatomy: Anatomy, policy: Policy) -> Plan:
                 in_shapes=tuple(shapes[name] for name in inputs[op.name]),
                 shape=shapes[op.name],
                 groups=_conv_groups(op, shapes[op.name]),
+                start=_start(op, removed_by_group),
                 bits=bits.get(op.name, FP32),
                 int8=_runs_int8(op, inputs[op.name], bits, quantised),
             )
@@ -116,14 +127,23 @@ def _follow(alias: dict[str, str], name: str) -> str:
 
 
 def _shape(op: Op, removed_by_group: dict[str, int]) -> tuple[int, ...]:
-    lost = sum(times * removed_by_group[group] for group, times in op.channels_by_group.items())
-    return (op.shape[0] - lost, *op.shape[1:])
+    if not op.lost:
+        return op.shape
+    return tuple(size - _gone(lost, removed_by_group) for size, lost in zip(op.shape, op.lost, strict=True))
+
+
+def _gone(lost: Mapping[str, int], removed_by_group: Mapping[str, int]) -> int:
+    return sum(times * removed_by_group[group] for group, times in lost.items())
+
+
+def _start(op: Op, removed_by_group: Mapping[str, int]) -> int:
+    return op.attrs["start"] - _gone(op.lost_before, removed_by_group) if op.kind == "slice" else 0
 
 
 def _conv_groups(op: Op, shape: tuple[int, ...]) -> int:
     groups: int = op.attrs.get("groups", 1)
-    # A depthwise convolution stays depthwise: its groups shrink with its channels.
-    return shape[0] * groups // op.shape[0] if groups == op.shape[0] else groups
+    # A grouped convolution loses whole groups, a depthwise one single channels: the width of a group never changes.
+    return shape[1] * groups // op.shape[1] if groups > 1 else 1
 
 
 def _quantised(

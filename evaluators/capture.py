@@ -1,0 +1,215 @@
+"""A model as a graph of ATen operations, by ``torch.export``: any module whose control flow does not depend on values.
+
+What does not depend on the input (masks, position tables) is computed here once and becomes a constant.
+"""
+
+import copy
+import io
+import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, export
+
+from ..spaces.errors import InputError
+
+CONSTANT = "constant."
+"""Prefix of the state entries that are not the model's own but were computed from them."""
+_SIZED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "new_empty"})
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """The exported graph in evaluation mode, with a dynamic batch.
+
+    ``nodes``: those that depend on the input, in order. ``state``: every parameter and buffer by its name in the model,
+    and the constants. ``names``: for each placeholder and each constant node, the entry of ``state`` that it stands for.
+    ``renamed``: entries of ``state`` that the model knows under another name.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    output: fx.Node
+    state: dict[str, Tensor]
+    names: dict[str, str]
+    frozen: frozenset[str]
+    renamed: dict[str, str] = field(default_factory=dict[str, str])
+
+
+class _Picked(nn.Module):
+    """The model with the task's choice among its outputs."""
+
+    def __init__(self, model: nn.Module, pick: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._pick = pick
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self._pick(self.model(value))
+
+
+def capture(
+    model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None
+) -> Captured:
+    """Export a copy of the model. ``example_input`` has shape (1, …); ``output`` picks the tensor that counts.
+
+    Raises InputError saying what cannot be exported, in which module, and what to do.
+    """
+    copied = copy.deepcopy(model).cpu().eval()
+    root = copied if output is None else _Picked(copied, output).eval()
+    # Of two examples: sizes of one are taken for constants.
+    example = torch.cat([example_input.cpu()] * 2)
+    program = _export(root, copied, example)
+    returned = [n for n in program.graph.nodes if n.op == "output"][0].args[0]
+    if len(program.graph_signature.user_outputs) != 1 or not isinstance(returned[-1], fx.Node):
+        count = len(program.graph_signature.user_outputs)
+        raise InputError(
+            f"The model must return one tensor, but {type(model).__name__} returns {count}; "
+            "Task.output picks the one that counts: Task(output=lambda outputs: outputs['out'], …)."
+        )
+    prefix = "" if output is None else "model."
+    return _captured(program, copied, prefix)
+
+
+def _export(root: nn.Module, model: nn.Module, example: Tensor) -> ExportedProgram:
+    try:
+        with torch.no_grad(), _hushed():
+            return export(root, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+    except Exception as error:  # the user's own forward runs here
+        raise InputError(_why(error, model, example)) from error
+
+
+@contextmanager
+def _hushed() -> Generator[None]:
+    """Torch reports at length, on several ways, what it raises anyway."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
+    """One sentence: what, in which module, and what to do."""
+    kind, text = type(error).__name__, _first_line(error)
+    where = _culprit(error, model)
+    if "DataDependent" in kind or "data-dependent" in text or "Could not guard" in text:
+        return (
+            f"The forward of {where} branches on the values of a tensor, which no exported file can do: "
+            "replace the branch by torch.where, or move it out of the model given to nightpress."
+        )
+    if "specialized" in str(error) or "Constraint" in kind or "specializ" in text:
+        return (
+            f"The forward of {where} works for one batch size only: it must not use the size of the batch as a "
+            f"number ({text})."
+        )
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as plain:  # the user's own forward again, without the tracer
+        return (
+            f"The model {type(model).__name__} cannot run a batch of 2 examples of shape {tuple(example.shape[1:])}: "
+            f"{_first_line(plain)}."
+        )
+    return (
+        f"The model {type(model).__name__} cannot be traced: {text} (in {where}). Its forward must not branch on "
+        "tensor values nor leave torch; move such a part out of the model given to nightpress."
+    )
+
+
+def _culprit(error: BaseException, model: nn.Module) -> str:
+    """The deepest module of the user's own whose forward was running when it failed."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = type(model).__name__
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and names.get(id(owner)):
+            found = f"{names[id(owner)]} ({type(owner).__name__})"
+        trace = trace.tb_next
+    return found
+
+
+def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captured:
+    signature = program.graph_signature
+    names = {
+        key: value.removeprefix(prefix)
+        for table in (signature.inputs_to_parameters, signature.inputs_to_buffers)
+        for key, value in table.items()
+    }
+    lifted = signature.inputs_to_lifted_tensor_constants
+    names |= {key: CONSTANT + value.removeprefix(prefix) for key, value in lifted.items()}
+    state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
+    # Shared parameters stand under each of their names; the graph uses one of them.
+    for key, name in list(names.items()):
+        if name not in state:
+            state[name] = cast("Tensor", (program.state_dict | program.constants)[_program_name(name, prefix)]).detach()
+    values: dict[fx.Node, Any] = {
+        n: state[names[n.name]] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
+    }
+    nodes: list[fx.Node] = []
+    with torch.no_grad():
+        for node in program.graph.nodes:
+            if node.op in {"placeholder", "output"}:
+                if node.op == "placeholder" and node.name not in names:
+                    nodes.append(node)
+            elif _constant(node, values):
+                values[node] = _compute(node, values)
+            else:
+                nodes.append(node)
+    for node in {source for n in nodes for source in n.all_input_nodes if source in values and source.name not in names}:
+        if isinstance(values[node], Tensor):
+            names[node.name] = CONSTANT + node.name
+            state[CONSTANT + node.name] = values[node].detach().contiguous()
+    result = next(n for n in program.graph.nodes if n.op == "output").args[0][-1]
+    used = {names[source.name] for n in nodes for source in n.all_input_nodes if source.name in names}
+    frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    constants = {name for name in used if name.startswith(CONSTANT)}
+    return Captured(
+        nodes=tuple(nodes), output=result, state={name: state[name] for name in sorted(used)}, names=names,
+        frozen=frozenset(frozen | constants),
+    )  # fmt: skip
+
+
+def _program_name(name: str, prefix: str) -> str:
+    bare = name.removeprefix(CONSTANT)
+    return prefix + bare
+
+
+def _constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether a node's value is the same for every input."""
+    if node.op != "call_function":
+        return False
+    shape = getattr(node.meta.get("val"), "shape", ())
+    if any(isinstance(size, torch.SymInt) for size in shape):
+        return False
+    name = getattr(node.target, "__name__", "").split(".")[0]
+    if name in _SIZED and not name.endswith("_like"):  # of the tensor it takes only the type
+        return not any(isinstance(size, fx.Node) for size in cast("Any", node.args[1]))
+    return all(source in values for source in node.all_input_nodes)
+
+
+def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, torch.zeros(())))
+    return cast("Callable[..., Any]", node.target)(*args, **kwargs)
+
+
+def scope_of(node: fx.Node) -> str:
+    """Dotted name of the module in whose forward a node was made; empty for the model itself."""
+    stack: dict[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path != _NO_MODULE]
+    path = paths[-1] if paths else ""
+    return path.removeprefix("model.") if any(kind == f"{__name__}._Picked" for _, kind in stack.values()) else path
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
