@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..evaluators.apply import compressor
-from ..evaluators.inspect import inspect
+from ..evaluators.inspect import network_of
 from ..evaluators.latency.profile import calibrate, profile_to_dict
 from ..evaluators.latency.target import Target, target_to_dict
 from ..evaluators.task import Task
@@ -46,8 +46,7 @@ def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, s
 
 def apply_to_file(task: Task, anatomy: Anatomy, policy: Policy, out: Path, weights: Path | None) -> dict[str, Any]:
     """Write the compressed module, with an export's weights where they are given."""
-    _, traced = inspect(task)
-    engine = compressor(anatomy, traced, task.example_input)
+    engine = compressor(anatomy, network_of(task, anatomy), task.example_input)
     if weights is None:
         module, planned = engine.apply(policy)
     else:

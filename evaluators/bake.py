@@ -4,6 +4,7 @@ Folding multiplies a channel's scale by |γ/σ| and puts the sign of γ into its
 training simulated are the integers that ship (exact for per-channel symmetric weights only).
 """
 
+import operator
 from typing import cast
 
 import numpy as np
@@ -18,21 +19,27 @@ from .quantise import quantisers, weight_scales
 def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
     """All numbers that :func:`build_onnx` needs. Raises ValueError when a value is not finite."""
     layers: dict[str, LayerTensors] = {}
-    norms: dict[str, tuple[Array, Array, Array, Array]] = {}
+    norms: dict[str, tuple[Array, ...]] = {}
+    constants: dict[str, Array] = {}
     with torch.no_grad():
         for planned in plan.ops:
             name = planned.op.module
+            if planned.op.kind == "param":
+                value = operator.attrgetter(planned.op.params["value"])(module)
+                constants[planned.op.name] = _finite(value.detach().float(), planned.op.params["value"])
             if name is None:
                 continue
             if planned.weight_count:
                 layers[name] = _layer(module, planned, name)
             elif planned.op.kind == "batch_norm":
                 norms[name] = _norm(cast("nn.BatchNorm2d", module.get_submodule(name)))
+            elif planned.op.kind == "layer_norm":
+                norms[name] = _layer_norm(cast("nn.LayerNorm", module.get_submodule(name)), planned.channels)
         grids = {
             tensor: (float(grid[0]), int(grid[1]))
             for tensor, grid in ((t, q.grid()) for t, q in quantisers(module).items())
         }
-    return Tensors(layers=layers, grids=grids, norms=norms)
+    return Tensors(layers=layers, grids=grids, norms=norms, constants=constants)
 
 
 def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensors:
@@ -44,9 +51,10 @@ def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensor
         norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm))
         factor, bias = _fold(norm, bias)
     bits = planned.bits.weights
-    if bits == 32:
-        folded = weight * _per_channel(factor, weight)
-        return LayerTensors(weight=_finite(folded, name), scales=None, bias=_finite(bias, name))
+    if bits > 8:
+        folded = _finite(weight * _per_channel(factor, weight), name)
+        kept = folded.astype(np.float16) if bits == 16 else folded
+        return LayerTensors(weight=kept, scales=None, bias=_finite(bias, name))
     scales = weight_scales(weight, bits)
     top = 2 ** (bits - 1) - 1
     integers = torch.round(weight / _per_channel(scales, weight)).clamp(-top, top)
@@ -73,6 +81,11 @@ def _norm(norm: nn.BatchNorm2d) -> tuple[Array, Array, Array, Array]:
     beta = norm.bias if norm.affine else torch.zeros_like(mean)
     scale, shift, centre, spread = (value.detach().float().numpy() for value in (gamma, beta, mean, var))
     return scale, shift, centre, spread
+
+
+def _layer_norm(norm: nn.LayerNorm, channels: int) -> tuple[Array, ...]:
+    values = ((norm.weight, torch.ones), (norm.bias, torch.zeros))
+    return tuple((v if v is not None else fill(channels)).detach().float().numpy() for v, fill in values)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -52,9 +52,7 @@ class _Picked(nn.Module):
         return self._pick(self.model(value))
 
 
-def capture(
-    model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None
-) -> Captured:
+def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None) -> Captured:
     """Export a copy of the model. ``example_input`` has shape (1, …); ``output`` picks the tensor that counts.
 
     Raises InputError saying what cannot be exported, in which module, and what to do.
@@ -166,7 +164,9 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
                 values[node] = _compute(node, values)
             else:
                 nodes.append(node)
-    for node in {source for n in nodes for source in n.all_input_nodes if source in values and source.name not in names}:
+    for node in {
+        source for n in nodes for source in n.all_input_nodes if source in values and source.name not in names
+    }:
         if isinstance(values[node], Tensor):
             names[node.name] = CONSTANT + node.name
             state[CONSTANT + node.name] = values[node].detach().contiguous()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,9 @@ def _fault(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], groups: Sequ
     from .rebuild import rebuild
 
     kept = {g.name: kept_channels(g, g.step / g.channels) for g in groups}
-    policy = Policy(model=anatomy.digest, prune={name: 1 - n / anatomy.group(name).channels for name, n in kept.items()})
+    policy = Policy(
+        model=anatomy.digest, prune={name: 1 - n / anatomy.group(name).channels for name, n in kept.items()}
+    )
     planned = plan(anatomy, policy)
     device = torch.device("meta" if meta else "cpu")
     try:

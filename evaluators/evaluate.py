@@ -4,7 +4,6 @@ It runs in worker processes. The task is built once a process; results travel ba
 weights as checkpoints that are written whole or not at all.
 """
 
-import copy
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from ..spaces.policy import Policy, digest
 from .apply import Compressor, compressor
 from .bake import bake
 from .data import Arrays, materialise, split_search
-from .lower import trace
+from .inspect import network_of
 from .onnx_graph import build_onnx
 from .quality import Compute, Score, Trainer, judge, outputs_of, score
 from .runtime import Session, bits_used, check_bits
@@ -87,8 +86,8 @@ class Evaluator:
         torch.set_num_threads(recipe.threads)
         self.recipe = recipe
         self.task = task or load_task(recipe.task, Path(recipe.base) if recipe.base else None)
-        traced = trace(copy.deepcopy(self.task.model).cpu(), self.task.example_input)
-        self.compressor: Compressor = compressor(recipe.anatomy, traced, self.task.example_input)
+        network = network_of(self.task, recipe.anatomy)
+        self.compressor: Compressor = compressor(recipe.anatomy, network, self.task.example_input)
         train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
         self.trainer = Trainer(self.task, train, recipe.compute, recipe.seed, recipe.batch_size)
         self._test: Arrays | None = None

@@ -5,7 +5,6 @@ Quantised layers are written as QDQ: u8 activations, s8 weights per output chann
 b < 8 weight bits keeps its own grid of integers in ±(2^(b−1) − 1) inside the s8 tensor.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from ..spaces.plan import Plan, PlannedOp
+from .onnx_ops import EMIT, INPUT, OUTPUT
 
 OPSET = 17  # read by every runtime of the last three years; QDQ per channel needs 13
 IR_VERSION = 9
-INPUT, OUTPUT = "input", "logits"
 Array = NDArray[Any]
 
 
@@ -26,7 +25,7 @@ Array = NDArray[Any]
 class LayerTensors:
     """What one layer needs at inference. Integer layers: ``weight`` int8, ``scales`` fp32 (cout,).
 
-    fp32 layers: ``weight`` fp32, ``scales`` None. ``bias`` is fp32 (cout,).
+    Other layers: ``weight`` fp32, or fp16 where it is stored in 16 bits, ``scales`` None. ``bias`` is fp32 (cout,).
     """
 
     weight: Array
@@ -36,12 +35,13 @@ class LayerTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensors:
-    """All numbers of an export: layers by module name, activation grids (scale, zero point) by tensor,
-    batch norms that no convolution absorbs as (scale, shift, mean, variance)."""
+    """All numbers of an export: layers by module name, activation grids (scale, zero point) by tensor, norms that no
+    convolution absorbs by module name, as (scale, shift, mean, variance) or (scale, shift), and constants by operation."""
 
     layers: dict[str, LayerTensors]
     grids: dict[str, tuple[float, int]]
-    norms: dict[str, tuple[Array, Array, Array, Array]]
+    norms: dict[str, tuple[Array, ...]]
+    constants: dict[str, Array]
 
 
 def build_onnx(plan: Plan, tensors: Tensors, *, batch: int | None = 1, metadata: dict[str, str] | None = None) -> bytes:
@@ -50,7 +50,7 @@ def build_onnx(plan: Plan, tensors: Tensors, *, batch: int | None = 1, metadata:
     Input ``input`` of shape (batch, …), output ``logits``. Raises onnx.checker.ValidationError when the
     result is not a valid model.
     """
-    builder = _Builder(plan, tensors)
+    builder = Builder(plan, tensors)
     for planned in plan.ops:
         builder.add(planned)
     source = next(op for op in plan.ops if op.op.kind == "input")
@@ -60,8 +60,8 @@ def build_onnx(plan: Plan, tensors: Tensors, *, batch: int | None = 1, metadata:
     graph = helper.make_graph(
         _drop_final_identity(builder.nodes, builder.value(plan.output)),
         "nightpress",
-        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [axis, *source.shape])],
-        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [axis, *result.shape])],
+        [helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [axis, *source.shape[1:]])],
+        [helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, _declared(result, axis))],
         builder.initializers,
     )
     model = helper.make_model(
@@ -85,32 +85,48 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
             continue
         shape = weight_shape(planned)
         cout = shape[0]
-        if planned.bits.weights < 32:
+        if planned.bits.weights <= 8:
             top = 2 ** (planned.bits.weights - 1) - 1
             weight: Array = generator.integers(-top, top + 1, size=shape).astype(np.int8)
             scales = np.full(cout, 0.05 / top, np.float32)
         else:
-            weight, scales = generator.normal(0, 0.05, size=shape).astype(np.float32), None
+            kind = np.float16 if planned.bits.weights == 16 else np.float32
+            weight, scales = generator.normal(0, 0.05, size=shape).astype(kind), None
         layers[planned.op.module] = LayerTensors(weight=weight, scales=scales, bias=np.full(cout, 0.01, np.float32))
-    norms = {
-        op.op.module: (np.ones(op.shape[0], np.float32), np.zeros(op.shape[0], np.float32),
-                       np.zeros(op.shape[0], np.float32), np.ones(op.shape[0], np.float32))
-        for op in plan.ops if op.op.kind == "batch_norm" and op.op.module
-    }  # fmt: skip
+    norms: dict[str, tuple[Array, ...]] = {
+        op.op.module: tuple(np.full(op.channels, fill, np.float32) for fill in _NORM_FILLS[op.op.kind])
+        for op in plan.ops
+        if op.op.kind in _NORM_FILLS and op.op.module
+    }
+    constants: dict[str, Array] = {
+        op.op.name: np.zeros(op.shape, np.float32) for op in plan.ops if op.op.kind == "param"
+    }
     kinds = {op.op.name: op.op.kind for op in plan.ops}
     grids = {name: (0.02, 0 if kinds[name] in {"relu", "relu6"} else 128) for name in set(plan.quantised.values())}
-    return Tensors(layers=layers, grids=grids, norms=norms)
+    return Tensors(layers=layers, grids=grids, norms=norms, constants=constants)
 
 
 def weight_shape(planned: PlannedOp) -> tuple[int, ...]:
     """Shape of a layer's weight: (cout, cin/groups, *kernel) or (cout, cin)."""
-    cin = planned.in_shapes[0][0]
     if planned.op.kind == "conv":
-        return (planned.shape[0], cin // planned.groups, *planned.op.attrs["kernel"])
+        return (planned.shape[1], planned.in_shapes[0][1] // planned.groups, *planned.op.attrs["kernel"])
     return (planned.shape[-1], planned.in_shapes[0][-1])
 
 
-class _Builder:
+_NORM_FILLS = {"batch_norm": (1, 0, 0, 1), "layer_norm": (1, 0)}
+
+
+def _declared(result: PlannedOp, batch: int | str) -> list[int | str]:
+    sizes: list[int | str] = list(result.shape)
+    if result.op.batch_axis is not None:
+        times = result.shape[result.op.batch_axis]
+        sizes[result.op.batch_axis] = (
+            times * batch if isinstance(batch, int) else batch if times == 1 else f"{times}*{batch}"
+        )
+    return sizes
+
+
+class Builder:
     """Collects nodes and initializers; ``value`` says what a consumer of a tensor reads."""
 
     def __init__(self, plan: Plan, tensors: Tensors) -> None:
@@ -127,9 +143,11 @@ class _Builder:
         op = planned.op
         if op.kind == "input":
             result = INPUT
+        elif op.kind == "param":
+            result = self.constant(op.name, self.tensors.constants[op.name])
         else:
             inputs = [self.value(name) for name in planned.inputs]
-            result = _EMIT[op.kind](self, planned, inputs)
+            result = EMIT[op.kind](self, planned, inputs)
         self._reads[op.name] = self._quantise(op.name, result)
 
     def node(self, kind: str, inputs: list[str], name: str, **attrs: Any) -> str:
@@ -140,33 +158,36 @@ class _Builder:
         self.initializers.append(numpy_helper.from_array(value, name))
         return name
 
-    def weight(self, planned: PlannedOp) -> list[str]:
-        """Names of weight and bias, dequantised in the graph where they are integers."""
+    def weight(self, planned: PlannedOp, *, axis: int = 0) -> list[str]:
+        """Names of weight and bias, dequantised in the graph where they are integers. The output channels stand along
+        ``axis`` of the weight: 1 turns that of a linear layer."""
         name = planned.op.name
         tensors = self.tensors.layers[planned.op.module or ""]
+        values = tensors.weight if axis == 0 else np.ascontiguousarray(tensors.weight.T)
+        bias = tensors.bias
         if tensors.scales is None:
-            return [
-                self.constant(f"{name}.weight", tensors.weight),
-                self.constant(f"{name}.bias", tensors.bias),
-            ]
-        if not planned.int8:  # stored small, computed in fp32
-            weight = self._dequantise(f"{name}.weight", tensors.weight, tensors.scales)
-            return [weight, self.constant(f"{name}.bias", tensors.bias)]
+            weight = self.constant(f"{name}.weight" + (".half" if values.dtype == np.float16 else ""), values)
+            if values.dtype == np.float16:  # stored in 16 bits, computed in 32
+                weight = self.node("Cast", [weight], f"{name}.weight", to=TensorProto.FLOAT)
+            return [weight, self.constant(f"{name}.bias", bias)]
+        if not planned.int8 or axis:  # the integers' sum is not requantised, so the bias is added in fp32
+            weight = self._dequantise(f"{name}.weight", values, tensors.scales, axis)
+            return [weight, self.constant(f"{name}.bias", bias)]
         step = np.float32(self.tensors.grids[self.plan.quantised[planned.inputs[0]]][0])
-        integers, scales = _with_room_for_bias(tensors.weight, tensors.scales, tensors.bias / step)
-        biases = np.round(tensors.bias / (scales * step).astype(np.float64)).astype(np.int32)
+        integers, scales = _with_room_for_bias(tensors.weight, tensors.scales, bias / step)
+        biases = np.round(bias / (scales * step).astype(np.float64)).astype(np.int32)
         return [
             self._dequantise(f"{name}.weight", integers, scales),
             self._dequantise(f"{name}.bias", biases, scales * step),
         ]
 
-    def _dequantise(self, name: str, integers: Array, scales: Array) -> str:
+    def _dequantise(self, name: str, integers: Array, scales: Array, axis: int = 0) -> str:
         inputs = [
             self.constant(f"{name}.q", integers),
             self.constant(f"{name}.scale", scales.astype(np.float32)),
             self.constant(f"{name}.zero", np.zeros(len(scales), integers.dtype)),
         ]
-        return self.node("DequantizeLinear", inputs, name, axis=0)
+        return self.node("DequantizeLinear", inputs, name, axis=axis)
 
     def _quantise(self, tensor: str, result: str) -> str:
         site = self.plan.quantised.get(tensor)
@@ -178,6 +199,11 @@ class _Builder:
             self.constant(f"{tensor}.zero", np.array(zero_point, np.uint8)),
         ]
         quantised = self.node("QuantizeLinear", [result, *grid], f"{tensor}.q")
+        bits = self.plan.activation_bits[site]
+        if bits < 8:  # the grid ends before the byte does
+            ends = [np.array(end, np.uint8) for end in (0, 2**bits - 1)]
+            limits = [self.constant(f"{tensor}.{n}", end) for n, end in zip(("least", "most"), ends, strict=True)]
+            quantised = self.node("Clip", [quantised, *limits], f"{tensor}.clipped")
         return self.node("DequantizeLinear", [quantised, *grid], f"{tensor}.dq")
 
 
@@ -189,103 +215,6 @@ def _with_room_for_bias(weight: Array, scales: Array, bias: Array) -> tuple[Arra
     coarse = np.maximum(scales, np.abs(bias) / np.float32(2**30)).astype(np.float32)
     finer = (scales / coarse).reshape(-1, *[1] * (weight.ndim - 1))
     return np.round(weight * finer).astype(np.int8), coarse
-
-
-def _conv(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    attrs = planned.op.attrs
-    return builder.node(
-        "Conv", [*inputs, *builder.weight(planned)], planned.op.name,
-        kernel_shape=list(attrs["kernel"]), strides=list(attrs["stride"]), pads=[*attrs["padding"], *attrs["padding"]],
-        dilations=list(attrs["dilation"]), group=planned.groups,
-    )  # fmt: skip
-
-
-def _linear(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    return builder.node("Gemm", [*inputs, *builder.weight(planned)], planned.op.name, transB=1)
-
-
-def _pool(kind: str) -> Callable[[_Builder, PlannedOp, list[str]], str]:
-    def emit(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-        attrs = planned.op.attrs
-        extra = {"count_include_pad": attrs["count_include_pad"]} if kind == "AveragePool" else {}
-        return builder.node(
-            kind, inputs, planned.op.name, kernel_shape=list(attrs["kernel"]), strides=list(attrs["stride"]),
-            pads=[*attrs["padding"], *attrs["padding"]], ceil_mode=attrs["ceil"], **extra,
-        )  # fmt: skip
-
-    return emit
-
-
-def _global_pool(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    if planned.op.attrs["keepdim"]:
-        return builder.node("GlobalAveragePool", inputs, planned.op.name)
-    pooled = builder.node("GlobalAveragePool", inputs, f"{planned.op.name}.pooled")
-    return builder.node("Flatten", [pooled], planned.op.name, axis=1)
-
-
-def _flatten(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    return builder.node("Flatten", inputs, planned.op.name, axis=1)
-
-
-def _cat(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    return builder.node("Concat", inputs, planned.op.name, axis=1)
-
-
-def _relu6(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    low = builder.constant(f"{planned.op.name}.low", np.array(0, np.float32))
-    high = builder.constant(f"{planned.op.name}.high", np.array(6, np.float32))
-    return builder.node("Clip", [*inputs, low, high], planned.op.name)
-
-
-def _silu(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    gate = builder.node("Sigmoid", inputs, f"{planned.op.name}.gate")
-    return builder.node("Mul", [*inputs, gate], planned.op.name)
-
-
-def _gelu(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    name = planned.op.name
-    root = builder.constant(f"{name}.root", np.array(np.sqrt(0.5), np.float32))
-    erf = builder.node("Erf", [builder.node("Mul", [*inputs, root], f"{name}.scaled")], f"{name}.erf")
-    one = builder.constant(f"{name}.one", np.array(1, np.float32))
-    half = builder.constant(f"{name}.half", np.array(0.5, np.float32))
-    gate = builder.node("Mul", [builder.node("Add", [erf, one], f"{name}.shifted"), half], f"{name}.gate")
-    return builder.node("Mul", [*inputs, gate], name)
-
-
-def _batch_norm(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-    name = planned.op.name
-    parts = zip(("scale", "shift", "mean", "var"), builder.tensors.norms[planned.op.module or ""], strict=True)
-    constants = [builder.constant(f"{name}.{key}", value) for key, value in parts]
-    return builder.node("BatchNormalization", [*inputs, *constants], name, epsilon=planned.op.attrs["eps"])
-
-
-def _simple(kind: str, **attrs: Any) -> Callable[[_Builder, PlannedOp, list[str]], str]:
-    def emit(builder: _Builder, planned: PlannedOp, inputs: list[str]) -> str:
-        return builder.node(kind, inputs, planned.op.name, **attrs)
-
-    return emit
-
-
-_EMIT: dict[str, Callable[[_Builder, PlannedOp, list[str]], str]] = {
-    "conv": _conv,
-    "linear": _linear,
-    "max_pool": _pool("MaxPool"),
-    "avg_pool": _pool("AveragePool"),
-    "global_pool": _global_pool,
-    "flatten": _flatten,
-    "cat": _cat,
-    "relu6": _relu6,
-    "silu": _silu,
-    "gelu": _gelu,
-    "batch_norm": _batch_norm,
-    "relu": _simple("Relu"),
-    "sigmoid": _simple("Sigmoid"),
-    "hardswish": _simple("HardSwish"),
-    "hardsigmoid": _simple("HardSigmoid", alpha=1 / 6, beta=0.5),
-    "add": _simple("Add"),
-    "mul": _simple("Mul"),
-}
-KINDS = frozenset(_EMIT) | {"input"}
 
 
 def _drop_final_identity(nodes: list[onnx.NodeProto], result: str) -> list[onnx.NodeProto]:

@@ -114,7 +114,7 @@ def _has(root: nn.Module, path: str) -> bool:
         if not hasattr(root, name):
             return False
         root = cast("nn.Module", getattr(root, name))
-    return not type(root) is nn.Module
+    return type(root) is not nn.Module
 
 
 # Layers: shapes only, their tensors come from the state
@@ -191,7 +191,11 @@ def run_time_shape(planned: PlannedOp) -> list[int]:
 def _pool(target: Callable[..., Any]) -> Callable[[PlannedOp, list[fx.Node]], _Call]:
     def call(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
         attrs = planned.op.attrs
-        kwargs: dict[str, Any] = {"stride": attrs["stride"], "padding": attrs["padding"], "ceil_mode": bool(attrs["ceil"])}
+        kwargs: dict[str, Any] = {
+            "stride": attrs["stride"],
+            "padding": attrs["padding"],
+            "ceil_mode": bool(attrs["ceil"]),
+        }
         if "count_include_pad" in attrs:
             kwargs["count_include_pad"] = bool(attrs["count_include_pad"])
         return target, [inputs[0], attrs["kernel"]], kwargs

@@ -64,11 +64,13 @@ class PlannedOp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """``quantised`` maps a tensor that is quantised to the tensor whose grid it uses (often itself)."""
+    """``quantised`` maps a tensor that is quantised to the tensor whose grid it uses (often itself);
+    ``activation_bits`` says for each grid how wide it is: as its most demanding reader asks, 8 where no layer does."""
 
     ops: tuple[PlannedOp, ...]
     output: str
     quantised: dict[str, str]
+    activation_bits: dict[str, int]
 
     @property
     def macs(self) -> int:
@@ -106,6 +108,7 @@ def plan(anatomy: Anatomy, policy: Policy) -> Plan:
         ),
         output=output,
         quantised=quantised,
+        activation_bits=_activation_bits(live, inputs, bits, quantised),
     )
 
 
@@ -165,11 +168,12 @@ def _quantised(
         if op.kind in WEIGHTED and bits[op.name].int8:
             needed.add(inputs[op.name][0])
             # An integer convolution must requantise; QGemm may return fp32, but not to such an activation.
-            if op.kind == "conv" or any(user.kind in LINEAR_ACTIVATIONS for user in consumers[op.name]):
+            fused = op.kind == "linear" and len(op.shape) == 2
+            if op.kind == "conv" or (fused and any(u.kind in LINEAR_ACTIVATIONS for u in consumers[op.name])):
                 needed.add(landing(op.name))
     grids: dict[str, str] = {}
     for op in live:
-        follows = op.kind in FOLLOWERS and all(name in grids for name in inputs[op.name])
+        follows = _follows(op) and all(name in grids for name in inputs[op.name])
         if follows and op.name != output:
             if op.kind in SAME_GRID:
                 grids[op.name] = grids[inputs[op.name][0]]
@@ -180,7 +184,22 @@ def _quantised(
     return grids
 
 
+def _activation_bits(
+    live: list[Op], inputs: dict[str, tuple[str, ...]], bits: dict[str, LayerBits], quantised: dict[str, str]
+) -> dict[str, int]:
+    widths: dict[str, int] = {}
+    for op in live:
+        if op.kind in WEIGHTED and bits[op.name].int8:
+            site = quantised[inputs[op.name][0]]
+            widths[site] = max(widths.get(site, 0), bits[op.name].activations)
+    return {site: widths.get(site, 8) for site in set(quantised.values())}
+
+
 def _runs_int8(op: Op, inputs: tuple[str, ...], bits: dict[str, LayerBits], quantised: dict[str, str]) -> bool:
     if op.kind in WEIGHTED:
         return bits[op.name].int8
-    return op.kind in FOLLOWERS and bool(inputs) and all(name in quantised for name in inputs)
+    return _follows(op) and bool(inputs) and all(name in quantised for name in inputs)
+
+
+def _follows(op: Op) -> bool:
+    return op.kind in FOLLOWERS and "constant" not in op.attrs

@@ -15,7 +15,8 @@ TERMS = (
     "quantise_elements", "dequantise_elements", "conversions", "stored_weights", "int8_weights", "fp32_weights",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(TERMS)}
-_FREE = frozenset({"input", "flatten"})
+_FREE = frozenset({"input", "flatten", "reshape", "param"})
+_NORM_VECTORS = {"batch_norm": 4, "layer_norm": 2}
 
 
 def features(plan: Plan) -> NDArray[np.float64]:
@@ -38,11 +39,16 @@ def payload_bytes(plan: Plan) -> int:
     """Bytes of all weights, scales and biases of the exported file; names and nodes come on top."""
     total = 0
     for planned in plan.ops:
+        if planned.op.kind == "param":
+            total += 4 * math.prod(planned.shape)
+        if planned.op.kind in _NORM_VECTORS:
+            total += 4 * _NORM_VECTORS[planned.op.kind] * planned.channels
         if not planned.weight_count:
             continue
-        cout = planned.shape[-1] if planned.op.kind == "linear" else planned.shape[0]
-        stored = planned.bits.weights < 32
-        total += planned.weight_count * (1 if stored else 4) + 4 * cout  # the bias
+        cout = planned.channels
+        stored = planned.bits.weights <= 8
+        bytes_each = 1 if stored else 2 if planned.bits.weights == 16 else 4
+        total += planned.weight_count * bytes_each + 4 * cout  # the bias
         total += 5 * cout if stored else 0  # scale and zero point of each channel
         total += 8 * cout if planned.int8 else 0  # those of the integer bias
     return total
@@ -53,7 +59,7 @@ def structure(plan: Plan) -> NDArray[np.float64]:
     layers that run on integers, quantised tensors."""
     layers = [planned for planned in plan.ops if planned.weight_count]
     return np.array(
-        [1, len(plan.ops), sum(p.bits.weights < 32 for p in layers), sum(p.int8 for p in layers), len(plan.quantised)],
+        [1, len(plan.ops), sum(p.bits.weights <= 8 for p in layers), sum(p.int8 for p in layers), len(plan.quantised)],
         dtype=np.float64,
     )
 
@@ -70,7 +76,7 @@ def _terms(planned: PlannedOp) -> list[tuple[str, float]]:
         (f"{precision}_nodes", 1.0),
         (f"{precision}_weights", planned.weight_count),
     ]
-    if planned.bits.weights < 32 and not planned.int8:
+    if planned.bits.weights <= 8 and not planned.int8:
         terms.append(("stored_weights", planned.weight_count))
     if kind == "linear":
         return [*terms, (f"{precision}_linear_macs", planned.macs)]
@@ -78,12 +84,12 @@ def _terms(planned: PlannedOp) -> list[tuple[str, float]]:
 
 
 def _conv_terms(planned: PlannedOp, precision: str) -> list[tuple[str, float]]:
-    cin, cout = planned.in_shapes[0][0], planned.shape[0]
+    cin, cout = planned.in_shapes[0][1], planned.shape[1]
     if planned.groups == cout and cout > 1:
         return [(f"{precision}_depthwise_macs", planned.macs)]
     padded = planned.macs * (_up(cout, 16) / cout) * (_up(cin, 4) / cin)
     if precision == "int8":
-        patches = math.prod(planned.shape[1:]) * cin * math.prod(planned.op.attrs["kernel"])
+        patches = math.prod(planned.shape[2:]) * cin * math.prod(planned.op.attrs["kernel"])
         return [("int8_conv_macs", padded), ("int8_conv_patches", patches)]
     on_grid = cin % 4 == 0 or cin < 16
     return [("fp32_conv_macs" if on_grid else "fp32_conv_macs_off_grid", padded)]
