@@ -84,7 +84,7 @@ class _Graph:
 
 
 def _dominators(ops: Sequence[Op]) -> dict[str, str]:
-    """The immediate dominator of every operation that depends on the input (Cooper et al. 2001, on a graph in order)."""
+    """The immediate dominator of every operation that depends on the input (Cooper et al. 2001)."""
     order: dict[str, int] = {}
     found: dict[str, str] = {}
     for number, op in enumerate(ops):

@@ -28,7 +28,7 @@ class Captured:
     """The exported graph in evaluation mode, with a dynamic batch.
 
     ``nodes``: those that depend on the input, in order. ``state``: every parameter and buffer by its name in the model,
-    and the constants. ``names``: for each placeholder and each constant node, the entry of ``state`` that it stands for.
+    and the constants. ``names``: for each placeholder and each constant node, its entry of ``state``.
     ``renamed``: entries of ``state`` that the model knows under another name.
     """
 
@@ -62,8 +62,7 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     # Of two examples: sizes of one are taken for constants.
     example = torch.cat([example_input.cpu()] * 2)
     program = _export(root, copied, example)
-    returned = [n for n in program.graph.nodes if n.op == "output"][0].args[0]
-    if len(program.graph_signature.user_outputs) != 1 or not isinstance(returned[-1], fx.Node):
+    if len(program.graph_signature.user_outputs) != 1:
         count = len(program.graph_signature.user_outputs)
         raise InputError(
             f"The model must return one tensor, but {type(model).__name__} returns {count}; "
@@ -113,7 +112,7 @@ def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
     try:
         with torch.no_grad():
             model(example)
-    except Exception as plain:  # the user's own forward again, without the tracer
+    except Exception as plain:  # noqa: BLE001  the user's own forward again, without the tracer
         return (
             f"The model {type(model).__name__} cannot run a batch of 2 examples of shape {tuple(example.shape[1:])}: "
             f"{_first_line(plain)}."
@@ -148,9 +147,10 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
     names |= {key: CONSTANT + value.removeprefix(prefix) for key, value in lifted.items()}
     state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
     # Shared parameters stand under each of their names; the graph uses one of them.
-    for key, name in list(names.items()):
+    stored: dict[str, Tensor] = program.state_dict | program.constants
+    for name in names.values():
         if name not in state:
-            state[name] = cast("Tensor", (program.state_dict | program.constants)[_program_name(name, prefix)]).detach()
+            state[name] = stored[prefix + name.removeprefix(CONSTANT)].detach()
     values: dict[fx.Node, Any] = {
         n: state[names[n.name]] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
     }
@@ -164,10 +164,8 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
                 values[node] = _compute(node, values)
             else:
                 nodes.append(node)
-    for node in {
-        source for n in nodes for source in n.all_input_nodes if source in values and source.name not in names
-    }:
-        if isinstance(values[node], Tensor):
+    for node in dict.fromkeys(source for n in nodes for source in n.all_input_nodes):
+        if isinstance(values.get(node), Tensor) and node.name not in names:
             names[node.name] = CONSTANT + node.name
             state[CONSTANT + node.name] = values[node].detach().contiguous()
     result = next(n for n in program.graph.nodes if n.op == "output").args[0][-1]
@@ -178,11 +176,6 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
         nodes=tuple(nodes), output=result, state={name: state[name] for name in sorted(used)}, names=names,
         frozen=frozenset(frozen | constants),
     )  # fmt: skip
-
-
-def _program_name(name: str, prefix: str) -> str:
-    bare = name.removeprefix(CONSTANT)
-    return prefix + bare
 
 
 def _constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

@@ -89,7 +89,7 @@ def main(path: str) -> None:
 
 
 def _fault(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[Group], *, meta: bool) -> str:
-    """Why these groups cannot lose a step together; empty when they can. On the meta device only shapes are computed."""
+    """Why these groups cannot lose a step together; empty when they can. ``meta`` computes shapes only."""
     import torch
 
     from .apply import slice_state

@@ -35,8 +35,9 @@ class LayerTensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensors:
-    """All numbers of an export: layers by module name, activation grids (scale, zero point) by tensor, norms that no
-    convolution absorbs by module name, as (scale, shift, mean, variance) or (scale, shift), and constants by operation."""
+    """All numbers of an export: layers by module name, activation grids (scale, zero point) by tensor, constants by
+    operation, and by module name the norms that no convolution absorbs: (scale, shift, mean, variance), or the first
+    two for a layer norm."""
 
     layers: dict[str, LayerTensors]
     grids: dict[str, tuple[float, int]]

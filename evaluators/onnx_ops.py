@@ -176,10 +176,8 @@ def _mean(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
 
 def _resize(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     attrs, before = planned.op.attrs, planned.in_shapes[0][2:]
-    # A little more than the quotient, since the runtime rounds the size down.
-    factors = [
-        np.nextafter(np.float32(to / of), np.float32(np.inf)) for to, of in zip(attrs["size"], before, strict=True)
-    ]
+    ratios = [np.float32(to / of) for to, of in zip(attrs["size"], before, strict=True)]
+    factors = [np.nextafter(ratio, np.float32(np.inf)) for ratio in ratios]  # the runtime rounds the size down
     scales = builder.constant(f"{planned.op.name}.scales", np.array([1, 1, *factors], np.float32))
     mode = "asymmetric" if attrs["mode"] == "nearest" else "align_corners" if attrs["align_corners"] else "half_pixel"
     return builder.node(
@@ -229,7 +227,7 @@ def _mish(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
 def _layer_norm(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     name = planned.op.name
     scale, shift = builder.tensors.norms[planned.op.module or ""]
-    constants = [builder.constant(f"{name}.scale", scale), builder.constant(f"{name}.shift", shift)]
+    constants = [builder.constant(f"{name}.gain", scale), builder.constant(f"{name}.shift", shift)]
     return builder.node("LayerNormalization", [*inputs, *constants], name, axis=-1, epsilon=planned.op.attrs["eps"])
 
 

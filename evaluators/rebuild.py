@@ -219,7 +219,7 @@ def _attention(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
 def _slice(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
     attrs, axis = planned.op.attrs, planned.op.attrs["axis"]
     end = planned.start + (planned.shape[axis] - 1) * attrs["step"] + 1
-    index = tuple(slice(None) for _ in range(axis)) + (slice(planned.start, end, attrs["step"]),)
+    index = (*[slice(None)] * axis, slice(planned.start, end, attrs["step"]))
     return operator.getitem, [inputs[0], index], {}
 
 
@@ -268,7 +268,9 @@ _FUNCTIONS: dict[str, Callable[[PlannedOp, list[fx.Node]], _Call]] = {
     "matmul": _simple(torch.matmul), "attention": _attention,
     "cat": lambda planned, inputs: (torch.cat, [list(inputs), planned.op.attrs["axis"]], {}),
     "slice": _slice,
-    "select": lambda planned, inputs: (torch.select, [inputs[0], planned.op.attrs["axis"], planned.op.attrs["index"]], {}),
+    "select": lambda planned, inputs: (
+        torch.select, [inputs[0], planned.op.attrs["axis"], planned.op.attrs["index"]], {}
+    ),
     "reshape": _reshape, "flatten": _reshape,
     "permute": lambda planned, inputs: (torch.permute, [inputs[0], planned.op.attrs["order"]], {}),
     "expand": _expand,

@@ -103,12 +103,14 @@ _KERNELS = {
     "QLinearConv": "int8",
     "QGemm": "int8",
     "MatMulIntegerToFloat": "int8",
+    "QLinearMatMul": "int8",
     "Conv": "fp32",
     "FusedConv": "fp32",
     "Gemm": "fp32",
     "FusedGemm": "fp32",
     "MatMul": "fp32",
     "FusedMatMul": "fp32",
+    "MatMulNBits": "fp32",  # weights stored small, products in fp32
 }
 # What the runtime's optimisers append to a node's name when they rewrite it.
 _SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+)+$")
