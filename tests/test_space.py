@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from nightpress.spaces.anatomy import Group, kept_channels
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import (
+    DISTILL_METHODS,
     FP32,
+    IMPORTANCES,
     INT8,
+    RANGES,
+    SCALES,
     Distill,
     FineTune,
     LayerBits,
@@ -36,6 +41,7 @@ from nightpress.spaces.space import (
 )
 from strategies import EVERY_PAIR, OFFERED, policies, seeds, space_of, toy_anatomy
 
+T = TypeVar("T")
 ANATOMY = toy_anatomy()
 SPACE = space_of(ANATOMY)
 PLAIN = Policy(model=ANATOMY.digest)
@@ -69,6 +75,10 @@ def random(seed: int, space: Space = SPACE) -> Policy:
     return space.random(np.random.default_rng(seed))
 
 
+def some_of(values: tuple[T, ...], least: int = 1) -> st.SearchStrategy[tuple[T, ...]]:
+    return st.lists(st.sampled_from(values), min_size=least, unique=True).map(tuple)
+
+
 @st.composite
 def spaces(draw: st.DrawFn) -> Space:
     return Space(
@@ -76,7 +86,12 @@ def spaces(draw: st.DrawFn) -> Space:
         max_ratio=draw(st.floats(0, 0.99)),
         bit_choices=tuple(draw(st.lists(st.sampled_from(OFFERED), min_size=1, unique=True))),
         blocks=draw(st.booleans()),
-        distill=draw(st.booleans()),
+        distill=draw(some_of(DISTILL_METHODS, least=0)),
+        sparsity=draw(st.booleans()),
+        importance=draw(some_of(IMPORTANCES)),
+        stages=draw(some_of((1, 2, 3, 6))),
+        ranges=draw(some_of(RANGES)),
+        scales=draw(some_of(SCALES)),
     )
 
 
@@ -199,7 +214,7 @@ def test_random_policies_use_every_choice_of_bits() -> None:
 
 
 def test_a_space_without_blocks_or_distillation_asks_for_neither() -> None:
-    space = space_of(ANATOMY, blocks=False, distill=False)
+    space = space_of(ANATOMY, blocks=False, distill=())
 
     assert not [name for name in space.params(PLAIN) if name.startswith(("block:", "distill."))]
     assert all(random(seed, space).distill == Distill(method="none", alpha=0.0) for seed in range(20))
