@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
@@ -20,8 +21,8 @@ from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
-from ..evaluators.quality import Compute, Trainer, probe
 from ..evaluators.task import check_task, load_task
+from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy
