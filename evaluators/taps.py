@@ -30,7 +30,8 @@ class Tap:
 
     @property
     def resolution(self) -> tuple[int, ...]:
-        return self.shape[1:] if len(self.shape) > 2 else self.shape[:1]
+        """(height, width) of images, (tokens,) of sequences, () of vectors."""
+        return self.shape[1:] if len(self.shape) > 2 else self.shape[:-1]
 
     @property
     def channels(self) -> int:

@@ -58,6 +58,7 @@ class Trainer:
     uncompressed: Callable[[], nn.Module] | None = None
     views: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     answers: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    answer_bytes: int = ANSWER_BYTES
     _featured: nn.Module | None = None
 
     def reestimate(self, module: nn.Module) -> None:
@@ -226,7 +227,7 @@ class Trainer:
                 part = teacher(self._cast(view[start : start + EVALUATION_BATCH])).float()
             if found is None:
                 size = len(view) * part[0].numel() * part.element_size()
-                if size * (len(self.answers) + 1) > ANSWER_BYTES:
+                if size * (len(self.answers) + 1) > self.answer_bytes:
                     return None
                 found = part.new_empty((len(view), *part.shape[1:]))
             found[start : start + EVALUATION_BATCH] = part
