@@ -4,8 +4,8 @@ The gradient of the value passes straight through where the grid reaches (Jacob 
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference"); scale and offset learn by Esser et al. 2020,
 "Learned Step Size Quantization", eq. 3, and Bhalgat et al. 2020, "LSQ+", eq. 4–5.
 
-On a CPU this runs 3–4 times as fast as torch's own fake-quantise operations, whose loops are scalar. It divides as
-ONNX Runtime does, where they multiply by the reciprocal: the integers are the runtime's, to the last one.
+On a CPU this takes a quarter of the time of torch's own fake-quantise operations, whose loops are scalar. And it divides
+as ONNX Runtime does, where they multiply by the reciprocal: the integers are the runtime's, to the last one.
 """
 
 from dataclasses import dataclass
@@ -41,10 +41,11 @@ def number(value: Tensor) -> Number:
 
 
 def integers(value: Tensor, grid: Grid) -> Tensor:
-    """The grid's whole numbers nearest to a value; halves go to the even one."""
+    """The grid's whole numbers nearest to a value, in fp32; halves go to the even one."""
     low, high = cast("Any", grid.low), cast("Any", grid.high)
-    wide = value.float() if isinstance(grid.scale, Tensor) else value  # a scale of bf16 would be another grid
-    return torch.div(wide.detach(), grid.scale).round_().clamp_(low, high)
+    value = value.detach()
+    steps = value.div(grid.scale) if value.dtype == torch.float32 else value.float().div_(grid.scale)
+    return steps.round_().clamp_(low, high)
 
 
 def fake_quantise(value: Tensor, grid: Grid, *, clips: bool = True) -> Tensor:
@@ -76,7 +77,8 @@ class _Fixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, grid: Grid, clips: bool) -> Tensor:
         ctx.grid = grid
-        ctx.save_for_backward(*[value][: int(clips)])
+        if clips:
+            ctx.save_for_backward(value)
         return integers(value, grid).mul_(grid.scale).to(value.dtype)
 
     @staticmethod
@@ -90,7 +92,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, grid: Grid, scale: Tensor, offset: Tensor | None) -> Tensor:
         ctx.grid, ctx.has_offset = grid, offset is not None
-        result = integers(value, grid).mul_(grid.scale)
+        result = integers(value, grid).mul_(grid.scale).to(value.dtype)
         ctx.save_for_backward(value, result, scale)
         return result
 
@@ -101,13 +103,12 @@ class _Learned(torch.autograd.Function):
         grid, grad = ctx.grid, grads[0]
         inside = _where_it_reaches(grad, value, grid)
         # In units of one step: inside the grid round(v) − v, above it the steps from the offset to the top, below 0.
-        outside = _total(grad, scale) - _total(inside, scale)
-        moved = torch.addcmul(grad * result, inside, value, value=-1)
-        step = _total(moved, scale) / _flat(grid.scale)
+        step = (_inner(grad, result, scale) - _inner(inside, value, scale)) / _flat(grid.scale)
         levels = grid.high - grid.low if scale.dim() == 0 else grid.high
         factor = (value[0].numel() * levels) ** -0.5
         if not ctx.has_offset:
             return inside, None, step * factor, None
+        outside = grad.sum(dtype=torch.float32) - inside.sum(dtype=torch.float32)
         return inside, None, (step - outside * grid.low) * factor, outside * factor
 
 
@@ -130,12 +131,14 @@ def _where_it_reaches(grad: Tensor, value: Tensor, grid: Grid) -> Tensor:
     return torch.where((value > low) & (value < high), grad, 0)
 
 
+def _inner(one: Tensor, other: Tensor, like: Tensor) -> Tensor:
+    """The sum of the products of everything that shares a scale, in the scale's shape."""
+    if like.dim():
+        return (one * other).flatten(1).sum(dim=1)
+    if other.is_contiguous(memory_format=torch.channels_last):
+        one, other = one.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)  # in the order of memory: nothing is copied
+    return torch.dot(one.reshape(-1).float(), other.reshape(-1).float())
+
+
 def _flat(scale: Number) -> Number:
     return scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
-
-
-def _total(value: Tensor, like: Tensor) -> Tensor:
-    """The sum over everything that shares a scale, in fp32 and in the scale's shape."""
-    if like.dim() == 0:
-        return value.sum(dtype=torch.float32)
-    return value.flatten(1).sum(dim=1, dtype=torch.float32)

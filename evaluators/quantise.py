@@ -98,7 +98,8 @@ class ActivationQuantiser(nn.Module):
         """Widen the range to what was seen, and keep a sample where the range will be another."""
         low, high = edges(value)
         known = self.seen > 0
-        self._move((torch.where(known, low.minimum(self.low), low), torch.where(known, high.maximum(self.high), high)), 1.0)
+        low, high = torch.where(known, low.minimum(self.low), low), torch.where(known, high.maximum(self.high), high)
+        self._move((low, high), 1.0)
         self.seen.add_(1)
         if self.ranges in FINDERS:
             self._samples.append(sample(value, SAMPLE))
@@ -143,8 +144,7 @@ class LearnedActivationQuantiser(ActivationQuantiser):
         return scale, torch.zeros_like(scale) if self.offset is None else self.offset.detach()
 
     def _round(self, value: Tensor, grid: Grid) -> Tensor:
-        # In bf16 the error of the grid, which teaches the scale, would drown in the error of the numbers.
-        return learned_quantise(value.float(), grid, self.scale, self.offset)
+        return learned_quantise(value, grid, self.scale, self.offset)
 
     def _follow(self, value: Tensor) -> None:
         if self._steps == 0 and int(self.seen) == 0:  # nobody observed: the first batch has to do
