@@ -140,6 +140,8 @@ class LearnedActivationQuantiser(ActivationQuantiser):
             self.offset.copy_(self.low)
 
     def _scale_and_low(self) -> Range:
+        if self.observing:  # the parameters are not set yet, and what follows has to see something
+            return super()._scale_and_low()
         scale = self.scale.detach()
         return scale, torch.zeros_like(scale) if self.offset is None else self.offset.detach()
 

@@ -349,7 +349,7 @@ def test_the_runtime_has_the_same_integers(bits: int, scales: str) -> None:
 def test_learned_zero_points_behind_a_relu_stay_at_the_lowest_integer() -> None:
     module = quantised(planned(activations=4), scales="learned")
     observe(module, images(16))
-    before = {name: p.clone() for name, p in module.named_parameters() if "quantiser_" in name}
+    before = {name: p.clone() for name, p in module.named_parameters() if name.endswith(".scale")}
 
     train(module, steps=5)
 
@@ -368,6 +368,19 @@ def test_a_learned_grid_starts_at_the_observed_range() -> None:
         observe(quantiser.eval(), normal(512))
 
     assert [tensor.item() for tensor in learned.grid()] == [tensor.item() for tensor in fixed.grid()]
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_what_follows_a_quantiser_is_observed_as_it_will_be(ranges: str, scales: str) -> None:
+    module, again = (quantised(planned(activations=8), ranges, scales) for _ in range(2))
+    observe(module, images(16))
+    again.load_state_dict(module.state_dict())
+
+    observe(again, images(16))
+
+    for name, quantiser in quantisers(module).items():
+        other = quantisers(again)[name]
+        assert float(quantiser.high - quantiser.low) == pytest.approx(float(other.high - other.low), rel=0.1), name
 
 
 def test_without_observation_the_first_batch_is_observed() -> None:
