@@ -4,8 +4,8 @@ The gradient of the value passes straight through where the grid reaches (Jacob 
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference"); scale and offset learn by Esser et al. 2020,
 "Learned Step Size Quantization", eq. 3, and Bhalgat et al. 2020, "LSQ+", eq. 4–5.
 
-On a CPU this takes a quarter of the time of torch's own fake-quantise operations, whose loops are scalar. And it divides
-as ONNX Runtime does, where they multiply by the reciprocal: the integers are the runtime's, to the last one.
+On a CPU this takes a quarter of the time of torch's own fake-quantise operations, whose loops are scalar. And it
+divides as ONNX Runtime does, where they multiply by the reciprocal: the integers are the runtime's, to the last one.
 """
 
 from dataclasses import dataclass
