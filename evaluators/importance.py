@@ -134,9 +134,7 @@ class _Data:
         targets = self.targets if labelled else inputs
         if inputs is None or targets is None or len(inputs) == 0 or self.samples < 1:
             needs = "inputs and targets" if labelled else "inputs"
-            raise InputError(
-                f"The importance {self.method} is computed from {needs} of training items: give at least one."
-            )
+            raise InputError(f"The importance {self.method} needs {needs} of at least one training item.")
         device = next(module.parameters()).device
         count = min(self.samples, len(inputs))
         for start in range(0, count, size):
