@@ -5,6 +5,7 @@ MSE is the clipping with the least squared error of quantisation among shares of
 et al. 2021, "A White Paper on Neural Network Quantization", section 3.1).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,7 @@ SAMPLE = 1 << 17
 """Most values of one batch that percentile and MSE look at; min-max sees all."""
 QUICK_SAMPLE = 1 << 13
 """The same while training, when ranges are followed and not found once."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 _SHARES = tuple(step / 40 for step in range(40, 3, -1))
 
 Range = tuple[Tensor, Tensor]
@@ -31,12 +33,15 @@ def edges(value: Tensor) -> Range:
 
 
 def sample(value: Tensor, count: int) -> Tensor:
-    """At most ``count`` values in fp32, drawn with repetition, the same for tensors of the same size."""
+    """At most ``count`` of the values in fp32, evenly spread; the same places for tensors of the same size."""
     flat = value.detach().reshape(-1)
-    if flat.numel() <= count:
+    size = flat.numel()
+    if size <= count:
         return flat.float()
-    generator = torch.Generator(flat.device).manual_seed(0)
-    return flat[torch.randint(flat.numel(), (count,), generator=generator, device=flat.device)].float()
+    stride = int(size * _GOLDEN)  # multiples of it spread over the whole before they come close to one another
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return flat[torch.arange(count, device=flat.device) * stride % size].float()
 
 
 def percentile_range(values: Tensor, levels: int) -> Range:
@@ -53,7 +58,7 @@ def mse_range(values: Tensor, levels: int) -> Range:
     shares = torch.tensor(_SHARES, device=values.device)
     scales = ((high - low) * shares / levels).clamp_min(LEAST_SCALE)
     errors = torch.stack([_error(values, scale, low, levels) for scale in zip(shares, scales, strict=True)])
-    best = shares[errors.argmin()]
+    best = torch.take(shares, errors.argmin())  # indexing would read the place, and wait for the device
     return low * best, high * best
 
 

@@ -413,6 +413,21 @@ def test_quantisers_get_the_width_of_their_tensor() -> None:
     assert levels == {name: 2**bits - 1 for name, bits in activation_bits(chosen).items()}
 
 
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_training_never_waits_for_the_device(ranges: str, scales: str) -> None:
+    """A meta tensor has no value: whoever reads one fails."""
+    module = quantised(planned(weights=4, activations=4), ranges, scales)
+    observe(module, images(8))
+    train(module)  # on a device too, the first step of all may look whether a range is known
+    module.to("meta").train()
+
+    for _ in range(9):  # of which one moves the ranges
+        module(images(8).to("meta")).sum().backward()
+
+    with pytest.raises(RuntimeError, match="meta"):
+        float(module(images(8).to("meta")).sum())
+
+
 # State
 
 
