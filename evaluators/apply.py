@@ -9,12 +9,12 @@ from torch import Tensor, fx
 from ..spaces.anatomy import Anatomy
 from ..spaces.plan import Plan, plan, pruned_groups
 from ..spaces.policy import Policy
-from .importance import DATA_METHODS, rank, saliency
+from .importance import DATA_METHODS, Loss, rank, saliency
 from .inspect import Network
 from .quantise import quantise
 from .rebuild import rebuild
 
-Evidence = Callable[[], tuple[Tensor | None, Tensor | None]]
+Evidence = Callable[[], tuple[Tensor | None, Tensor | None, Loss | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Compressor:
 
     def _order(self, importance: str) -> dict[str, list[int]]:
         if importance not in self.orders:
-            inputs, targets = self.evidence() if importance in DATA_METHODS else (None, None)
-            found = saliency(self.whole(), importance, inputs=inputs, targets=targets)
+            inputs, targets, loss = self.evidence() if importance in DATA_METHODS else _no_evidence()
+            found = saliency(self.whole(), importance, inputs=inputs, targets=targets, loss=loss)
             self.orders[importance] = rank({group.name: group.slices for group in self.anatomy.groups}, found)
         return self.orders[importance]
 
@@ -69,15 +69,16 @@ def compressor(
 ) -> Compressor:
     """A :class:`Compressor` for a model inspected with :func:`nightpress.evaluators.inspect.inspect`.
 
-    ``evidence`` gives training inputs and targets, (items, …) each, to the importances that look at data.
+    ``evidence`` gives training inputs and targets, (items, …) each, and the loss (None: cross entropy) to the
+    importances that look at data.
     """
     return Compressor(
         anatomy=anatomy, network=network, example_input=example_input, evidence=evidence or _no_evidence, orders={}
     )
 
 
-def _no_evidence() -> tuple[None, None]:
-    return None, None
+def _no_evidence() -> tuple[None, None, None]:
+    return None, None, None
 
 
 def slice_state(

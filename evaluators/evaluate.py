@@ -19,10 +19,11 @@ from ..spaces.anatomy import Anatomy
 from ..spaces.plan import Plan
 from ..spaces.policy import Policy, digest
 from ..spaces.stages import stage_policies
-from .apply import Compressor, compressor
+from .apply import Compressor, Evidence, compressor
 from .bake import bake
 from .compute import Compute
 from .data import Arrays, materialise, split_search
+from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
 from .quality import Score, judge, outputs_of, score
@@ -91,13 +92,17 @@ class Evaluator:
         torch.set_num_threads(recipe.threads)
         self.recipe = recipe
         self.task = task or load_task(recipe.task, Path(recipe.base) if recipe.base else None)
-        network = network_of(self.task, recipe.anatomy)
-        self.compressor: Compressor = compressor(recipe.anatomy, network, self.task.example_input)
         train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
+        self.compressor: Compressor = compressor(
+            recipe.anatomy,
+            network_of(self.task, recipe.anatomy),
+            self.task.example_input,
+            evidence_of(self.task, train),
+        )
         self.model = picked(self.task, self.task.model)
         self.trainer = Trainer(
             self.task, train, recipe.compute, recipe.seed, recipe.batch_size,
-            uncompressed=lambda: self.compressor.apply(Policy(model=recipe.anatomy.digest))[0],
+            uncompressed=lambda: self.compressor.whole(),
         )  # fmt: skip
         self._test: Arrays | None = None
         self._given_outputs: torch.Tensor | None = None
@@ -218,6 +223,11 @@ class Evaluator:
             bits_used=used,
             size_bytes=path.stat().st_size,
         )
+
+
+def evidence_of(task: Task, train: Arrays) -> Evidence:
+    """What the importances look at: the first items of the (shuffled) training split, as the model takes them."""
+    return lambda: (task.model_inputs(train.inputs[:SAMPLES]), train.targets[:SAMPLES], task.loss)
 
 
 def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -> None:

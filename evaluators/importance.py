@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +16,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..spaces.anatomy import Slice
 from ..spaces.errors import InputError
 
 METHODS = ("l1", "l2", "bn", "activation", "weight_activation", "taylor", "hessian", "random")
+DATA_METHODS = frozenset({"activation", "weight_activation", "taylor", "hessian"})
 SAMPLES = 64
 """Training items that activations and gradients are taken from."""
 _TAYLOR_BATCH = 8
 _ACTIVATION_BATCH = 64
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Slice(Protocol):
-    """Channel c of a group owns the entries ``indices[c]`` of a parameter along an axis."""
-
-    @property
-    def parameter(self) -> str: ...
-    @property
-    def axis(self) -> int: ...
-    @property
-    def indices(self) -> Sequence[Sequence[int]]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from .ranges import FINDERS, QUICK_SAMPLE, RANGES, SAMPLE, Range, edges, sample
 
 __all__ = [
     "ActivationQuantiser", "LearnedActivationQuantiser", "QuantConv2d", "QuantLinear", "QuantisedWeight",
-    "activation_bits", "end_observation", "quantise", "quantiser_path", "quantisers", "weight_grid",
+    "end_observation", "quantise", "quantiser_path", "quantisers", "weight_grid",
     "weight_integers", "weight_scales",
 ]  # fmt: skip
 
@@ -168,32 +168,17 @@ def quantise(traced: fx.GraphModule, plan: Plan, *, ranges: str = "minmax", scal
             _swap_layer(traced, planned, ranges, scales)
     kinds = {planned.op.name: planned.op.kind for planned in plan.ops}
     by_name = {node.name: node for node in traced.graph.nodes}
-    bits = activation_bits(plan)
     for name, site in plan.quantised.items():
         if name != site:  # on the grid of its input already
             continue
         path = quantiser_path(name)
-        traced.add_submodule(path, _activation_quantiser(kinds[name], bits[name], ranges, scales))
+        traced.add_submodule(path, _activation_quantiser(kinds[name], plan.activation_bits[name], ranges, scales))
         node = by_name[name]
         with traced.graph.inserting_after(node):
             inserted = traced.graph.call_module(path, args=(node,))
         node.replace_all_uses_with(inserted, delete_user_cb=lambda user, new=inserted: user is not new)
     traced.graph.lint()
     traced.recompile()
-
-
-def activation_bits(plan: Plan) -> dict[str, int]:
-    """The width of each grid of the plan's activations, by the tensor that it is named after.
-
-    The policy gives a layer the width of its input. Where layers of several widths read one tensor it is on the
-    widest; where none does, the runtime's 8 bits.
-    """
-    found: dict[str, int] = {}
-    for planned in plan.ops:
-        if planned.weight_count and planned.int8:
-            site = plan.quantised[planned.inputs[0]]
-            found[site] = max(found.get(site, 0), planned.bits.activations)
-    return {site: found.get(site, 8) for site in plan.quantised.values()}
 
 
 def end_observation(module: nn.Module) -> None:

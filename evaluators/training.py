@@ -19,7 +19,7 @@ from .compute import Compute
 from .data import Arrays
 from .distill import Hints, Pairs, blended_loss, pair
 from .quality import EVALUATION_BATCH, DivergedError
-from .quantise import ActivationQuantiser, quantisers
+from .quantise import ActivationQuantiser, end_observation, quantisers
 from .sparsity import hold, masks
 from .taps import Tapped, find_taps, tapped
 from .task import Task, picked
@@ -92,8 +92,7 @@ class Trainer:
             site.seen.zero_()
             site.observing = True
         self._pass_through(module, self.train.inputs[:RANGE_ITEMS])
-        for site in sites:
-            site.observing = False
+        end_observation(module)
 
     @torch.no_grad()
     def _pass_through(self, module: nn.Module, inputs: Tensor) -> None:
