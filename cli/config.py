@@ -24,7 +24,16 @@ from ..search.config import (
     SpaceConfig,
 )
 from ..spaces.errors import InputError
-from ..spaces.policy import ACTIVATION_BITS, WEIGHT_BITS, nearest
+from ..spaces.policy import (
+    ACTIVATION_BITS,
+    DISTILL_METHODS,
+    IMPORTANCES,
+    MAX_STAGES,
+    RANGES,
+    SCALES,
+    WEIGHT_BITS,
+    nearest,
+)
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -40,13 +49,31 @@ class FileTarget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSpace:
-    """``space:`` as a file writes it."""
+    """``space:`` as a file writes it; ``distill`` is a list of methods, or true for all of them."""
 
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
     blocks: bool = True
-    distill: bool = True
+    distill: tuple[str, ...] | bool = True
     sparsity: bool = False
+    importance: tuple[str, ...] = ("l2",)
+    stages: tuple[int, ...] = (1,)
+    ranges: tuple[str, ...] = ("minmax",)
+    scales: tuple[str, ...] = ("fixed",)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The distillation methods on offer; none at all where distillation is off."""
+        if isinstance(self.distill, bool):
+            return DISTILL_METHODS if self.distill else ()
+        return () if self.distill == ("none",) else self.distill
+
+    @property
+    def resolved(self) -> SpaceConfig:
+        return SpaceConfig(
+            prune=self.prune, bits=self.bits, blocks=self.blocks, distill=self.methods, sparsity=self.sparsity,
+            importance=self.importance, stages=self.stages, ranges=self.ranges, scales=self.scales,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,11 +132,12 @@ def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
     except ValidationError as error:
         # Of a union's alternatives the one that got furthest is what was meant.
         wrong = max(error.errors(), key=lambda found: len(found["loc"]))
-        key = ".".join(str(part) for part in wrong["loc"] if not str(part)[:1].isupper() and part != "str")
+        key = ".".join(str(part) for part in wrong["loc"] if not str(part)[:1].isupper() and part not in _ALTERNATIVES)
         text = _WORDS.get(wrong["type"]) or re.sub(r"^(Input|Value) should be", "must be", wrong["msg"])
         raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {wrong['input']!r}.") from None
 
 
+_ALTERNATIVES = ("str", "bool", "tuple[str, ...]")  # of unions, as pydantic calls them in a key's path
 _WORDS = {"tuple_type": "must be a list", "dataclass_type": "must be a mapping of keys"}
 
 
@@ -135,16 +163,13 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
         until=file.until,
         budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget is not None else None,
         limits=file.limits,
-        space=SpaceConfig(
-            prune=file.space.prune, bits=file.space.bits, blocks=file.space.blocks, distill=file.space.distill
-        ),
+        space=file.space.resolved,
         search=file.search, finetune=file.finetune, calibration_policies=file.calibration_policies,
         warm_start=tuple(str(base / earlier) for earlier in file.warm_start), device=file.device,
     )  # fmt: skip
 
 
 def _check_values(file: FileConfig, where: str) -> None:
-    weights, activations = file.space.bits.weights, file.space.bits.activations
     count = file.calibration_policies
     rules: list[tuple[str, object, bool, str]] = [
         ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
@@ -154,13 +179,8 @@ def _check_values(file: FileConfig, where: str) -> None:
         ("seed", file.seed, file.seed >= 0, "at least 0"),
         ("calibration_policies", count, 10 <= count <= 500, "between 10 and 500"),
         ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
-        ("space.sparsity", file.space.sparsity, not file.space.sparsity,
-         "false: unstructured sparsity is not offered yet"),
-        ("space.bits.weights", weights, bool(weights) and set(weights) <= set(WEIGHT_BITS),
-         f"a list out of {list(WEIGHT_BITS)}"),
-        ("space.bits.activations", activations, bool(activations) and set(activations) <= set(ACTIVATION_BITS),
-         f"a list out of {list(ACTIVATION_BITS)}"),
-    ]  # fmt: skip
+    ]
+    rules += [_listed(f"space.{key}", *listed) for key, *listed in _lists(file.space)]
     if file.space.prune is not None:
         ratio = file.space.prune.max_ratio
         rules.append(("space.prune.max_ratio", ratio, 0 <= ratio < 1, "in [0, 1)"))
@@ -176,6 +196,24 @@ def _check_values(file: FileConfig, where: str) -> None:
         if not holds:
             shown = list(value) if isinstance(value, tuple) else value  # type: ignore[arg-type]
             raise InputError(f"{where}: {key} must be {rule}, but got {shown!r}.")
+
+
+def _lists(space: FileSpace) -> list[tuple[str, tuple[object, ...], tuple[object, ...]]]:
+    """Keys below ``space:`` that hold a list, with what came and what may."""
+    return [
+        ("bits.weights", space.bits.weights, WEIGHT_BITS),
+        ("bits.activations", space.bits.activations, ACTIVATION_BITS),
+        ("distill", space.distill if isinstance(space.distill, tuple) else DISTILL_METHODS, DISTILL_METHODS),
+        ("importance", space.importance, IMPORTANCES),
+        ("stages", space.stages, tuple(range(1, MAX_STAGES + 1))),
+        ("ranges", space.ranges, RANGES),
+        ("scales", space.scales, SCALES),
+    ]
+
+
+def _listed(key: str, came: tuple[object, ...], allowed: tuple[object, ...]) -> tuple[str, object, bool, str]:
+    holds = bool(came) and set(came) <= set(allowed) and len(set(came)) == len(came)
+    return key, came, holds, f"a list out of {list(allowed)}, none of them twice"
 
 
 def parse_target(value: str | FileTarget, base: Path, where: str) -> tuple[Target, str | None]:

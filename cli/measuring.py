@@ -9,6 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..evaluators.apply import compressor
+from ..evaluators.data import materialise, split_search
+from ..evaluators.evaluate import evidence_of
+from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
 from ..evaluators.latency.profile import calibrate, profile_to_dict
 from ..evaluators.latency.target import Target, target_to_dict
@@ -46,7 +49,11 @@ def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, s
 
 def apply_to_file(task: Task, anatomy: Anatomy, policy: Policy, out: Path, weights: Path | None) -> dict[str, Any]:
     """Write the compressed module, with an export's weights where they are given."""
-    engine = compressor(anatomy, network_of(task, anatomy), task.example_input)
+
+    def evidence() -> tuple[torch.Tensor | None, torch.Tensor | None, Loss | None]:
+        return evidence_of(task, split_search(materialise(task.train))[0])()
+
+    engine = compressor(anatomy, network_of(task, anatomy), task.example_input, evidence)
     if weights is None:
         module, planned = engine.apply(policy)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..spaces.plan import Plan, PlannedOp
 from .onnx_graph import Array, LayerTensors, Tensors
-from .quantise import quantisers, weight_scales
+from .quantise import QuantConv2d, quantisers, weight_grid, weight_integers
 
 
 def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
@@ -43,22 +43,19 @@ def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
 
 
 def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensors:
-    layer = cast("nn.Conv2d", module.get_submodule(name))
+    layer = cast("QuantConv2d", module.get_submodule(name))
     weight = layer.weight.detach().float()
     bias = layer.bias.detach().float() if layer.bias is not None else torch.zeros(weight.shape[0])
     factor = torch.ones(weight.shape[0])
     if planned.op.norm is not None:
         norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm))
         factor, bias = _fold(norm, bias)
-    bits = planned.bits.weights
-    if bits > 8:
+    if planned.bits.weights > 8:
         folded = _finite(weight * _per_channel(factor, weight), name)
-        kept = folded.astype(np.float16) if bits == 16 else folded
+        kept = folded.astype(np.float16) if planned.bits.weights == 16 else folded
         return LayerTensors(weight=kept, scales=None, bias=_finite(bias, name))
-    scales = weight_scales(weight, bits)
-    top = 2 ** (bits - 1) - 1
-    integers = torch.round(weight / _per_channel(scales, weight)).clamp(-top, top)
-    integers = integers * _per_channel(torch.where(factor < 0, -1.0, 1.0), weight)
+    scales, _ = weight_grid(layer)
+    integers = weight_integers(layer) * _per_channel(torch.where(factor < 0, -1.0, 1.0), weight)
     return LayerTensors(
         weight=_finite(integers, name).astype(np.int8),
         # A channel whose γ is 0 has scale 0, which no runtime accepts: the least positive number stands in.

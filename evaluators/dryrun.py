@@ -1,14 +1,18 @@
 """Groups are tried before they are offered: pruned, run, and every shape compared with the plan's.
 
 The trial is a process of its own with a cap on memory and time, which needs only the anatomy: shapes do not depend on
-weights. ``python -m nightpress.evaluators.dryrun`` reads it from a file and prints one JSON line a group.
+weights. It stays for the next model, because importing torch takes longer than most trials.
 """
 
+import atexit
 import json
+import os
 import resource
+import selectors
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from ..spaces.policy import Policy
 
 MEMORY_BYTES = 4 * 1024**3
 SECONDS = 120.0
+"""For one group; all at once get it too."""
+_DONE = "done"
 
 
 def verify_groups(
@@ -33,63 +39,123 @@ def verify_groups(
     waiting = [group.name for group in anatomy.groups]
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
         path = Path(folder) / "request.json"
+        together = True
         while waiting:
-            request = {"anatomy": anatomy_to_json(anatomy), "shapes": shapes, "groups": waiting}
-            path.write_text(json.dumps({**request, "memory_bytes": memory_bytes}))
-            answers, ended = _run(path, seconds)
+            request = {"anatomy": anatomy_to_json(anatomy), "shapes": shapes, "groups": waiting, "together": together}
+            path.write_text(json.dumps(request))
+            answers, ended = _child(memory_bytes).ask(path, seconds)
             failed |= {name: why for name, why in answers.items() if why}
             waiting = [name for name in waiting if name not in answers]
-            if waiting and ended is not None:
+            if ended is not None and not together and waiting:
                 failed[waiting.pop(0)] = ended
-            elif waiting:  # all were tried together, and they fit
-                break
+            together = False  # what ended the first process may have been all of them at once
     return failed
 
 
-def _run(path: Path, seconds: float) -> tuple[dict[str, str], str | None]:
-    """Reasons by group, empty for those that passed, and how the process ended where it did not get through."""
-    command = [sys.executable, "-m", "nightpress.evaluators.dryrun", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-        output, ended = done.stdout, _ended(done)
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout.decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-        ended = f"its dry run took more than {seconds:.0f} s"
-    answers: dict[str, str] = {}
-    for line in output.splitlines():
-        if line.startswith("{"):
-            answers |= json.loads(line)
-    return answers, ended
+class _Child:
+    """The process in which groups are tried."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.memory_bytes = memory_bytes
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  it lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nightpress.evaluators.dryrun", str(memory_bytes)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
+        )  # fmt: skip
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def ask(self, path: Path, seconds: float) -> tuple[dict[str, str], str | None]:
+        """Reasons by group, empty for those that passed, and how the process ended where it did not get through."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        if stdin is None or stdout is None:
+            raise RuntimeError("the dry run's process has no pipes")
+        answers: dict[str, str] = {}
+        try:
+            stdin.write(f"{path}\n".encode())
+            stdin.flush()
+        except BrokenPipeError:
+            return answers, self._ended()
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(stdout, selectors.EVENT_READ)
+            text, deadline = b"", time.monotonic() + seconds
+            while True:
+                if not waiting.select(max(0.0, deadline - time.monotonic())):
+                    self.close()
+                    return answers, f"its dry run took more than {seconds:.0f} s"
+                part = os.read(stdout.fileno(), 1 << 16)
+                if not part:
+                    return answers, self._ended()
+                *lines, text = (text + part).split(b"\n")
+                for line in lines:
+                    if line.decode() == _DONE:
+                        return answers, None
+                    answers |= json.loads(line)
+                    deadline = time.monotonic() + seconds
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                pipe.close()
+
+    def _ended(self) -> str:
+        code = self._process.wait()
+        if code < 0:
+            return f"its dry run was killed by signal {-code}"
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return f"its dry run failed: {lines[-1] if lines else f'exit code {code}'}"
 
 
-def _ended(done: "subprocess.CompletedProcess[str]") -> str | None:
-    if done.returncode == 0:
-        return None
-    if done.returncode < 0:
-        return f"its dry run was killed by signal {-done.returncode}"
-    lines = done.stderr.strip().splitlines()
-    return f"its dry run failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+_children: list[_Child] = []
 
 
-def main(path: str) -> None:
-    """Try the groups that a request names: first all of them at once, then each alone where that fails."""
-    request: dict[str, Any] = json.loads(Path(path).read_text())
-    cap = int(request["memory_bytes"])
-    resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
+def _child(memory_bytes: int) -> _Child:
+    """The running process, or a new one."""
+    if _children and (not _children[0].alive or _children[0].memory_bytes != memory_bytes):
+        _close()
+    if not _children:
+        _children.append(_Child(memory_bytes))
+    return _children[0]
+
+
+def _close() -> None:
+    while _children:
+        _children.pop().close()
+
+
+atexit.register(_close)
+
+
+def main(memory_bytes: int) -> None:
+    """Answer requests, one path a line, until standard input closes."""
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    for line in sys.stdin:
+        _answer(json.loads(Path(line.strip()).read_text()))
+        sys.stdout.write(f"{_DONE}\n")
+        sys.stdout.flush()
+
+
+def _answer(request: Mapping[str, Any]) -> None:
+    """Try groups, all of them at once or one after the other."""
     anatomy = anatomy_from_json(request["anatomy"])
     shapes = {name: tuple(shape) for name, shape in request["shapes"].items()}
     groups = [group for group in anatomy.groups if group.name in set(request["groups"])]
-    if len(groups) == len(anatomy.groups) and not _fault(anatomy, shapes, groups, meta=False):
-        alone = {group.name: _fault(anatomy, shapes, [group], meta=True) for group in groups}
-        if not any(alone.values()):
-            _say(alone)
-            return
+    if request["together"]:
+        # Losses add up along every axis, so shapes that are right for all groups at once are right for each of them.
+        if not _fault(anatomy, shapes, groups):
+            _say({group.name: "" for group in groups})
+        return
     for group in groups:
-        _say({group.name: _fault(anatomy, shapes, [group], meta=False)})
+        _say({group.name: _fault(anatomy, shapes, [group])})
 
 
-def _fault(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[Group], *, meta: bool) -> str:
-    """Why these groups cannot lose a step together; empty when they can. ``meta`` computes shapes only."""
+def _fault(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[Group]) -> str:
+    """Why these groups cannot lose a step together; empty when they can."""
     import torch
 
     from .apply import slice_state
@@ -100,13 +166,12 @@ def _fault(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], groups: Sequ
         model=anatomy.digest, prune={name: 1 - n / anatomy.group(name).channels for name, n in kept.items()}
     )
     planned = plan(anatomy, policy)
-    device = torch.device("meta" if meta else "cpu")
     try:
-        state = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        state = {name: torch.zeros(shape) for name, shape in shapes.items()}
         sliced = slice_state(state, {g.name: list(range(g.channels - kept[g.name])) for g in groups}, anatomy)
         module = rebuild(planned, sliced)
         source = next(op for op in planned.ops if op.op.kind == "input")
-        return _compare(module, planned, torch.zeros(source.shape, device=device))
+        return _compare(module, planned, torch.zeros(source.shape))
     except (RuntimeError, ValueError, IndexError, MemoryError) as error:
         cause = error.__cause__ or error
         return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
@@ -127,7 +192,7 @@ def _compare(module: Any, planned: Plan, example: Any) -> str:
             return value
 
     with torch.no_grad():
-        Recorder(module.to(example.device)).run(example)
+        Recorder(module).run(example)
     for name, expected in shapes.items():
         if name in found and found[name] != expected:
             return f"pruning it turns {name} into {found[name]}, but {expected} was expected"
@@ -140,4 +205,4 @@ def _say(answer: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]))

@@ -18,14 +18,20 @@ from torch import fx, nn
 from ..spaces.anatomy import Anatomy
 from ..spaces.plan import Plan
 from ..spaces.policy import Policy, digest
-from .apply import Compressor, compressor
+from ..spaces.stages import stage_policies
+from .apply import Compressor, Evidence, compressor
 from .bake import bake
+from .compute import Compute
 from .data import Arrays, materialise, split_search
+from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
-from .quality import Compute, Score, Trainer, judge, outputs_of, score
+from .quality import Score, judge, outputs_of, score
 from .runtime import Session, bits_used, check_bits
-from .task import Task, load_task
+from .sparsity import sparsify
+from .staged import cut_further
+from .task import Task, load_task, picked
+from .training import Trainer
 
 RUNGS = ("bn", "short", "long")
 GIVEN, SENSITIVITY = "given", "sensitivity"
@@ -86,10 +92,18 @@ class Evaluator:
         torch.set_num_threads(recipe.threads)
         self.recipe = recipe
         self.task = task or load_task(recipe.task, Path(recipe.base) if recipe.base else None)
-        network = network_of(self.task, recipe.anatomy)
-        self.compressor: Compressor = compressor(recipe.anatomy, network, self.task.example_input)
         train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
-        self.trainer = Trainer(self.task, train, recipe.compute, recipe.seed, recipe.batch_size)
+        self.compressor: Compressor = compressor(
+            recipe.anatomy,
+            network_of(self.task, recipe.anatomy),
+            self.task.example_input,
+            evidence_of(self.task, train),
+        )
+        self.model = picked(self.task, self.task.model)
+        self.trainer = Trainer(
+            self.task, train, recipe.compute, recipe.seed, recipe.batch_size,
+            uncompressed=lambda: self.compressor.whole(),
+        )  # fmt: skip
         self._test: Arrays | None = None
         self._given_outputs: torch.Tensor | None = None
 
@@ -105,17 +119,12 @@ class Evaluator:
         start = time.perf_counter()
         if job.rung == GIVEN:
             search, test = (
-                judge(self.task.model, split, self.task, self.recipe.compute) for split in (self.search, self.test)
+                judge(self.model, split, self.task, self.recipe.compute) for split in (self.search, self.test)
             )
             return Outcome(search=search, exported=test, seconds=time.perf_counter() - start)
-        module, plan = self.prepare(job)
         if job.rung == SENSITIVITY:
-            return replace(self.sensitivity(module), seconds=time.perf_counter() - start)
-        losses: tuple[float, ...] = ()
-        if job.rung != "bn":
-            losses = self.trainer.fit(
-                module, job.policy, steps=job.steps, seed=job.seed, simulate=job.rung == "long", progress=progress
-            )
+            return replace(self.sensitivity(self.prepare(job)[0]), seconds=time.perf_counter() - start)
+        module, plan, losses = (*self.prepare(job), ()) if job.rung == "bn" else self.train(job, progress)
         save_checkpoint(module, checkpoint(job.folder, job.rung))
         # The lowest rung only sorts out the hopeless: fewer examples will do, and its standard error says so.
         split = self.search.take(torch.arange(min(len(self.search), BN_ITEMS))) if job.rung == "bn" else self.search
@@ -132,9 +141,46 @@ class Evaluator:
         if before is not None and checkpoint(job.folder, before).is_file():
             return self.load(job.policy, checkpoint(job.folder, before))
         module, plan = self.compressor.apply(job.policy)
-        if digest(job.policy) != digest(replace(job.policy, prune={}, bits={}, removed_blocks=())):
-            self.trainer.reestimate(module)  # the untouched model keeps the statistics it came with
+        self._settle(module, job.policy)
         return module, plan
+
+    def _settle(self, module: fx.GraphModule, policy: Policy) -> None:
+        """Masks, and batch norms and ranges that fit the compressed module."""
+        sparsify(module, policy.sparsity)
+        if digest(policy) != digest(replace(policy, prune={}, bits={}, sparsity={}, removed_blocks=())):
+            self.trainer.reestimate(module)  # the untouched model keeps the statistics it came with
+
+    def train(
+        self, job: Job, progress: Callable[[float], None] | None = None
+    ) -> tuple[fx.GraphModule, Plan, tuple[float, ...]]:
+        """The fine-tune of a rung, with the losses of its parts. The first fine-tune of a policy prunes in stages
+        where the policy says so, each with an equal share of the steps."""
+        stages = stage_policies(job.policy, self.recipe.anatomy)
+        if job.rung == "long" and checkpoint(job.folder, "short").is_file():
+            stages = stages[-1:]
+        if len(stages) == 1:
+            module, plan = self.prepare(job)
+            return module, plan, self._fit(module, job, job.policy, (0.0, 1.0), progress)
+        compressed, losses = self.compressor, ()
+        module, plan = compressed.apply(stages[0])
+        for number, (before, stage) in enumerate(zip((stages[0], *stages), stages, strict=False)):
+            if number:
+                compressed, module, plan = cut_further(compressed, module, before, stage)
+            self._settle(module, stage)
+            span = number / len(stages), (number + 1) / len(stages)
+            losses += self._fit(module, job, stage, span, progress)
+        return module, plan, losses
+
+    def _fit(
+        self, module: fx.GraphModule, job: Job, policy: Policy, span: tuple[float, float],
+        progress: Callable[[float], None] | None,
+    ) -> tuple[float, ...]:  # fmt: skip
+        begin, end = (round(job.steps * share) for share in span)
+        told = None if progress is None else lambda done: progress(span[0] + (span[1] - span[0]) * done)
+        return self.trainer.fit(
+            module, policy, steps=end - begin, seed=job.seed + begin, simulate=job.rung == "long", span=span,
+            progress=told,
+        )  # fmt: skip
 
     def load(self, policy: Policy, path: Path) -> tuple[fx.GraphModule, Plan]:
         """A policy's module with the weights of a checkpoint."""
@@ -145,9 +191,9 @@ class Evaluator:
     def sensitivity(self, module: fx.GraphModule) -> Outcome:
         """Mean KL(uncompressed ‖ compressed) over the first items of the search split."""
         part = Arrays(self.search.inputs[:SENSITIVITY_ITEMS], self.search.targets[:SENSITIVITY_ITEMS])
-        outputs = outputs_of(module, part, self.recipe.compute)
+        outputs = outputs_of(module, part, self.task, self.recipe.compute)
         if self._given_outputs is None:
-            self._given_outputs = outputs_of(self.task.model, part, self.recipe.compute)
+            self._given_outputs = outputs_of(self.model, part, self.task, self.recipe.compute)
         divergence = F.kl_div(
             F.log_softmax(outputs, dim=1),
             F.log_softmax(self._given_outputs, dim=1),
@@ -162,9 +208,9 @@ class Evaluator:
         write_onnx(module, plan, job.policy, path)
         session = Session(path, threads=self.recipe.threads, disabled_optimizers=self.recipe.disabled_optimizers)
         start = time.perf_counter()
-        exported = session.outputs(self.test.inputs)
+        exported = session.outputs(self.task.model_inputs(self.test.inputs))
         seconds = time.perf_counter() - start
-        simulated = outputs_of(module, self.test, self.recipe.compute)
+        simulated = outputs_of(module, self.test, self.task, self.recipe.compute)
         used = bits_used(path, plan, self.recipe.disabled_optimizers)
         check_bits(used, plan)
         agreement = float((simulated.argmax(dim=1) == exported.argmax(dim=1)).float().mean())
@@ -177,6 +223,11 @@ class Evaluator:
             bits_used=used,
             size_bytes=path.stat().st_size,
         )
+
+
+def evidence_of(task: Task, train: Arrays) -> Evidence:
+    """What the importances look at: the first items of the (shuffled) training split, as the model takes them."""
+    return lambda: (task.model_inputs(train.inputs[:SAMPLES]), train.targets[:SAMPLES], task.loss)
 
 
 def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -> None:

@@ -27,7 +27,7 @@ from .dryrun import verify_groups
 from .groups import find_groups
 from .lower import lower
 from .rebuild import rebuild
-from .task import Task, output_of, task_digest
+from .task import Task, device_of, evaluating, picked, task_digest
 
 log = logging.getLogger("nightpress")
 REPRODUCED = 1e-3
@@ -150,8 +150,8 @@ def _network(captured: Captured) -> Network:
 def _difference(task: Task, anatomy: Anatomy, network: Network) -> float:
     """How far the rebuilt module's output for the example is from the model's, relative to the largest output."""
     module = rebuild(plan(anatomy, Policy(model=anatomy.digest)), network.state, network.frozen)
-    expected = output_of(task, task.model, task.example_input)
-    with torch.no_grad():
+    with evaluating(task.model), torch.no_grad():
+        expected = picked(task, task.model)(task.example_input.to(device_of(task.model))).float().cpu()
         found = module(task.example_input.cpu())
     if found.shape != expected.shape:
         return float("inf")

@@ -389,7 +389,7 @@ class _Lowering:
         wide, narrow = shape_of(node)[0][1], shape_of(reader)[0][1]
         weight = torch.zeros(wide, narrow, 1, 1)
         weight[torch.arange(narrow) + before, torch.arange(narrow)] = 1.0
-        module = f"{scope_of(node)}.shortcut".lstrip(".")
+        module = f"{scope_of(node)}.as_conv".lstrip(".")
         while f"{module}.weight" in self.captured.state:
             module += "_"
         self.captured.state[f"{module}.weight"] = weight

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from .data import MapDataset, item, last_line, materialise
 Loss = Callable[[Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], float]
 Augment = Callable[[Tensor], Tensor]
+Normalise = Callable[[Tensor], Tensor]
+Output = Callable[[object], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,9 +41,11 @@ class Task:
         loss: ``(outputs, targets) -> scalar tensor``, on a batch; default: cross entropy.
         metric: ``(outputs, targets) -> float``, on a whole split, higher is better; default: top-1 accuracy
             in [0, 1].
-        augment: ``(n, ...) -> (n, ...)``, applied to the inputs of each training batch.
+        augment: ``(n, ...) -> (n, ...)``, applied to the stored inputs of each training batch.
         teacher: Gives the outputs to distil from; default: the uncompressed model.
-        output: Picks the tensor that counts from what the model and the teacher return; default: they return it.
+        normalise: ``(n, ...) -> (n, ...)``, what is stored into what the model takes, after ``augment`` and
+            everywhere else; default: conversion to float. It is no part of what is exported.
+        output: Picks the tensor that counts where the model (and the teacher) returns a tuple or a dict.
     """
 
     name: str
@@ -53,19 +57,34 @@ class Task:
     metric: Metric | None = None
     augment: Augment | None = None
     teacher: nn.Module | None = None
-    output: Callable[[Any], Tensor] | None = None
+    normalise: Normalise | None = None
+    output: Output | None = None
+
+    def model_inputs(self, stored: Tensor) -> Tensor:
+        """A batch as the model takes it, from one as the data set stores it."""
+        return stored.float() if self.normalise is None else self.normalise(stored)
 
 
-def output_of(task: Task, module: nn.Module, inputs: Tensor) -> Tensor:
-    """What a task's model or teacher answers, without gradients, in evaluation mode; modes are left as they were."""
-    with _evaluating(module), torch.no_grad():
-        device = next((value.device for value in (*module.parameters(), *module.buffers())), inputs.device)
-        answer = module(inputs.to(device))
-        return (task.output(answer) if task.output is not None else answer).float().cpu()
+class Picked(nn.Module):
+    """A module of the user's whose output is one tensor."""
+
+    def __init__(self, module: nn.Module, pick: Output) -> None:
+        super().__init__()
+        self.module = module
+        self.pick = pick
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.pick(self.module(inputs))
+
+
+def picked(task: Task, module: nn.Module) -> nn.Module:
+    """The task's model or teacher as a module with one output tensor."""
+    return module if task.output is None else Picked(module, task.output)
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Generator[None]:
+def evaluating(module: nn.Module) -> Generator[None]:
+    """The module in evaluation mode; afterwards each part of it is in its own mode again."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:
@@ -73,6 +92,11 @@ def _evaluating(module: nn.Module) -> Generator[None]:
     finally:
         for child, training in modes.items():
             child.training = training
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's tensors are; the CPU where it has none."""
+    return next((value.device for value in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def check_task(task: Task) -> None:
@@ -96,11 +120,13 @@ def check_task(task: Task) -> None:
         raise InputError(
             f"The task's example_input must be one input of shape (1, ...), but got shape {tuple(example.shape)}."
         )
-    output = _try_model(model, example)
+    output = _output(task, model, example, "model")
     _check_extras(task, output)
     splits = (("training set", task.train), ("test set", task.test))
     for name, dataset in splits:
         _check_dataset(name, dataset, example)
+    if task.normalise is not None:
+        _check_normalise(task.normalise, task.train)
     if task.loss is None:
         classes = _classes(output)
         for name, dataset in splits:
@@ -155,22 +181,32 @@ def task_digest(model: nn.Module) -> str:
 
 def _try_model(model: nn.Module, example: Tensor, name: str = "model") -> object:
     """The model's output for the example, in evaluation mode; its modes are left as they were."""
-    modes = {module: module.training for module in model.modules()}
-    device = next((value.device for value in (*model.parameters(), *model.buffers())), example.device)
-    model.eval()
     try:
-        with torch.no_grad():
-            return model(example.to(device))
+        with evaluating(model), torch.no_grad():
+            return model(example.to(device_of(model)))
     except Exception as error:  # the user's own code
         raise InputError(
             f"The {name} fails on the example input of shape {tuple(example.shape)}: {last_line(error)}."
         ) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
-def _check_extras(task: Task, output: object) -> None:
+def _output(task: Task, module: nn.Module, example: Tensor, name: str) -> Tensor:
+    returned = _try_model(module, example, name)
+    if task.output is not None:
+        try:
+            returned = cast("object", task.output(returned))
+        except Exception as error:  # the user's own code
+            raise InputError(f"Task.output fails on what the {name} returns: {last_line(error)}.") from error
+    if isinstance(returned, Tensor):
+        return returned
+    source = f"the {name} returns" if task.output is None else "Task.output returns"
+    raise InputError(
+        f"One tensor is trained and judged, but {source} {_shape_words(returned)}: Task.output picks the tensor, for "
+        "example output=lambda returned: returned[0]."
+    )
+
+
+def _check_extras(task: Task, output: Tensor) -> None:
     """The optional parts that would fail in the first training step."""
     example = task.example_input
     teacher = cast("object", task.teacher)
@@ -178,29 +214,39 @@ def _check_extras(task: Task, output: object) -> None:
         if not isinstance(teacher, nn.Module):
             kind = type(teacher).__name__
             raise InputError(f"The teacher must be a torch.nn.Module, but got a value of type {kind}.")
-        expected, came = _shape_words(output), _shape_words(_try_model(teacher, example, "teacher"))
+        expected, came = _shape_words(output), _shape_words(_output(task, teacher, example, "teacher"))
         if came != expected:
             raise InputError(f"The teacher must give what the model gives, {expected}, but it gives {came}.")
-    if task.augment is None:
-        return
-    batch = torch.cat([example, example])
+    if task.augment is not None:
+        _check_keeps("augment", task.augment, torch.cat([example, example]))
+
+
+def _check_keeps(name: str, function: Augment, batch: Tensor) -> Tensor:
+    """What one of the task's functions makes of a batch; its shape must stay."""
     try:
         with torch.random.fork_rng(devices=[]):  # the check takes no random numbers from the run
-            augmented = cast("object", task.augment(batch))
+            made = cast("object", function(batch))
     except Exception as error:  # the user's own code
         came = _shape_words(batch)
-        raise InputError(f"The task's augment fails on a batch of {came}: {last_line(error)}.") from error
-    expected, came = _shape_words(batch), _shape_words(augmented)
+        raise InputError(f"The task's {name} fails on a batch of {came}: {last_line(error)}.") from error
+    expected, came = _shape_words(batch), _shape_words(made)
     if came != expected:
-        raise InputError(f"The task's augment must keep a batch's {expected}, but it returned {came}.")
+        raise InputError(f"The task's {name} must keep a batch's {expected}, but it returned {came}.")
+    return cast("Tensor", made)
+
+
+def _check_normalise(normalise: Normalise, train: MapDataset) -> None:
+    made = _check_keeps("normalise", normalise, torch.stack([item(train, 0, "training set")[0]] * 2))
+    if not made.is_floating_point():
+        raise InputError(f"The task's normalise must return numbers of type float, but it returned {made.dtype}.")
 
 
 def _shape_words(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a value of type {type(value).__name__}"
 
 
-def _classes(output: object) -> int:
-    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[0] == 1:
+def _classes(output: Tensor) -> int:
+    if output.dim() == 2 and output.shape[0] == 1:
         return output.shape[1]
     raise InputError(
         "For the default loss the model must map the example input to a tensor of shape (1, classes), but "

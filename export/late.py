@@ -4,12 +4,12 @@ its latest weights are exported, compared on the test split and measured now."""
 import logging
 from pathlib import Path
 
+from ..evaluators.compute import Compute
 from ..evaluators.evaluate import RUNGS, Evaluator, Job, Recipe, checkpoint
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.target import Target, target_from_dict
 from ..evaluators.onnx_graph import build_onnx, random_tensors
-from ..evaluators.quality import Compute
 from ..evaluators.task import load_task
 from ..search.finalists import verified_of
 from ..search.records import RunRecord, TrialRecord, Verified

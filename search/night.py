@@ -130,7 +130,7 @@ def _aim(session: Session) -> None:
 
 def _run_baselines(session: Session, trials: Trials) -> None:
     if not session.state.get("baselines_enqueued", False):
-        for name, policy in baselines(session.prepared.anatomy, session.config.space.distill).items():
+        for name, policy in baselines(session.prepared.anatomy, bool(session.config.space.distill)).items():
             enqueue(session, policy, "baseline", name)
         session.update(baselines_enqueued=True)
     while session.store.waiting("baseline"):

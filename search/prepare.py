@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
@@ -20,8 +21,8 @@ from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
-from ..evaluators.quality import Compute, Trainer, probe
 from ..evaluators.task import check_task, load_task
+from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy
@@ -97,6 +98,11 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
         blocks=config.space.blocks,
         distill=config.space.distill,
+        sparsity=config.space.sparsity,
+        importance=config.space.importance,
+        stages=config.space.stages,
+        ranges=config.space.ranges,
+        scales=config.space.scales,
     )
     structural = (
         len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
@@ -137,7 +143,7 @@ def size_rungs(session: Session) -> None:
         return
     finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
     epoch = max(1, session.prepared.train_items // finetune.batch_size)
-    count = len(baselines(session.prepared.anatomy, session.config.space.distill))
+    count = len(baselines(session.prepared.anatomy, bool(session.config.space.distill)))
     search_ms = 1000 * clock.share_seconds("search") * session.config.search.workers
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
     finalists = finetune.finalists or FINALISTS_WANTED
@@ -175,7 +181,7 @@ def _calibrate(session: Session) -> Profile:
     config, prepared = session.config, session.prepared
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(baselines(prepared.anatomy, config.space.distill).values())
+    policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
     with Timer(config.target) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)

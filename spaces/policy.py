@@ -10,12 +10,15 @@ from typing import Any, cast
 
 from .errors import InputError
 
-SCHEMA = 1
-IMPORTANCES = ("l2", "l1", "bn")
-DISTILL_METHODS = ("none", "logit")
+SCHEMA = 2
+READABLE = (1, 2)
+IMPORTANCES = ("l2", "l1", "bn", "activation", "weight_activation", "taylor", "hessian", "random")
+RANGES = ("minmax", "percentile", "mse")
+SCALES = ("fixed", "learned")
+DISTILL_METHODS = ("none", "logit", "feature", "attention", "logit+feature", "logit+attention")
 SCHEDULES = ("constant", "halving", "linear")
-WEIGHT_BITS = (2, 3, 4, 5, 6, 7, 8, 32)
-ACTIVATION_BITS = (8, 32)
+WEIGHT_BITS = ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+MAX_STAGES = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,23 +40,38 @@ INT8 = LayerBits(weights=8, activations=8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distill:
-    """Logit distillation: α·T²·KL(teacher ‖ student at T) + (1−α)·loss (Hinton et al. 2015, eq. 2).
+    """What the student learns from the teacher; ``method`` names one term or two, joined by a plus.
 
-    ``schedule`` moves T over the fine-tune: ``constant``, ``halving`` (halved every
-    quarter of it) or ``linear`` (from T down to 1.5, never up).
+    ``logit``: α·T²·KL(teacher ‖ student at T) + (1−α)·loss (Hinton et al. 2015, eq. 2). ``schedule`` moves
+    T over the fine-tune: ``constant``, ``halving`` (halved every quarter of it) or ``linear`` (from T down
+    to 1.5, never up). ``feature`` (Romero et al. 2015) and ``attention`` (Zagoruyko & Komodakis 2017) add
+    ``feature_weight`` times the distance between inner tensors to the loss.
     """
 
     method: str = "logit"
     alpha: float = 0.7
     temperature: float = 3.0
     schedule: str = "constant"
+    feature_weight: float = 0.3
+
+    @property
+    def logit(self) -> bool:
+        """Whether the teacher's logits are learned from."""
+        return "logit" in self.method.split("+")
+
+    @property
+    def inner(self) -> str | None:
+        """``feature``, ``attention``, or None when only outputs are compared."""
+        return next((term for term in self.method.split("+") if term in ("feature", "attention")), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTune:
-    """Hyperparameters of the fine-tune that follows compression."""
+    """Hyperparameters of the fine-tune that follows compression. ``stages`` above 1 prunes step by step with a part
+    of the fine-tune after each: see :func:`nightpress.spaces.stages.stage_policies`."""
 
     learning_rate: float = 0.02
+    stages: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,22 +79,27 @@ class Policy:
     """One choice for everything.
 
     ``prune`` maps a group's name to the ratio of its channels that are removed, in [0, 1);
-    ``bits`` a layer's name to its bit widths; what is not named keeps all channels and fp32.
-    ``model`` is the digest of the model that the names belong to.
+    ``bits`` a layer's name to its bit widths; ``sparsity`` a layer's name to the share of its weights that are zero,
+    in [0, 1) (size only: no runtime skips them). What is not named keeps all channels and weights in fp32.
+    ``importance`` ranks channels, ``ranges`` says how quantisers find their ranges after training and ``scales``
+    whether training moves them. ``model`` is the digest of the model that the names belong to.
     """
 
     model: str
     prune: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     bits: Mapping[str, LayerBits] = field(default_factory=lambda: MappingProxyType({}))
+    sparsity: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     removed_blocks: tuple[str, ...] = ()
     importance: str = "l2"
+    ranges: str = "minmax"
+    scales: str = "fixed"
     distill: Distill = Distill()
     finetune: FineTune = FineTune()
 
     def __getstate__(self) -> dict[str, object]:
         """Mappings may be read-only views, which do not pickle: plain dictionaries travel."""
         state = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**state, "prune": dict(self.prune), "bits": dict(self.bits)}
+        return {**state, "prune": dict(self.prune), "bits": dict(self.bits), "sparsity": dict(self.sparsity)}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         for name, value in state.items():
@@ -84,19 +107,47 @@ class Policy:
 
 
 def policy_to_dict(policy: Policy) -> dict[str, Any]:
-    """The policy as JSON-ready data; zero ratios and fp32 layers are left out."""
-    ratios = {k: min(round(v, 6), 0.999999) for k, v in sorted(policy.prune.items())}  # a ratio of 1 could not be read
+    """The policy as JSON-ready data; zero ratios, fp32 layers and what schema 1 did not know are left out
+    where they say nothing, so that a policy keeps its digest from one schema to the next."""
     distill, finetune = policy.distill, policy.finetune
-    return {
+    data: dict[str, Any] = {
         "schema": SCHEMA,
         "model": policy.model,
-        "prune": {k: v for k, v in ratios.items() if v > 0},
+        "prune": _ratios(policy.prune),
         "bits": {k: asdict(v) for k, v in sorted(policy.bits.items()) if v != FP32},
+        "sparsity": _ratios(policy.sparsity),
         "removed_blocks": sorted(set(policy.removed_blocks)),
         "importance": policy.importance,
-        "distill": {**asdict(distill), "alpha": float(distill.alpha), "temperature": float(distill.temperature)},
-        "finetune": {"learning_rate": float(finetune.learning_rate)},
+        "ranges": policy.ranges,
+        "scales": policy.scales,
+        "distill": {
+            "method": distill.method,
+            "alpha": float(distill.alpha),
+            "temperature": float(distill.temperature),
+            "schedule": distill.schedule,
+            "feature_weight": float(distill.feature_weight),
+        },
+        "finetune": {"learning_rate": float(finetune.learning_rate), "stages": finetune.stages},
     }
+    for part, key, silent in _SINCE_2:
+        if (data[part] if part else data)[key] == silent:
+            del (data[part] if part else data)[key]
+    return data
+
+
+# Keys that schema 2 added, with the value that says nothing.
+_SINCE_2: tuple[tuple[str, str, object], ...] = (
+    ("", "sparsity", {}),
+    ("", "ranges", "minmax"),
+    ("", "scales", "fixed"),
+    ("distill", "feature_weight", Distill().feature_weight),
+    ("finetune", "stages", 1),
+)
+
+
+def _ratios(ratios: Mapping[str, float]) -> dict[str, float]:
+    rounded = {k: min(round(v, 6), 0.999999) for k, v in sorted(ratios.items())}  # a ratio of 1 could not be read
+    return {k: v for k, v in rounded.items() if v > 0}
 
 
 def policy_to_json(policy: Policy) -> str:
@@ -106,7 +157,8 @@ def policy_to_json(policy: Policy) -> str:
 
 def digest(policy: Policy) -> str:
     """Twelve hexadecimal digits that name the policy: equal policies have equal digests."""
-    canonical = json.dumps(policy_to_dict(policy), sort_keys=True, separators=(",", ":"))
+    # Records of earlier versions are found by their digests, which were taken of a file of schema 1.
+    canonical = json.dumps({**policy_to_dict(policy), "schema": 1}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
@@ -126,16 +178,13 @@ def policy_from_dict(data: object, source: str) -> Policy:
     reader = _Reader(source)
     top = reader.mapping(data, "policy")
     schema = top.get("schema")
-    if schema != SCHEMA:
+    if isinstance(schema, bool) or schema not in READABLE:
         raise InputError(
-            f"{source}: schema must be {SCHEMA}, the version that this nightpress reads, but got {schema!r}."
+            f"{source}: schema must be one of {', '.join(map(str, READABLE))}, the versions that this nightpress "
+            f"reads, but got {schema!r}."
         )
     # An export says beside the policy which model, data and code it came from.
     reader.known(top, {f.name for f in fields(Policy)} | {"schema", "digests"}, "")
-    distill = reader.mapping(top.get("distill", {}), "distill")
-    reader.known(distill, {f.name for f in fields(Distill)}, "distill.")
-    finetune = reader.mapping(top.get("finetune", {}), "finetune")
-    reader.known(finetune, {f.name for f in fields(FineTune)}, "finetune.")
     removed = top.get("removed_blocks", [])
     if not isinstance(removed, list) or not all(isinstance(name, str) for name in cast("list[object]", removed)):
         raise InputError(f"{source}: removed_blocks must be a list of block names, but got {removed!r}.")
@@ -149,17 +198,39 @@ def policy_from_dict(data: object, source: str) -> Policy:
             name: reader.bits(value, f"bits.{name}")
             for name, value in reader.mapping(top.get("bits", {}), "bits").items()
         },
+        sparsity={
+            name: reader.number(value, f"sparsity.{name}", 0, 1, high_open=True)
+            for name, value in reader.mapping(top.get("sparsity", {}), "sparsity").items()
+        },
         removed_blocks=tuple(sorted(set(cast("list[str]", removed)))),
         importance=reader.one_of(top.get("importance", "l2"), IMPORTANCES, "importance"),
-        distill=Distill(
-            method=reader.one_of(distill.get("method", "logit"), DISTILL_METHODS, "distill.method"),
-            alpha=reader.number(distill.get("alpha", 0.7), "distill.alpha", 0, 1),
-            temperature=reader.number(distill.get("temperature", 3.0), "distill.temperature", 1, 100),
-            schedule=reader.one_of(distill.get("schedule", "constant"), SCHEDULES, "distill.schedule"),
-        ),
-        finetune=FineTune(
-            learning_rate=reader.number(finetune.get("learning_rate", 0.02), "finetune.learning_rate", 0, 10)
-        ),
+        ranges=reader.one_of(top.get("ranges", "minmax"), RANGES, "ranges"),
+        scales=reader.one_of(top.get("scales", "fixed"), SCALES, "scales"),
+        distill=_read_distill(reader, top.get("distill", {})),
+        finetune=_read_finetune(reader, top.get("finetune", {})),
+    )
+
+
+def _read_distill(reader: "_Reader", value: object) -> Distill:
+    given, default = reader.mapping(value, "distill"), Distill()
+    reader.known(given, {f.name for f in fields(Distill)}, "distill.")
+    weight = given.get("feature_weight", default.feature_weight)
+    return Distill(
+        method=reader.one_of(given.get("method", default.method), DISTILL_METHODS, "distill.method"),
+        alpha=reader.number(given.get("alpha", default.alpha), "distill.alpha", 0, 1),
+        temperature=reader.number(given.get("temperature", default.temperature), "distill.temperature", 1, 100),
+        schedule=reader.one_of(given.get("schedule", default.schedule), SCHEDULES, "distill.schedule"),
+        feature_weight=reader.number(weight, "distill.feature_weight", 0, 1000),
+    )
+
+
+def _read_finetune(reader: "_Reader", value: object) -> FineTune:
+    given, default = reader.mapping(value, "finetune"), FineTune()
+    reader.known(given, {f.name for f in fields(FineTune)}, "finetune.")
+    rate = given.get("learning_rate", default.learning_rate)
+    return FineTune(
+        learning_rate=reader.number(rate, "finetune.learning_rate", 0, 10),
+        stages=reader.count(given.get("stages", default.stages), "finetune.stages", MAX_STAGES),
     )
 
 
@@ -194,6 +265,11 @@ class _Reader:
         if not in_range:
             raise InputError(f"{self.source}: {key} must be a number in [{low}, {high}{closing}, but got {value!r}.")
         return float(cast("float", value))
+
+    def count(self, value: object, key: str, high: int) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+            raise InputError(f"{self.source}: {key} must be a whole number in [1, {high}], but got {value!r}.")
+        return value
 
     def one_of(self, value: object, allowed: tuple[str, ...], key: str) -> str:
         if value not in allowed:

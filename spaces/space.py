@@ -1,21 +1,24 @@
 """The set of policies that the anatomy, the target and the user's limits allow."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
-from .anatomy import Anatomy, Block, Group, kept_channels
+from .anatomy import Anatomy, Block, Group, Layer, kept_channels
 from .errors import InputError
-from .policy import FP32, SCHEDULES, Distill, FineTune, LayerBits, Policy, nearest
-
-T = TypeVar("T", str, int)
+from .policy import DISTILL_METHODS, FP32, SCHEDULES, Distill, FineTune, LayerBits, Policy, nearest
+from .stages import useful_stages
 
 LEARNING_RATE = (0.003, 0.1)
 ALPHA = (0.0, 0.95)
 TEMPERATURE = (1.0, 6.0)
+FEATURE_WEIGHT = (0.03, 3.0)
+MOST_SPARSE_TENTHS = 9
+NO_DISTILL = Distill(method="none", alpha=0.0)
+_UNSAID = Policy(model="")
 
 
 class Suggest(Protocol):
@@ -28,13 +31,26 @@ class Suggest(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
-    """What may be chosen. ``bit_choices`` are the (weights, activations) pairs that the target can run."""
+    """What may be chosen. ``bit_choices`` are the (weights, activations) pairs that the target can run.
+
+    A parameter is asked when there is more than one answer to it, and then always: the space is flat although
+    some parameters have no meaning without others (a temperature without logit distillation, an importance
+    where nothing is pruned). Samplers that cross or model parameters only where every trial has them, as
+    NSGA-II and multivariate TPE do, would otherwise lose most of the space. The condition lies in the meaning:
+    :func:`canonical` takes away what has no effect, so such answers make one policy with one digest.
+    """
 
     anatomy: Anatomy
     max_ratio: float
     bit_choices: tuple[LayerBits, ...]
     blocks: bool = True
-    distill: bool = True
+    distill: tuple[str, ...] = DISTILL_METHODS
+    """Methods on offer; none at all means no distillation."""
+    sparsity: bool = False
+    importance: tuple[str, ...] = ("l2",)
+    stages: tuple[int, ...] = (1,)
+    ranges: tuple[str, ...] = ("minmax",)
+    scales: tuple[str, ...] = ("fixed",)
 
     def sample(self, suggest: Suggest) -> Policy:
         """One policy, asked choice by choice; every parameter is always asked, so the space is flat."""
@@ -45,19 +61,33 @@ class Space:
             layer.name: parse_bits(suggest.choice(f"bits:{layer.name}", self._bit_names()))
             for layer in self.anatomy.layers
         }
+        sparsity = {
+            layer.name: suggest.integer(f"sparsity:{layer.name}", 0, MOST_SPARSE_TENTHS) / 10
+            for layer in self._sparse_layers()
+        }
         removed = [b.name for b in self._blocks() if suggest.choice(f"block:{b.name}", ("keep", "remove")) == "remove"]
         policy = Policy(
             model=self.anatomy.digest,
             prune={g.name: ratio_of(g, keep[g.name]) for g in self.anatomy.groups},
             bits=bits,
+            sparsity=sparsity,
             removed_blocks=tuple(removed),
+            importance=_asked(suggest, "importance", self.importance),
+            ranges=_asked(suggest, "ranges", self.ranges),
+            scales=_asked(suggest, "scales", self.scales),
             distill=self._sample_distill(suggest),
-            finetune=FineTune(learning_rate=suggest.real("finetune.learning_rate", *LEARNING_RATE, log=True)),
+            finetune=FineTune(
+                learning_rate=suggest.real("finetune.learning_rate", *LEARNING_RATE, log=True),
+                stages=int(_asked(suggest, "finetune.stages", tuple(map(str, self.stages)))),
+            ),
         )
         return canonical(policy, self.anatomy)
 
     def params(self, policy: Policy) -> dict[str, str | int | float]:
-        """The answers that make :meth:`sample` return this policy (its inverse up to canonical form)."""
+        """The answers that make :meth:`sample` return this policy (its inverse up to canonical form).
+
+        What has no effect is answered with the first of the values on offer.
+        """
         answers: dict[str, str | int | float] = {
             f"keep:{g.name}": math.ceil(kept_channels(g, policy.prune.get(g.name, 0.0)) / g.step)
             for g in self.anatomy.groups
@@ -68,11 +98,9 @@ class Space:
             f"bits:{n.name}": bits_name(unheard if n.name in gone else policy.bits.get(n.name, FP32))
             for n in self.anatomy.layers
         }
+        answers |= {f"sparsity:{n.name}": round(10 * policy.sparsity.get(n.name, 0)) for n in self._sparse_layers()}
         answers |= {f"block:{b.name}": "remove" if b.name in policy.removed_blocks else "keep" for b in self._blocks()}
-        if self.distill:
-            answers["distill.alpha"] = policy.distill.alpha if policy.distill.method == "logit" else 0.0
-            answers["distill.temperature"] = policy.distill.temperature
-            answers["distill.schedule"] = policy.distill.schedule
+        answers |= self._distill_answers(policy.distill) | self._method_answers(policy)
         return answers | {"finetune.learning_rate": policy.finetune.learning_rate}
 
     def random(self, generator: np.random.Generator) -> Policy:
@@ -85,16 +113,10 @@ class Space:
 
     def contains(self, policy: Policy) -> bool:
         """Whether the policy's choices are all among those that this space offers."""
-        in_steps = all(
-            kept_channels(g, policy.prune.get(g.name, 0.0)) >= min(g.channels, self.step_range(g)[0] * g.step)
-            for g in self.anatomy.groups
-        )
-        live = [n for n in self.anatomy.layers if n.name not in _layers_of(self.anatomy, policy.removed_blocks)]
-        return (
-            in_steps
-            and all(policy.bits.get(n.name, FP32) in self.bit_choices for n in live)
-            and all(name in {b.name for b in self._blocks()} for name in policy.removed_blocks)
-        )
+        try:
+            return self.sample(_Checked(self.params(policy))) == canonical(policy, self.anatomy)
+        except _NotOfferedError:
+            return False
 
     def step_range(self, group: Group) -> tuple[int, int]:
         """The least and the largest number of channel steps that a group may keep."""
@@ -112,43 +134,121 @@ class Space:
     def _bit_names(self) -> tuple[str, ...]:
         return tuple(bits_name(pair) for pair in self.bit_choices)
 
+    def _sparse_layers(self) -> tuple[Layer, ...]:
+        return self.anatomy.layers if self.sparsity else ()
+
     def _sample_distill(self, suggest: Suggest) -> Distill:
+        methods = [Distill(method=name) for name in self.distill]
+        if not methods:
+            return NO_DISTILL
+        chosen = Distill(method=_asked(suggest, "distill.method", self.distill))
+        if any(method.logit for method in methods):
+            chosen = replace(
+                chosen,
+                alpha=suggest.real("distill.alpha", *ALPHA),
+                temperature=suggest.real("distill.temperature", *TEMPERATURE),
+                schedule=suggest.choice("distill.schedule", SCHEDULES),
+            )
+        if any(method.inner for method in methods):
+            weight = suggest.real("distill.feature_weight", *FEATURE_WEIGHT, log=True)
+            chosen = replace(chosen, feature_weight=weight)
+        return chosen
+
+    def _distill_answers(self, distill: Distill) -> dict[str, str | int | float]:
         if not self.distill:
-            return Distill(method="none", alpha=0.0)
-        return Distill(
-            alpha=suggest.real("distill.alpha", *ALPHA),
-            temperature=suggest.real("distill.temperature", *TEMPERATURE),
-            schedule=suggest.choice("distill.schedule", SCHEDULES),
-        )
+            return {}
+        method, alpha = distill.method, distill.alpha if distill.logit else 0.0
+        if method not in self.distill:  # without its share α, logit distillation is no distillation
+            wider = "logit" if method == "none" else f"logit+{method}"
+            method = wider if wider in self.distill else method
+        methods = [Distill(method=name) for name in self.distill]
+        answers: dict[str, str | int | float] = {"distill.method": method} if len(methods) > 1 else {}
+        if any(m.logit for m in methods):
+            answers["distill.alpha"] = alpha
+            answers["distill.temperature"] = distill.temperature
+            answers["distill.schedule"] = distill.schedule
+        if any(m.inner for m in methods):
+            answers["distill.feature_weight"] = distill.feature_weight
+        return answers
+
+    def _method_answers(self, policy: Policy) -> dict[str, str | int | float]:
+        """Answers about how the compression is done, for each that there is a choice of."""
+        given = canonical(policy, self.anatomy)
+        stages = tuple(map(str, self.stages))
+        pruned, quantised = bool(given.prune), any(pair.weights <= 8 for pair in given.bits.values())
+        asked = {
+            "importance": (given.importance, self.importance, pruned),
+            "ranges": (given.ranges, self.ranges, quantised),
+            "scales": (given.scales, self.scales, quantised),
+            "finetune.stages": (self._stage_answer(given), stages, True),
+        }
+        return {
+            name: value if heard or value in offered else offered[0]
+            for name, (value, offered, heard) in asked.items()
+            if len(offered) > 1
+        }
+
+    def _stage_answer(self, policy: Policy) -> str:
+        """The number of stages on offer that comes to what the policy does."""
+        asked = (replace(policy, finetune=FineTune(stages=count)) for count in self.stages)
+        same = (p.finetune.stages for p in asked if useful_stages(p) == policy.finetune.stages)
+        return str(next(same, policy.finetune.stages))
 
 
 def canonical(policy: Policy, anatomy: Anatomy) -> Policy:
-    """The one way to write a policy: ratios on the channel grid, nothing said of what is removed,
-    no temperature where nothing is distilled. Policies that do the same have the same digest."""
+    """The one way to write a policy: ratios on the channel grid, nothing said of what is removed, no temperature
+    where no logits are distilled, no importance where nothing is ranked. Policies that do the same have the
+    same digest."""
     gone = _layers_of(anatomy, policy.removed_blocks)
     ratios = {
         g.name: round(1 - kept_channels(g, policy.prune.get(g.name, 0.0)) / g.channels, 6)
         for g in anatomy.groups
         if not set(g.layers) <= gone
     }
-    bits = {
-        name: LayerBits(weights=pair.weights, activations=32 if pair.weights > 8 else pair.activations)
-        for name, pair in policy.bits.items()
-        if name not in gone
-    }
-    distill = policy.distill
-    if distill.method == "none" or round(distill.alpha, 3) == 0:
-        distill = Distill(method="none", alpha=0.0)
-    else:
-        distill = replace(distill, alpha=round(distill.alpha, 3), temperature=round(distill.temperature, 2))
-    return replace(
+    bits = {name: _canonical_bits(pair) for name, pair in policy.bits.items() if name not in gone}
+    sparsity = {name: round(ratio, 6) for name, ratio in policy.sparsity.items() if name not in gone}
+    written = replace(
         policy,
         prune={k: v for k, v in ratios.items() if v > 0},
         bits={k: v for k, v in bits.items() if v != FP32},
+        sparsity={k: v for k, v in sparsity.items() if v > 0},
         removed_blocks=tuple(sorted(set(policy.removed_blocks))),
-        distill=distill,
-        finetune=FineTune(learning_rate=float(f"{policy.finetune.learning_rate:.3g}")),
+        distill=_canonical_distill(policy.distill),
     )
+    quantised = any(pair.weights <= 8 for pair in written.bits.values())
+    return replace(
+        written,
+        importance=policy.importance if written.prune else _UNSAID.importance,
+        ranges=policy.ranges if quantised else _UNSAID.ranges,
+        scales=policy.scales if quantised else _UNSAID.scales,
+        finetune=FineTune(
+            learning_rate=float(f"{policy.finetune.learning_rate:.3g}"),
+            stages=useful_stages(written),
+        ),
+    )
+
+
+def _canonical_bits(pair: LayerBits) -> LayerBits:
+    """Activations are quantised on integer kernels only: beside wider weights they stay as they are."""
+    idle = pair.weights > 8 and pair.activations <= 8
+    return LayerBits(weights=pair.weights, activations=32) if idle else pair
+
+
+def _canonical_distill(distill: Distill) -> Distill:
+    alpha = round(distill.alpha, 3) if distill.logit else 0.0
+    weight = float(f"{distill.feature_weight:.3g}") if distill.inner else 0.0
+    terms = [term for term, share in (("logit", alpha), (distill.inner, weight)) if term and share > 0]
+    if not terms:
+        return NO_DISTILL
+    told = Distill(method="+".join(terms), alpha=alpha)
+    if told.inner:
+        told = replace(told, feature_weight=weight)
+    if not told.logit:
+        return told
+    temperature = round(distill.temperature, 2)
+    # From T on halving stops at 1 and the line at 1.5: below those T stands still.
+    moves = temperature > {"halving": 1.0, "linear": 1.5}.get(distill.schedule, math.inf)
+    return replace(told, temperature=temperature, schedule=distill.schedule if moves else "constant")
 
 
 def check_policy(policy: Policy, anatomy: Anatomy, bit_choices: Sequence[LayerBits] | None, source: str) -> None:
@@ -161,6 +261,7 @@ def check_policy(policy: Policy, anatomy: Anatomy, bit_choices: Sequence[LayerBi
     for key, names, known in (
         ("prune", policy.prune, [g.name for g in anatomy.groups]),
         ("bits", policy.bits, [n.name for n in anatomy.layers]),
+        ("sparsity", policy.sparsity, [n.name for n in anatomy.layers]),
         ("removed_blocks", policy.removed_blocks, [b.name for b in anatomy.blocks]),
     ):
         for name in names:
@@ -203,8 +304,38 @@ def parse_bits(name: str) -> LayerBits:
     return LayerBits(weights=int(weights), activations=int(activations))
 
 
+def _asked(suggest: Suggest, name: str, offered: tuple[str, ...]) -> str:
+    return suggest.choice(name, offered) if len(offered) > 1 else offered[0]
+
+
 def _layers_of(anatomy: Anatomy, blocks: Sequence[str]) -> set[str]:
     return {layer for b in anatomy.blocks if b.name in blocks for layer in b.layers}
+
+
+class _NotOfferedError(Exception):
+    """An answer that the space does not have."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Answers from a table, each of which must be on offer."""
+
+    table: Mapping[str, str | int | float]
+
+    def choice(self, name: str, values: Sequence[str]) -> str:
+        return str(self._answer(name, self.table[name] in values))
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return int(self._answer(name, low <= float(self.table[name]) <= high))
+
+    def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        del log
+        return float(self._answer(name, low <= float(self.table[name]) <= high))
+
+    def _answer(self, name: str, offered: bool) -> str | int | float:
+        if not offered:
+            raise _NotOfferedError(name)
+        return self.table[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +352,8 @@ class _RandomSuggest:
         return values[int(self.generator.integers(len(values)))]
 
     def integer(self, name: str, low: int, high: int) -> int:
-        del name
-        middle = high - self.harshness * (high - low)
+        harsh, mild = (high, low) if name.startswith("sparsity:") else (low, high)
+        middle = mild + self.harshness * (harsh - mild)
         return int(np.clip(round(self.generator.normal(middle, 0.25 * (high - low))), low, high))
 
     def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:

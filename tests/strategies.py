@@ -24,6 +24,9 @@ from nightpress.spaces.policy import (
     ACTIVATION_BITS,
     DISTILL_METHODS,
     IMPORTANCES,
+    MAX_STAGES,
+    RANGES,
+    SCALES,
     SCHEDULES,
     WEIGHT_BITS,
     Distill,
@@ -34,8 +37,10 @@ from nightpress.spaces.policy import (
 from nightpress.spaces.space import Space
 
 EVERY_PAIR = tuple(LayerBits(weights=w, activations=a) for w in WEIGHT_BITS for a in ACTIVATION_BITS)
-# What targets offer: fp32 activations beside fp32 weights, since 32/8 means the same as 32/32.
-OFFERED = tuple(pair for pair in EVERY_PAIR if pair.weights < 32 or pair.activations == 32)
+# What targets offer on integer kernels: fp32 activations beside fp32 weights, since 32/8 means the same as 32/32.
+OFFERED = tuple(
+    LayerBits(weights=w, activations=a) for w in (2, 3, 4, 5, 6, 7, 8, 32) for a in (8, 32) if w < 32 or a == 32
+)
 CLASSES = 5
 
 
@@ -53,6 +58,7 @@ def distills() -> st.SearchStrategy[Distill]:
         alpha=st.floats(0, 1),
         temperature=st.floats(1, 100),
         schedule=st.sampled_from(SCHEDULES),
+        feature_weight=st.floats(0, 1000),
     )
 
 
@@ -77,10 +83,13 @@ def policies(anatomy: Anatomy | None = None) -> st.SearchStrategy[Policy]:
         model=st.text(max_size=16) if anatomy is None else st.just(anatomy.digest),
         prune=st.dictionaries(groups, ratios(), max_size=5),
         bits=st.dictionaries(layers, st.sampled_from([b for b in EVERY_PAIR if b != LayerBits()]), max_size=6),
+        sparsity=st.dictionaries(layers, ratios(), max_size=4),
         removed_blocks=st.sets(blocks, max_size=3).map(lambda names: tuple(sorted(names))),
         importance=st.sampled_from(IMPORTANCES),
+        ranges=st.sampled_from(RANGES),
+        scales=st.sampled_from(SCALES),
         distill=distills(),
-        finetune=st.builds(FineTune, learning_rate=st.floats(0, 10)),
+        finetune=st.builds(FineTune, learning_rate=st.floats(0, 10), stages=st.integers(1, MAX_STAGES)),
     )
 
 
@@ -237,7 +246,7 @@ def shapes_of(module: fx.GraphModule, inputs: Tensor) -> dict[str, tuple[int, ..
     return shapes
 
 
-def space_of(anatomy: Anatomy, **options: bool) -> Space:
+def space_of(anatomy: Anatomy, **options: Any) -> Space:
     """Everything on offer."""
     return Space(anatomy=anatomy, max_ratio=0.75, bit_choices=OFFERED, **options)
 

@@ -18,13 +18,14 @@ from torch import Tensor, fx, nn
 
 from nightpress.evaluators.apply import Compressor
 from nightpress.evaluators.bake import bake
+from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.data import Arrays
 from nightpress.evaluators.evaluate import write_onnx
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
-from nightpress.evaluators.quality import Compute, Trainer
 from nightpress.evaluators.quantise import quantisers, weight_scales
 from nightpress.evaluators.runtime import Session, bits_used, check_bits, optimised_graph
+from nightpress.evaluators.training import Trainer
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import uniform

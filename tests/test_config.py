@@ -24,6 +24,7 @@ from nightpress.cli.config import (
 from nightpress.evaluators.latency.target import Target, target_to_dict
 from nightpress.search.config import SAMPLERS, Limits, RunConfig
 from nightpress.spaces.errors import InputError
+from nightpress.spaces.policy import DISTILL_METHODS
 
 Load = Callable[[str], RunConfig]
 BERLIN = "CET-1CEST,M3.5.0,M10.5.0/3"
@@ -76,7 +77,12 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "prune": {"max_ratio": 0.8},
             "bits": {"weights": (8, 32), "activations": (8, 32)},
             "blocks": True,
-            "distill": True,
+            "distill": ("none", "logit", "feature", "attention", "logit+feature", "logit+attention"),
+            "sparsity": False,
+            "importance": ("l2",),
+            "stages": (1,),
+            "ranges": ("minmax",),
+            "scales": ("fixed",),
         },
         "search": {"sampler": "nightpress", "runner": "local", "workers": 1, "storage": None, "max_trials": None},
         "finetune": {"short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
@@ -100,7 +106,11 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
           bits: {weights: [4, 8], activations: [8]}
           blocks: false
           distill: false
-          sparsity: false
+          sparsity: true
+          importance: [l1, taylor]
+          stages: [1, 4]
+          ranges: [mse]
+          scales: [fixed, learned]
         search: {sampler: random, runner: local, workers: 2, storage: "sqlite:///a.db", max_trials: 9}
         finetune: {short_steps: 3, long_steps: 4, batch_size: 8, finalists: 2}
         calibration_policies: 12
@@ -116,13 +126,26 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
     assert config.space.prune.max_ratio == 0.5
     assert (config.space.bits.weights, config.space.bits.activations) == ((4, 8), (8,))
     assert not config.space.blocks
-    assert not config.space.distill
+    assert config.space.distill == ()
+    assert config.space.sparsity
+    assert (config.space.importance, config.space.stages) == (("l1", "taylor"), (1, 4))
+    assert (config.space.ranges, config.space.scales) == (("mse",), ("fixed", "learned"))
     assert asdict(config.search) == {
         "sampler": "random", "runner": "local", "workers": 2, "storage": "sqlite:///a.db", "max_trials": 9,
     }  # fmt: skip
     assert asdict(config.finetune) == {"short_steps": 3, "long_steps": 4, "batch_size": 8, "finalists": 2}
     assert config.calibration_policies == 12
     assert config.warm_start == (str(tmp_path.resolve() / "runs/a"), str(tmp_path.resolve() / "runs/b"))
+
+
+@pytest.mark.parametrize(
+    ("written", "methods"),
+    [("true", DISTILL_METHODS), ("false", ()), ("[none]", ()), ("[none, logit]", ("none", "logit"))],
+)
+def test_distillation_is_all_or_nothing_or_a_list_of_methods(
+    load: Load, written: str, methods: tuple[str, ...]
+) -> None:
+    assert load(f"task: a\nspace: {{distill: {written}}}").space.distill == methods
 
 
 def test_prune_null_keeps_all_channels(load: Load) -> None:
@@ -175,6 +198,8 @@ def test_an_unknown_key_names_the_nearest(load: Load, text: str, message: str) -
         ("task: a\nlimits:", "limits must be a mapping of keys, but got None"),
         ("task: a\nlimits: {max_latency_ms: fast}", "limits.max_latency_ms must be a valid number"),
         ("task: a\nspace: {blocks: maybe}", "space.blocks must be a valid boolean"),
+        ("task: a\nspace: {distill: logit}", "space.distill must be a list, but got 'logit'"),
+        ("task: a\nspace: {distill: 3}", "space.distill must be "),
         ("task: a\nspace: {prune: {max_ratio: x}}", "space.prune.max_ratio must be a valid number"),
         ("task: a\nspace: {bits: {weights: 8}}", "space.bits.weights must be a list, but got 8"),
         ("task: a\nspace: {bits: {weights: [a]}}", "space.bits.weights.0 must be a valid integer"),
@@ -204,8 +229,14 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
         ("task: a\nspace: {prune: {max_ratio: .nan}}", "space.prune.max_ratio must be in [0, 1), but got nan"),
         ("task: a\nspace: {bits: {weights: [9]}}", "space.bits.weights must be a list out of [2, 3, 4, 5, 6"),
         ("task: a\nspace: {bits: {weights: []}}", "space.bits.weights must be a list out of"),
-        ("task: a\nspace: {bits: {activations: [4]}}", "space.bits.activations must be a list out of [8, 32]"),
-        ("task: a\nspace: {sparsity: true}", "space.sparsity must be false: unstructured sparsity is not offered yet"),
+        ("task: a\nspace: {bits: {activations: [9]}}", "space.bits.activations must be a list out of [2, 3, 4, 5"),
+        ("task: a\nspace: {bits: {weights: [8, 8]}}", "space.bits.weights must be a list out of"),
+        ("task: a\nspace: {distill: [logits]}", "space.distill must be a list out of ['none', 'logit', "),
+        ("task: a\nspace: {distill: []}", "space.distill must be a list out of ['none', 'logit', "),
+        ("task: a\nspace: {importance: [l3]}", "space.importance must be a list out of ['l2', 'l1', "),
+        ("task: a\nspace: {stages: [0]}", "space.stages must be a list out of [1, 2, "),
+        ("task: a\nspace: {ranges: [max]}", "space.ranges must be a list out of ['minmax', 'percentile', 'mse']"),
+        ("task: a\nspace: {scales: []}", "space.scales must be a list out of ['fixed', 'learned']"),
         ("task: a\nlimits: {max_latency_ms: -1}", "limits.max_latency_ms must be above 0, but got -1.0"),
         ("task: a\nlimits: {max_latency_ms: .nan}", "limits.max_latency_ms must be above 0, but got nan"),
         ("task: a\nlimits: {max_size_bytes: 0}", "limits.max_size_bytes must be above 0, but got 0"),

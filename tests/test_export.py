@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 import fakes_run
 import tiny
+from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.target import Target, target_to_dict
-from nightpress.evaluators.quality import Compute
 from nightpress.export import export_trial
 from nightpress.export.bundle import swap
 from nightpress.export.triton import config_pbtxt

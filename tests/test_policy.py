@@ -45,6 +45,19 @@ GOLDEN_POLICY = Policy(
 )
 GOLDEN_DIGEST = "df138c7af119"
 
+GOLDEN_2 = GOLDEN.with_name("policy_v2.json")
+GOLDEN_POLICY_2 = replace(
+    GOLDEN_POLICY,
+    bits={"classifier": LayerBits(weights=16, activations=16), "features.0": LayerBits(weights=2, activations=3)},
+    sparsity={"features.3": 0.9},
+    importance="weight_activation",
+    ranges="percentile",
+    scales="learned",
+    distill=Distill(method="logit+feature", alpha=0.9, temperature=4.0, schedule="linear", feature_weight=0.5),
+    finetune=FineTune(learning_rate=0.01, stages=3),
+)
+GOLDEN_DIGEST_2 = "f3a7d164fcac"
+
 
 def file_with(**changes: object) -> str:
     """A sound policy file with some keys replaced."""
@@ -130,9 +143,14 @@ def test_whole_numbers_of_a_file_mean_the_same_as_real_ones() -> None:
         {"model": "n"},
         {"prune": {"a": 0.25}},
         {"bits": {"a": INT8}},
+        {"sparsity": {"a": 0.25}},
         {"removed_blocks": ("a",)},
         {"importance": "l1"},
+        {"ranges": "mse"},
+        {"scales": "learned"},
         {"distill": Distill(alpha=0.5)},
+        {"distill": Distill(feature_weight=0.5)},
+        {"finetune": FineTune(stages=2)},
         {"finetune": FineTune(learning_rate=0.01)},
     ],
 )
@@ -149,8 +167,21 @@ def test_a_file_of_schema_1_loads_for_ever() -> None:
     assert digest(policy) == GOLDEN_DIGEST
 
 
+def test_a_file_of_schema_2_loads_for_ever() -> None:
+    policy = policy_from_json(GOLDEN_2.read_text(), "golden")
+
+    assert policy == GOLDEN_POLICY_2
+    assert digest(policy) == GOLDEN_DIGEST_2
+
+
 def test_a_policy_is_written_as_the_golden_file() -> None:
-    assert policy_to_json(GOLDEN_POLICY) == GOLDEN.read_text()
+    assert policy_to_json(GOLDEN_POLICY_2) == GOLDEN_2.read_text()
+
+
+def test_a_file_of_schema_1_is_written_in_schema_2_with_the_same_keys() -> None:
+    old = json.loads(GOLDEN.read_text())
+
+    assert policy_to_dict(GOLDEN_POLICY) == {**old, "schema": 2}
 
 
 def test_a_file_may_leave_everything_but_schema_and_model_out() -> None:
@@ -167,9 +198,10 @@ def test_a_file_may_leave_everything_but_schema_and_model_out() -> None:
         ("9" * 5000, r"^p\.json: a policy is a JSON file, but"),
         ("[1]", r"^p\.json: policy must be a JSON object, but got \[1\]\.$"),
         ("null", r"policy must be a JSON object, but got None"),
-        ('{"model": "m"}', r"^p\.json: schema must be 1, the version that this nightpress reads, but got None\.$"),
-        (file_with(schema=2), r"schema must be 1, .* but got 2\.$"),
-        (file_with(schema="1"), r"schema must be 1, .* but got '1'\.$"),
+        ('{"model": "m"}', r"^p\.json: schema must be one of 1, 2, the versions .* reads, but got None\.$"),
+        (file_with(schema=3), r"schema must be one of 1, 2, .* but got 3\.$"),
+        (file_with(schema="1"), r"schema must be one of 1, 2, .* but got '1'\.$"),
+        (file_with(schema=True), r"schema must be one of 1, 2, .* but got True\.$"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_policy_of_this_schema_is_refused(text: str, message: str) -> None:
@@ -185,7 +217,7 @@ def test_a_file_that_is_no_policy_of_this_schema_is_refused(text: str, message: 
         ({"zzz": 1}, r"unknown key zzz \(known: bits, .*prune, "),
         ({"bits": {"a": {"weight": 8}}}, r"unknown key bits\.a\.weight; did you mean weights\.$"),
         ({"distill": {"temprature": 3}}, r"unknown key distill\.temprature; did you mean temperature\.$"),
-        ({"finetune": {"lr": 0.1}}, r"unknown key finetune\.lr \(known: learning_rate\)\.$"),
+        ({"finetune": {"lr": 0.1}}, r"unknown key finetune\.lr \(known: learning_rate, stages\)\.$"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(changes: dict[str, object], message: str) -> None:
@@ -199,15 +231,15 @@ def test_a_ratio_outside_its_interval_is_refused(ratio: object) -> None:
         policy_from_json(file_with(prune={"conv1": ratio}), "p.json")
 
 
-@pytest.mark.parametrize("width", [1, 9, 16, 0, -8, 7.5, "8", None, True, [8]])
+@pytest.mark.parametrize("width", [1, 9, 15, 0, -8, 7.5, "8", None, True, [8]])
 def test_a_weight_width_that_is_not_listed_is_refused(width: object) -> None:
-    with pytest.raises(InputError, match=r"bits\.a\.weights must be one of 2, 3, 4, 5, 6, 7, 8, 32, but got "):
+    with pytest.raises(InputError, match=r"bits\.a\.weights must be one of 2, 3, 4, 5, 6, 7, 8, 16, 32, but got "):
         policy_from_json(file_with(bits={"a": {"weights": width}}), "p.json")
 
 
-@pytest.mark.parametrize("width", [4, 16, "32", None])
+@pytest.mark.parametrize("width", [1, 12, "32", None])
 def test_an_activation_width_that_is_not_listed_is_refused(width: object) -> None:
-    with pytest.raises(InputError, match=r"bits\.a\.activations must be one of 8, 32, but got "):
+    with pytest.raises(InputError, match=r"bits\.a\.activations must be one of 2, 3, 4, 5, 6, 7, 8, 16, 32, but got "):
         policy_from_json(file_with(bits={"a": {"weights": 8, "activations": width}}), "p.json")
 
 
@@ -220,14 +252,22 @@ def test_an_activation_width_that_is_not_listed_is_refused(width: object) -> Non
         ({"bits": 8}, r"bits must be a JSON object, but got 8\.$"),
         ({"bits": {"a": 8}}, r"bits\.a must be a JSON object, but got 8\.$"),
         ({"distill": "logit"}, r"distill must be a JSON object, but got 'logit'\.$"),
-        ({"distill": {"method": "hint"}}, r"distill\.method must be one of none, logit, but got 'hint'\.$"),
+        ({"distill": {"method": "hint"}}, r"distill\.method must be one of none, logit, feature, .* but got 'hint'\.$"),
         ({"distill": {"alpha": 1.1}}, r"distill\.alpha must be a number in \[0, 1\], but got 1\.1\.$"),
         ({"distill": {"temperature": 0.5}}, r"distill\.temperature must be a number in \[1, 100\], but got 0\.5\.$"),
         ({"distill": {"schedule": "cosine"}}, r"distill\.schedule must be one of constant, halving, linear, but"),
         ({"finetune": []}, r"finetune must be a JSON object, but got \[\]\.$"),
         ({"finetune": {"learning_rate": "0.1"}}, r"finetune\.learning_rate must be a number in \[0, 10\], but"),
-        ({"importance": "taylor"}, r"importance must be one of l2, l1, bn, but got 'taylor'\.$"),
-        ({"importance": ["l2"]}, r"importance must be one of l2, l1, bn, but got \['l2'\]\.$"),
+        ({"distill": {"feature_weight": -1}}, r"distill\.feature_weight must be a number in \[0, 1000\], but got -1"),
+        ({"finetune": {"stages": 0}}, r"finetune\.stages must be a whole number in \[1, 20\], but got 0\.$"),
+        ({"finetune": {"stages": 2.0}}, r"finetune\.stages must be a whole number in \[1, 20\], but got 2\.0\.$"),
+        ({"finetune": {"stages": True}}, r"finetune\.stages must be a whole number in \[1, 20\], but got True\.$"),
+        ({"sparsity": {"a": 1}}, r"sparsity\.a must be a number in \[0, 1\), but got 1\.$"),
+        ({"sparsity": [0.5]}, r"sparsity must be a JSON object, but got \[0\.5\]\.$"),
+        ({"ranges": "max"}, r"ranges must be one of minmax, percentile, mse, but got 'max'\.$"),
+        ({"scales": None}, r"scales must be one of fixed, learned, but got None\.$"),
+        ({"importance": "slope"}, r"importance must be one of l2, l1, bn, activation, .*, but got 'slope'\.$"),
+        ({"importance": ["l2"]}, r"importance must be one of l2, l1, bn, .*, but got \['l2'\]\.$"),
         ({"removed_blocks": "layer1.0"}, r"removed_blocks must be a list of block names, but got 'layer1\.0'\.$"),
         ({"removed_blocks": {"layer1.0": True}}, r"removed_blocks must be a list of block names, but got \{"),
         ({"removed_blocks": [1]}, r"removed_blocks must be a list of block names, but got \[1\]\.$"),
@@ -257,11 +297,12 @@ def test_a_policy_can_be_pickled(policy: Policy) -> None:
 
 
 def test_a_policy_with_read_only_mappings_can_be_pickled() -> None:
-    policy = Policy(model="m", prune=MappingProxyType({"a": 0.5}), bits=MappingProxyType({"b": INT8}))
+    policy = Policy(model="m", prune=MappingProxyType({"a": 0.5}), bits=MappingProxyType({"b": INT8}),
+                    sparsity=MappingProxyType({"b": 0.25}))  # fmt: skip
 
     copy = pickle.loads(pickle.dumps(policy))
 
-    assert copy == replace(policy, prune={"a": 0.5}, bits={"b": INT8})
+    assert copy == replace(policy, prune={"a": 0.5}, bits={"b": INT8}, sparsity={"b": 0.25})
     assert digest(copy) == digest(policy)
 
 

@@ -12,22 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 
+from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.data import Arrays
-from nightpress.evaluators.quality import (
-    MAX_VIEWS,
-    Compute,
-    DivergedError,
-    Trainer,
-    blended_loss,
-    bypassed,
-    judge,
-    outputs_of,
-    probe,
-    score,
-    temperature_at,
-)
+from nightpress.evaluators.distill import blended_loss, temperature_at
+from nightpress.evaluators.quality import DivergedError, judge, outputs_of, score
 from nightpress.evaluators.quantise import quantisers
 from nightpress.evaluators.task import Task
+from nightpress.evaluators.training import MAX_VIEWS, Trainer, bypassed, probe
 from nightpress.spaces.policy import INT8, SCHEDULES, Distill, FineTune, Policy
 from nightpress.spaces.space import uniform
 from strategies import CLASSES, Counted, digits, digits_reader, images, task_of, tiny
@@ -186,8 +177,8 @@ def test_ranges_are_known_and_used_after_a_fine_tune(simulate: bool) -> None:
     assert all(float(site.high - site.low) > 0 for site in quantisers(module).values())
     assert not any(site.bypassed or site.observing for site in quantisers(module).values())
     with bypassed(quantisers(module).values()):
-        unquantised = outputs_of(module, trainer.train, trainer.compute)
-    assert not torch.equal(outputs_of(module, trainer.train, trainer.compute), unquantised)
+        unquantised = outputs_of(module, trainer.train, trainer.task, trainer.compute)
+    assert not torch.equal(outputs_of(module, trainer.train, trainer.task, trainer.compute), unquantised)
 
 
 def test_without_simulation_ranges_are_those_of_the_trained_weights() -> None:
@@ -333,7 +324,7 @@ def test_outputs_do_not_depend_on_batches_or_on_training_mode() -> None:
     with torch.no_grad():
         expected = model(data.inputs)
 
-    torch.testing.assert_close(outputs_of(model.train(), data, Compute()), expected)
+    torch.testing.assert_close(outputs_of(model.train(), data, trainer_of(model, data).task, Compute()), expected)
 
 
 # Batch norms and ranges

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from nightpress.spaces.anatomy import Group, kept_channels
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import (
+    DISTILL_METHODS,
     FP32,
+    IMPORTANCES,
     INT8,
+    RANGES,
+    SCALES,
     Distill,
     FineTune,
     LayerBits,
@@ -36,6 +41,7 @@ from nightpress.spaces.space import (
 )
 from strategies import EVERY_PAIR, OFFERED, policies, seeds, space_of, toy_anatomy
 
+T = TypeVar("T")
 ANATOMY = toy_anatomy()
 SPACE = space_of(ANATOMY)
 PLAIN = Policy(model=ANATOMY.digest)
@@ -69,6 +75,10 @@ def random(seed: int, space: Space = SPACE) -> Policy:
     return space.random(np.random.default_rng(seed))
 
 
+def some_of(values: tuple[T, ...], least: int = 1) -> st.SearchStrategy[tuple[T, ...]]:
+    return st.lists(st.sampled_from(values), min_size=least, unique=True).map(tuple)
+
+
 @st.composite
 def spaces(draw: st.DrawFn) -> Space:
     return Space(
@@ -76,7 +86,12 @@ def spaces(draw: st.DrawFn) -> Space:
         max_ratio=draw(st.floats(0, 0.99)),
         bit_choices=tuple(draw(st.lists(st.sampled_from(OFFERED), min_size=1, unique=True))),
         blocks=draw(st.booleans()),
-        distill=draw(st.booleans()),
+        distill=draw(some_of(DISTILL_METHODS, least=0)),
+        sparsity=draw(st.booleans()),
+        importance=draw(some_of(IMPORTANCES)),
+        stages=draw(some_of((1, 2, 3, 6))),
+        ranges=draw(some_of(RANGES)),
+        scales=draw(some_of(SCALES)),
     )
 
 
@@ -199,7 +214,7 @@ def test_random_policies_use_every_choice_of_bits() -> None:
 
 
 def test_a_space_without_blocks_or_distillation_asks_for_neither() -> None:
-    space = space_of(ANATOMY, blocks=False, distill=False)
+    space = space_of(ANATOMY, blocks=False, distill=())
 
     assert not [name for name in space.params(PLAIN) if name.startswith(("block:", "distill."))]
     assert all(random(seed, space).distill == Distill(method="none", alpha=0.0) for seed in range(20))
@@ -281,6 +296,28 @@ def test_a_canonical_policy_is_unchanged_by_its_file(policy: Policy) -> None:
         ({"distill": Distill(alpha=0.0001, schedule="linear")}, {"distill": Distill(method="none")}),
         ({"distill": Distill(alpha=0.70001, temperature=3.001)}, {"distill": Distill(alpha=0.7, temperature=3.0)}),
         ({"finetune": FineTune(learning_rate=0.020001)}, {"finetune": FineTune(learning_rate=0.02)}),
+        ({"distill": Distill(method="logit+feature", feature_weight=0)}, {"distill": Distill()}),
+        ({"distill": Distill(feature_weight=2)}, {"distill": Distill()}),
+        # Without logits there is neither a share nor a temperature, without inner tensors no weight of theirs.
+        (
+            {"distill": Distill(method="attention", temperature=5, alpha=0.1, schedule="linear")},
+            {"distill": Distill(method="attention")},
+        ),
+        ({"distill": Distill(method="logit+attention", alpha=0)}, {"distill": Distill(method="attention")}),
+        ({"distill": Distill(method="feature", feature_weight=0)}, {"distill": Distill(method="none")}),
+        # No schedule moves a temperature that stands at its end.
+        ({"distill": Distill(temperature=1, schedule="halving")}, {"distill": Distill(temperature=1)}),
+        ({"distill": Distill(temperature=1.4, schedule="linear")}, {"distill": Distill(temperature=1.4)}),
+        # Nothing is ranked, nothing is quantised, one stage is enough.
+        ({"importance": "taylor", "ranges": "mse", "scales": "learned"}, {}),
+        ({"bits": {"stem": LayerBits(weights=16)}, "ranges": "mse"}, {"bits": {"stem": LayerBits(weights=16)}}),
+        ({"finetune": FineTune(stages=7)}, {}),
+        (
+            {"prune": {"stem": 0.5}, "finetune": FineTune(stages=9)},
+            {"prune": {"stem": 0.5}, "finetune": FineTune(stages=3)},
+        ),
+        ({"sparsity": {"stem": 0.0}}, {}),
+        ({"removed_blocks": ("one",), "sparsity": {"one.a": 0.5}}, {"removed_blocks": ("one",)}),
     ],
 )
 def test_policies_that_do_the_same_have_one_digest(one: dict[str, object], other: dict[str, object]) -> None:
@@ -288,6 +325,91 @@ def test_policies_that_do_the_same_have_one_digest(one: dict[str, object], other
 
     assert first == second
     assert digest(first) == digest(second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prune": {"stem": 0.5}, "importance": "taylor"},
+        {"bits": {"stem": INT8}, "ranges": "mse"},
+        {"bits": {"stem": INT8}, "scales": "learned"},
+        {"prune": {"stem": 0.5}, "finetune": FineTune(stages=2)},
+        {"sparsity": {"stem": 0.5}},
+        {"distill": Distill(method="logit+feature", feature_weight=0.5)},
+        {"distill": Distill(method="feature", feature_weight=0.5)},
+        {"distill": Distill(method="attention")},
+        {"distill": Distill(schedule="halving")},
+    ],
+)
+def test_what_has_an_effect_is_kept(changes: dict[str, object]) -> None:
+    policy = replace(PLAIN, **changes)
+
+    for name, value in changes.items():
+        kept = getattr(canonical(policy, ANATOMY), name)
+        assert kept == (replace(value, alpha=0.0) if isinstance(value, Distill) and not value.logit else value)
+
+
+# What is offered
+
+
+def test_a_choice_is_asked_where_there_is_one() -> None:
+    space = space_of(
+        ANATOMY, sparsity=True, importance=("l2", "bn"), stages=(1, 3), ranges=("minmax", "mse"),
+        scales=("fixed", "learned"),
+    )  # fmt: skip
+    new = {"importance", "finetune.stages", "ranges", "scales", *(f"sparsity:{n.name}" for n in ANATOMY.layers)}
+
+    assert set(space.params(PLAIN)) - set(SPACE.params(PLAIN)) == new
+    for name, value in (("importance", "bn"), ("ranges", "mse"), ("scales", "learned")):
+        policy = replace(PLAIN, prune={"stem": 0.5}, bits={"stem": INT8}, **{name: value})
+        assert space.params(policy)[name] == value
+        assert space.contains(policy)
+        assert not SPACE.contains(policy)
+
+
+@pytest.mark.parametrize(
+    ("methods", "asked"),
+    [
+        ((), set()),
+        (("logit",), {"alpha", "temperature", "schedule"}),
+        (("feature",), {"feature_weight"}),
+        (("none", "logit"), {"method", "alpha", "temperature", "schedule"}),
+        (("attention", "feature"), {"method", "feature_weight"}),
+        (("logit+feature",), {"alpha", "temperature", "schedule", "feature_weight"}),
+    ],
+)
+def test_only_what_some_method_on_offer_uses_is_asked(methods: tuple[str, ...], asked: set[str]) -> None:
+    params = space_of(ANATOMY, distill=methods).params(PLAIN)
+
+    assert {name.removeprefix("distill.") for name in params if name.startswith("distill.")} == asked
+
+
+@pytest.mark.parametrize(
+    ("methods", "distill", "contained"),
+    [
+        (("logit",), Distill(method="none"), True),  # a share α of 0
+        (("logit+feature",), Distill(method="feature"), True),
+        (("logit+feature",), Distill(method="logit"), False),  # the weight of features is never 0
+        (("feature",), Distill(method="none"), False),
+        (("none", "attention"), Distill(method="none"), True),
+        (("none", "attention"), Distill(method="feature"), False),
+        ((), Distill(method="none"), True),
+        ((), Distill(), False),
+        (("logit",), Distill(temperature=50), False),
+    ],
+)
+def test_distillation_that_is_not_offered_is_not_contained(
+    methods: tuple[str, ...], distill: Distill, contained: bool
+) -> None:
+    assert space_of(ANATOMY, distill=methods).contains(replace(PLAIN, distill=distill)) is contained
+
+
+def test_random_policies_use_every_method_and_reach_sparse_layers() -> None:
+    space = space_of(ANATOMY, sparsity=True)
+    drawn = [random(seed, space) for seed in range(200)]
+
+    assert {policy.distill.method for policy in drawn} == set(DISTILL_METHODS)
+    assert {policy.sparsity.get("stem", 0.0) for policy in drawn} == {tenths / 10 for tenths in range(10)}
 
 
 # Checks
@@ -298,6 +420,7 @@ def test_policies_that_do_the_same_have_one_digest(one: dict[str, object], other
     [
         ({"prune": {"one.c": 0.5}}, r"^p\.json: prune names one\.c, which this model does not have; did you mean one"),
         ({"bits": {"heads": INT8}}, r"json: bits names heads, which this model does not have; did you mean head\.$"),
+        ({"sparsity": {"heads": 0.5}}, r"json: sparsity names heads, which .*; did you mean head\.$"),
         ({"removed_blocks": ("ones",)}, r"removed_blocks names ones, which this model does not have; did you mean one"),
         ({"prune": {"zzz": 0.5}}, r"prune names zzz, which this model does not have \(known: stem, one\.a, two\.a\)"),
         # A layer that follows another's group has no ratio of its own.

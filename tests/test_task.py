@@ -88,7 +88,7 @@ BAD_TASKS: list[tuple[dict[str, object], str]] = [
         r"model fails on .* shape \(1, 4\): RuntimeError: .*mat1 and mat2",
     ),
     ({"model": nn.Sequential(nn.Linear(3, 2), nn.Flatten(0))}, r"\(1, classes\), but got shape \(2,\)"),
-    ({"model": nn.LSTM(3, 2)}, r"\(1, classes\), but got a value of type tuple"),
+    ({"model": nn.LSTM(3, 2)}, r"the model returns a value of type tuple: Task\.output picks the tensor"),
     ({"train": dataset([])}, "training set is empty"),
     ({"test": dataset([])}, "test set is empty"),
     ({"train": iter([])}, "training set must be a map-style data set, but type list_iterator has no __len__"),

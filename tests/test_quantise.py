@@ -1,0 +1,500 @@
+"""Quantisers: the grid is the one that is exported, to the last integer, whatever found its scales."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime import InferenceSession
+from torch import Tensor, fx, nn
+
+from nightpress.evaluators.fake_quantise import Grid, fake_quantise, integers, learned_quantise
+from nightpress.evaluators.quantise import (
+    ActivationQuantiser,
+    LearnedActivationQuantiser,
+    QuantConv2d,
+    QuantisedWeight,
+    QuantLinear,
+    activation_bits,
+    end_observation,
+    quantise,
+    quantisers,
+    weight_grid,
+    weight_integers,
+)
+from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import Plan, plan
+from nightpress.spaces.policy import LayerBits, Policy
+from nightpress.spaces.space import uniform
+from strategies import Tiny, images, seeded, tiny
+
+BITS = (2, 3, 4, 5, 6, 7, 8)
+CHOICES = list(itertools.product(("minmax", "percentile", "mse"), ("fixed", "learned")))
+ANATOMY = tiny().anatomy
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def planned(weights: int = 8, activations: int = 8, **layers: LayerBits) -> Plan:
+    policy = uniform(ANATOMY, width=1, bits=LayerBits(weights=weights, activations=activations))
+    return plan(ANATOMY, replace(policy, bits={**policy.bits, **layers}))
+
+
+def quantised(chosen: Plan, ranges: str = "minmax", scales: str = "fixed") -> fx.GraphModule:
+    module = copy.deepcopy(tiny().traced)
+    quantise(module, chosen, ranges=ranges, scales=scales)
+    return module.eval()
+
+
+def observe(module: nn.Module, *batches: Tensor) -> None:
+    """As the trainer does."""
+    for site in quantisers(module).values():
+        site.observing = True
+    with torch.no_grad():
+        for batch in batches:
+            module(batch)
+    for site in quantisers(module).values():
+        site.observing = False
+    end_observation(module)
+
+
+def train(module: nn.Module, steps: int = 1) -> None:
+    optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    module.train()
+    for step in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(module(images(16, seed=step)), torch.arange(16) % 5).backward()
+        optimiser.step()
+    module.eval()
+
+
+def layers_of(module: nn.Module) -> dict[str, QuantisedWeight]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, QuantisedWeight)}
+
+
+# Rounding and its gradient
+
+
+@given(st.floats(1e-3, 1e3), st.integers(0, 15), st.integers(0, 1000))
+def test_a_value_goes_to_the_nearest_point_of_the_grid(scale: float, zero_point: int, seed: int) -> None:
+    value = 4 * scale * normal(64, seed=seed)
+    grid = Grid(scale=scale, low=float(-zero_point), high=float(15 - zero_point))
+
+    rounded = fake_quantise(value, grid)
+
+    points = scale * torch.arange(-zero_point, 16 - zero_point)
+    assert torch.isin(integers(value, grid) + zero_point, torch.arange(16)).all()
+    nearest = (value[:, None] - points).abs().min(dim=1).values
+    torch.testing.assert_close((value - rounded).abs(), nearest, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_the_gradient_passes_where_the_grid_reaches() -> None:
+    value = torch.tensor([-1.1, -0.9, 0.0, 0.3, 1.4, 1.6], requires_grad=True)
+    grid = Grid(scale=0.5, low=-1.0, high=2.0)  # reaches from −0.75 to 1.25
+
+    fake_quantise(value, grid).backward(torch.arange(1.0, 7.0))
+
+    assert value.grad is not None
+    assert value.grad.tolist() == [0, 0, 3, 4, 0, 0]
+
+
+def gradients(rounding: Callable[..., Tensor], value: Tensor, upstream: Tensor, *learned: Tensor) -> tuple[Tensor, ...]:
+    leaves = [leaf.clone().requires_grad_() for leaf in (value, *learned)]
+    result = rounding(*leaves)
+    return (result.detach(), *torch.autograd.grad(result, leaves, upstream))
+
+
+def test_the_scales_of_channels_learn_as_in_torch() -> None:
+    weight, upstream, scales = normal(6, 3, 3, 3), normal(6, 3, 3, 3, seed=1), normal(6, seed=2).abs() / 5 + 0.1
+    grid = Grid(scale=scales.reshape(-1, 1, 1, 1), low=-7.0, high=7.0)
+
+    ours = gradients(lambda w, s: learned_quantise(w, grid, s), weight, upstream, scales)
+
+    factor = (27 * 7) ** -0.5
+    torchs = gradients(
+        lambda w, s: torch._fake_quantize_learnable_per_channel_affine(w, s, torch.zeros(6), 0, -7, 7, factor),
+        weight, upstream, scales,
+    )  # fmt: skip
+    for given_, expected in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(given_, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scale_and_offset_learn_by_their_definition() -> None:
+    """One value in the grid, one above it, one below it: grid 0 … 3, zero point 1."""
+    value, upstream = torch.tensor([[0.7, 9.0, -9.0]]), torch.tensor([[2.0, 3.0, 5.0]])
+    scale, offset = torch.tensor(0.5), torch.tensor(-0.5)
+    grid = Grid(scale=0.5, low=-1.0, high=2.0)
+
+    rounded, by_value, by_scale, by_offset = gradients(
+        lambda v, s, o: learned_quantise(v, grid, s, o), value, upstream, scale, offset
+    )
+
+    factor = (3 * 3) ** -0.5
+    torch.testing.assert_close(rounded, torch.tensor([[0.5, 1.0, -0.5]]))
+    assert by_value.tolist() == [[2, 0, 0]]
+    torch.testing.assert_close(by_scale, torch.tensor(factor * (2 * (1 - 1.4) + 3 * 3 + 5 * 0)))
+    torch.testing.assert_close(by_offset, torch.tensor(factor * (3.0 + 5.0)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_numbers_and_scalars_on_a_device_mean_the_same(layout: torch.memory_format) -> None:
+    value, upstream = normal(4, 3, 5, 5).contiguous(memory_format=layout), normal(4, 3, 5, 5, seed=1)
+    scale, offset = torch.tensor(0.1), torch.tensor(-0.4)
+    by_number = Grid(scale=scale.item(), low=-4.0, high=11.0)
+    by_scalar = Grid(scale=scale, low=torch.tensor(-4.0), high=torch.tensor(11.0))
+
+    fixed = [gradients(lambda v, g=g: fake_quantise(v, g), value, upstream) for g in (by_number, by_scalar)]
+    learned = [
+        gradients(lambda v, s, o, g=g: learned_quantise(v, g, s, o), value, upstream, scale, offset)
+        for g in (by_number, by_scalar)
+    ]
+
+    assert all(torch.equal(one, other) for one, other in zip(*fixed, strict=True))
+    for one, other in zip(*learned, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_values_of_16_bits_lie_on_the_same_integers() -> None:
+    value = normal(1000).bfloat16()
+    grid = Grid(scale=0.013, low=-128.0, high=127.0)
+
+    rounded = fake_quantise(value, grid)
+
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(integers(value, grid), integers(value.float(), grid))
+    assert torch.equal(rounded, fake_quantise(value.float(), grid).bfloat16())
+
+
+# Weights
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+@pytest.mark.parametrize("bits", [*BITS, 16])
+def test_the_weight_of_the_forward_is_integers_times_scales(bits: int, ranges: str, scales: str) -> None:
+    module = quantised(planned(weights=bits), ranges, scales)
+    observe(module, images(8))
+    train(module)
+
+    layers = layers_of(module)
+    assert set(layers) == {layer.name for layer in ANATOMY.layers}
+    for layer in layers.values():
+        used = layer.quantised_weight().detach()
+        found, width = weight_grid(layer)
+        whole = weight_integers(layer)
+        assert width == bits
+        assert torch.equal(used, whole * found.reshape(-1, *[1] * (used.dim() - 1)))
+        if bits == 16:
+            assert torch.equal(whole, whole.half().float())
+        else:
+            assert torch.equal(whole, whole.round())
+            assert int(whole.abs().max()) == 2 ** (bits - 1) - 1
+
+
+def test_a_layer_computes_with_that_weight() -> None:
+    module = quantised(planned(weights=3), "mse", "learned")
+    convolution, linear = module.get_submodule("one.conv1"), module.get_submodule("head")
+    assert isinstance(convolution, QuantConv2d)
+    assert isinstance(linear, QuantLinear)
+
+    x = images(2, channels=16)
+    assert torch.equal(convolution(x), F.conv2d(x, convolution.quantised_weight(), padding=1))
+    assert torch.equal(linear(x[:, :, 0, 0]), F.linear(x[:, :, 0, 0], linear.quantised_weight(), linear.bias))
+
+
+@pytest.mark.parametrize("scales", ["fixed", "learned"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_mse_scales_lose_less_than_the_largest_weight_would(bits: int, scales: str) -> None:
+    lost = {}
+    for ranges in ("minmax", "mse"):
+        module = quantised(planned(weights=bits), ranges, scales)
+        lost[ranges] = {
+            name: (layer.weight - layer.quantised_weight()).square().flatten(1).sum(1).detach()
+            for name, layer in layers_of(module).items()
+        }
+
+    for name, least in lost["mse"].items():
+        assert bool((least <= lost["minmax"][name] * 1.0001).all()), name
+    assert sum(float(v.sum()) for v in lost["mse"].values()) < 0.9 * sum(
+        float(v.sum()) for v in lost["minmax"].values()
+    )
+
+
+def test_fixed_scales_follow_the_weight() -> None:
+    layer = layers_of(quantised(planned(weights=4), "mse"))["one.conv1"]
+    before = weight_grid(layer)[0]
+
+    with torch.no_grad():
+        layer.weight.mul_(3)
+
+    torch.testing.assert_close(weight_grid(layer)[0], 3 * before)
+
+
+def test_a_learned_scale_starts_at_the_range_and_is_never_decayed() -> None:
+    module, fixed = quantised(planned(weights=4), "mse", "learned"), quantised(planned(weights=4), "mse")
+    layer = layers_of(module)["one.conv1"]
+
+    assert torch.equal(weight_grid(layer)[0], weight_grid(layers_of(fixed)["one.conv1"])[0])
+    learned = [p for name, p in module.named_parameters() if name.endswith(("scale", "offset"))]
+    assert len(learned) > len(layers_of(module))
+    assert all(p.dim() <= 1 for p in learned)  # the optimiser decays weights, which have two dimensions and more
+
+
+def test_a_learned_scale_below_the_least_comes_back() -> None:
+    layer = layers_of(quantised(planned(weights=4), scales="learned"))["one.conv1"]
+    assert layer.weight_scale is not None
+    with torch.no_grad():
+        layer.weight_scale[0] = -1.0
+
+    layer.quantised_weight().backward(torch.ones_like(layer.weight) * layer.weight.sign())
+
+    assert float(weight_grid(layer)[0][0]) == pytest.approx(1e-8)
+    assert layer.weight_scale.grad is not None
+    assert float(layer.weight_scale.grad[0]) > 0
+    assert bool(torch.isfinite(layer.weight_scale.grad).all())
+
+
+def test_frozen_weights_have_frozen_scales() -> None:
+    module = copy.deepcopy(tiny().traced)
+    module.get_parameter("head.weight").requires_grad_(False)
+
+    quantise(module, planned(), scales="learned")
+
+    trains = {name: p.requires_grad for name, p in module.named_parameters() if name.endswith("weight_scale")}
+    assert {name for name, trained in trains.items() if not trained} == {"head.weight_scale"}
+
+
+def test_a_channel_of_zeros_has_a_scale() -> None:
+    network = seeded(Tiny)
+    with torch.no_grad():
+        network.get_parameter("one.conv1.weight")[3] = 0
+    for ranges, scales in CHOICES:
+        module = copy.deepcopy(tiny().traced)
+        module.load_state_dict(network.state_dict())
+        quantise(module, planned(weights=2), ranges=ranges, scales=scales)
+        layer = layers_of(module)["one.conv1"]
+
+        assert float(weight_grid(layer)[0].min()) > 0
+        assert torch.equal(layer.quantised_weight()[3], torch.zeros(16, 3, 3))
+
+
+# Activations
+
+
+def site(bits: int, scales: str, ranges: str = "minmax", *, relu: bool = False) -> ActivationQuantiser:
+    if scales == "learned":
+        return LearnedActivationQuantiser(bits, ranges=ranges, unsigned=relu)
+    return ActivationQuantiser(bits, ranges=ranges)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+@pytest.mark.parametrize("bits", BITS)
+def test_activations_lie_on_the_integers_of_their_width(bits: int, ranges: str, scales: str, relu: bool) -> None:
+    quantiser = site(bits, scales, ranges, relu=relu).eval()
+    value = normal(8, 4, 6, 6).relu() if relu else normal(8, 4, 6, 6) + 0.5
+    observe(quantiser, value)
+
+    result = quantiser(10 * value).detach()
+
+    scale, zero_point = quantiser.grid()
+    whole = result / scale + zero_point
+    torch.testing.assert_close(whole, whole.round())
+    assert (int(whole.round().min()), int(whole.round().max())) == (0, 2**bits - 1)
+    assert int(zero_point) == 0 if relu else 0 < int(zero_point) < 2**bits
+    assert torch.equal(quantiser(torch.zeros(3)), torch.zeros(3))
+
+
+@pytest.mark.parametrize("scales", ["fixed", "learned"])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_runtime_has_the_same_integers(bits: int, scales: str) -> None:
+    """As they stand in a file: below 8 bits a clip of integers follows the quantisation."""
+    quantiser = site(bits, scales).eval()
+    value = normal(4096) - 0.2
+    observe(quantiser, value)
+    scale, zero_point = quantiser.grid()
+    halves = (torch.arange(-300, 300) + 0.5) * scale  # where a reciprocal rounds the other way
+    value = torch.cat([value, 2 * value, halves])
+    constants = {
+        "scale": np.float32(scale), "zero": np.uint8(zero_point),
+        "top": np.array(quantiser.levels, np.uint8),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("Clip", ["q", "", "top"], ["clipped"]),
+        helper.make_node("DequantizeLinear", ["clipped", "scale", "zero"], ["y"]),
+    ]
+    shape = [len(value)]
+    graph = helper.make_graph(
+        nodes, "grid", [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+    run = InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    assert torch.equal(torch.from_numpy(run.run(None, {"x": value.numpy()})[0]), quantiser(value).detach())
+
+
+def test_learned_zero_points_behind_a_relu_stay_at_the_lowest_integer() -> None:
+    module = quantised(planned(activations=4), scales="learned")
+    observe(module, images(16))
+    before = {name: p.clone() for name, p in module.named_parameters() if name.endswith(".scale")}
+
+    train(module, steps=5)
+
+    kinds = {p.op.name: p.op.kind for p in planned().ops}
+    behind = {name: quantiser for name, quantiser in quantisers(module).items() if kinds[name] in {"relu", "relu6"}}
+    assert {int(quantiser.grid()[1]) for quantiser in behind.values()} == {0}
+    assert not any(torch.equal(module.get_parameter(name), value) for name, value in before.items())
+    (clipped,) = (quantiser for name, quantiser in behind.items() if kinds[name] == "relu6")
+    assert clipped.levels == 15
+    assert 0 < float(clipped.grid()[0]) * 15 < 6
+
+
+def test_a_learned_grid_starts_at_the_observed_range() -> None:
+    learned, fixed = site(4, "learned", "mse"), site(4, "fixed", "mse")
+    for quantiser in (learned, fixed):
+        observe(quantiser.eval(), normal(512))
+
+    assert [tensor.item() for tensor in learned.grid()] == [tensor.item() for tensor in fixed.grid()]
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_what_follows_a_quantiser_is_observed_as_it_will_be(ranges: str, scales: str) -> None:
+    module, again = (quantised(planned(activations=8), ranges, scales) for _ in range(2))
+    observe(module, images(16))
+    again.load_state_dict(module.state_dict())
+
+    observe(again, images(16))
+
+    for name, quantiser in quantisers(module).items():
+        other = quantisers(again)[name]
+        assert float(quantiser.high - quantiser.low) == pytest.approx(float(other.high - other.low), rel=0.1), name
+
+
+def test_without_observation_the_first_batch_is_observed() -> None:
+    learned, seen = site(8, "learned").train(), site(8, "learned").eval()
+
+    learned(normal(64))
+    learned(3 * normal(64))
+    observe(seen, normal(64))
+
+    assert learned.grid() == seen.grid()
+
+
+def test_the_width_of_a_tensor_is_the_widest_that_reads_it() -> None:
+    bits = activation_bits(planned(activations=4, **{"one.conv1": LayerBits(weights=8, activations=6)}))
+    chosen = planned(activations=4, **{"one.conv1": LayerBits(weights=8, activations=6)})
+    readers = {p.op.module: chosen.quantised[p.inputs[0]] for p in chosen.ops if p.weight_count}
+
+    assert bits[readers["one.conv1"] or ""] == 6
+    assert bits[readers["one.conv2"] or ""] == 4
+    unread = set(bits) - set(readers.values())
+    assert unread  # what only a sum reads stays on the runtime's own integers
+    assert {bits[name] for name in unread} == {8}
+
+
+def test_quantisers_get_the_width_of_their_tensor() -> None:
+    chosen = planned(activations=3)
+
+    levels = {name: quantiser.levels for name, quantiser in quantisers(quantised(chosen)).items()}
+
+    assert levels == {name: 2**bits - 1 for name, bits in activation_bits(chosen).items()}
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_training_never_waits_for_the_device(ranges: str, scales: str) -> None:
+    """A meta tensor has no value: whoever reads one fails."""
+    module = quantised(planned(weights=4, activations=4), ranges, scales)
+    observe(module, images(8))
+    train(module)  # on a device too, the first step of all may look whether a range is known
+    module.to("meta").train()
+
+    for _ in range(9):  # of which one moves the ranges
+        module(images(8).to("meta")).sum().backward()
+
+    with pytest.raises(RuntimeError, match="meta"):
+        float(module(images(8).to("meta")).sum())
+
+
+# State
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_a_state_dict_holds_all_of_a_grid(ranges: str, scales: str) -> None:
+    chosen = planned(weights=3, activations=5)
+    module = quantised(chosen, ranges, scales)
+    observe(module, images(16))
+    train(module)
+    fresh = quantised(chosen, ranges, scales)
+
+    fresh.load_state_dict(module.state_dict())
+
+    with torch.no_grad():
+        assert torch.equal(fresh(images(8)), module(images(8)))
+
+
+@pytest.mark.parametrize(("ranges", "scales"), CHOICES)
+def test_modules_pickle_and_copy(ranges: str, scales: str) -> None:
+    module = quantised(planned(weights=16 if scales == "fixed" else 2), ranges, scales)
+    observe(module, images(8))
+
+    with torch.no_grad():
+        expected = module(images(4))
+        assert torch.equal(pickle.loads(pickle.dumps(module))(images(4)), expected)
+        assert torch.equal(copy.deepcopy(module)(images(4)), expected)
+
+
+def test_quantising_leaves_the_given_layers_alone() -> None:
+    original = nn.Module()
+    original.conv = nn.Conv2d(3, 4, 1)
+    before, keys = original.conv, list(original.conv.state_dict())
+    quantised(planned(), "mse", "learned")
+
+    assert original.conv is before
+    assert list(before.state_dict()) == keys
+    assert not any(isinstance(module, QuantisedWeight) for module in tiny().traced.modules())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ranges": "max"}, r"^ranges must be one of minmax, percentile, mse, but got 'max'\.$"),
+        ({"scales": "free"}, r"^scales must be one of fixed, learned, but got 'free'\.$"),
+    ],
+)
+def test_an_unknown_choice_is_a_sentence(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        quantise(copy.deepcopy(tiny().traced), planned(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(1, 8), (9, 32), (8, 1), (8, 12)])
+def test_an_unknown_width_is_a_sentence(weights: int, activations: int) -> None:
+    chosen = plan(ANATOMY, Policy(model="", bits={"head": LayerBits(weights=weights, activations=activations)}))
+
+    with pytest.raises(
+        InputError, match=r"^bits\.head\.\w+ must be one of 2, 3, 4, 5, 6, 7, 8, 16, 32, but got \d+\.$"
+    ):
+        quantise(copy.deepcopy(tiny().traced), chosen)
+
+
+def test_a_layer_that_has_no_quantiser_is_named() -> None:
+    module = copy.deepcopy(tiny().traced)
+    module.hidden = nn.Bilinear(2, 2, 16)
+
+    with pytest.raises(InputError, match=r"^The layer hidden is a Bilinear, and only Conv2d and Linear can be quant"):
+        quantise(module, planned())
