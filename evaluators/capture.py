@@ -138,15 +138,16 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 
 def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captured:
     signature = program.graph_signature
+    everywhere = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    first = {id(value): name for name, value in reversed(everywhere.items())}  # what is shared goes by its first name
     names = {
-        key: value.removeprefix(prefix)
+        key: first.get(id(everywhere.get(value.removeprefix(prefix))), value.removeprefix(prefix))
         for table in (signature.inputs_to_parameters, signature.inputs_to_buffers)
         for key, value in table.items()
     }
     lifted = signature.inputs_to_lifted_tensor_constants
     names |= {key: CONSTANT + value.removeprefix(prefix) for key, value in lifted.items()}
     state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
-    # Shared parameters stand under each of their names; the graph uses one of them.
     stored: dict[str, Tensor] = program.state_dict | program.constants
     for name in names.values():
         if name not in state:

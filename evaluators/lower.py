@@ -59,6 +59,7 @@ class _Lowering:
         self.ops: dict[str, Op] = {}
         self.alias: dict[str, str] = {}
         self._users = _users(captured)
+        self._readers = {captured.names[name]: count for name, count in self._users.items() if name in captured.names}
         self._parts: dict[str, list[tuple[int, int]]] = {}
 
     def add(self, node: fx.Node) -> None:
@@ -170,8 +171,24 @@ class _Lowering:
         if bias is not None:
             params["bias"] = bias
         module = module_of(params["weight"])
-        params = self._entries(module, params)
+        if self._free(module, params):
+            params = self._entries(module, params)
+        else:  # the weights of another layer, with a bias of its own or none: they stay shared
+            names = (scope_of(node), *(f"{module}_{number}" for number in range(1, len(self.ops) + 2)))
+            module = next(name for name in names if name and self._free(name, params))
         self._put(node, kind, (given["input"],), name=module, module=module, params=params, attrs=attrs)
+
+    def _free(self, module: str, params: Mapping[str, str]) -> bool:
+        """Whether a layer of that name with these entries would be no other layer than those so far and to come."""
+        renamed = self.captured.renamed
+        others = (op.params for op in self.ops.values() if op.module == module)
+        same = all(
+            {role: renamed.get(entry, entry) for role, entry in other.items() if role in ("weight", "bias")} == params
+            for other in others
+        )
+        entries = {f"{module}.{role}" for role in ("weight", "bias")}
+        taken = {entry for entry in entries & self.captured.state.keys() if entry not in renamed}
+        return same and taken <= set(params.values())
 
     def _batch_norm(self, node: fx.Node) -> None:
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
@@ -183,7 +200,8 @@ class _Lowering:
         known = self._entries(path, {role: name for role, name in params.items() if name is not None})
         source = self.ops[self._input(given["input"])]
         attrs = {"eps": float(given["eps"]), "momentum": float(given["momentum"])}
-        if source.kind == "conv" and source.norm is None and self._users[given["input"].name] == 1:
+        alone = self._users[given["input"].name] == 1 and self._readers.get(source.params.get("weight", "")) == 1
+        if source.kind == "conv" and source.norm is None and alone:  # one that is used twice may have two norms
             attrs = dict(source.attrs) | {"norm_eps": attrs["eps"], "norm_momentum": attrs["momentum"]}
             params = dict(source.params) | {f"norm_{role}": name for role, name in known.items()}
             self.ops[source.name] = replace(source, norm=path, params=params, attrs=attrs)
