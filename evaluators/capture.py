@@ -62,14 +62,35 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     # Of two examples: sizes of one are taken for constants.
     example = torch.cat([example_input.cpu()] * 2)
     program = _export(root, copied, example)
-    if len(program.graph_signature.user_outputs) != 1:
-        count = len(program.graph_signature.user_outputs)
-        raise InputError(
-            f"The model must return one tensor, but {type(model).__name__} returns {count}; "
-            "Task.output picks the one that counts: Task(output=lambda outputs: outputs['out'], …)."
-        )
+    _check_output(program, type(model).__name__)
     prefix = "" if output is None else "model."
     return _captured(program, copied, prefix)
+
+
+def _check_output(program: ExportedProgram, name: str) -> None:
+    """Raises InputError for anything but one tensor with the examples along its first axis."""
+    nodes = list(program.graph.nodes)[-1].args[0]
+    whole = program.call_spec.out_spec
+    if whole is None or not whole.is_leaf() or len(program.graph_signature.user_outputs) != 1:
+        kind = whole.type.__name__ if whole is not None and whole.type is not None else "nothing"
+        raise InputError(
+            f"The model must return one tensor, but {name} returns a {kind} of {len(program.graph_signature.user_outputs)}"
+            "; Task.output picks the one that counts: Task(output=lambda outputs: outputs['out'], …)."
+        )
+    value = nodes[-1].meta.get("val") if isinstance(nodes[-1], fx.Node) else nodes[-1]
+    if not isinstance(value, Tensor):
+        raise InputError(f"The model must return one tensor, but {name} returns {value!r}.")
+    if value.dim() == 0 or not isinstance(value.shape[0], torch.SymInt) or _of_one(value.shape[0]) != 1:
+        raise InputError(
+            f"The model must return a row for each example, but what {name} returns has not the size of the batch along "
+            "its first axis."
+        )
+
+
+def _of_one(size: torch.SymInt) -> int:
+    """A size for a batch of one."""
+    expression: Any = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
 def _export(root: nn.Module, model: nn.Module, example: Tensor) -> ExportedProgram:
@@ -107,7 +128,7 @@ def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
     if "specialized" in str(error) or "Constraint" in kind or "specializ" in text:
         return (
             f"The forward of {where} works for one batch size only: it must not use the size of the batch as a "
-            f"number ({text})."
+            "number, as x.reshape(32, -1) would."
         )
     try:
         with torch.no_grad():

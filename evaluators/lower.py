@@ -448,6 +448,8 @@ class _Lowering:
     def _mean(self, node: fx.Node) -> None:
         given = _arguments(node, ("input", "dims", "keepdim"))
         rank = len(shape_of(given["input"])[0])
+        if not given.get("dims"):
+            raise unsupported(node, "a mean over all axes")
         dims = tuple(sorted(int(d) % rank for d in given["dims"]))
         keepdim = bool(given.get("keepdim", False))
         if rank == 4 and dims == (2, 3):
