@@ -159,6 +159,7 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 
 def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captured:
     signature = program.graph_signature
+    program.graph.eliminate_dead_code()  # what only the outputs need that a task does not pick
     everywhere = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     first = {id(value): name for name, value in reversed(everywhere.items())}  # what is shared goes by its first name
     names = {

@@ -1,0 +1,276 @@
+"""What a user reads when a model cannot be exported, and that looking at a model leaves it as it was."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nightpress.evaluators.capture import CONSTANT, capture
+from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.lower import lower
+from nightpress.evaluators.task import Task
+from nightpress.spaces.errors import InputError
+from strategies import images, seeded, task_of
+
+Forward = Callable[[Tensor], object]
+
+
+class Inside(nn.Module):
+    """A convolution, then the function that a test is about."""
+
+    def __init__(self, then: Forward) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.then = then
+
+    def forward(self, x: Tensor) -> object:
+        return self.then(self.conv(x))
+
+
+class Outside(nn.Module):
+    """Has the module that a test is about at ``body.1``."""
+
+    def __init__(self, then: Forward) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), Inside(then))
+
+    def forward(self, x: Tensor) -> object:
+        return self.body(x)
+
+
+def sentence(then: Forward) -> str:
+    """What inspection says of a model with this function inside."""
+    with pytest.raises(InputError) as caught:
+        inspect(task_of(seeded(lambda: Outside(then)), images(2)), cache=False)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert said.endswith(".")
+    return said
+
+
+def counted(x: Tensor) -> Tensor:
+    for _ in range(int(x.abs().sum().item()) % 3):
+        x = x + 1
+    return x
+
+
+def failing(x: Tensor) -> Tensor:
+    raise RuntimeError("no such thing.\nmore of it")
+
+
+def one_image(x: Tensor) -> Tensor:
+    if x.shape[0] != 1:
+        raise ValueError("one image, please")
+    return x
+
+
+@pytest.mark.parametrize("then", [lambda x: x if x.sum() > 0 else -x, counted, lambda x: x[: int(x.argmax())]])
+def test_control_flow_on_values_names_the_module_and_the_remedy(then: Forward) -> None:
+    assert sentence(then) == (
+        "The forward of body.1 (Inside) branches on the values of a tensor, which no exported file can do: "
+        "replace the branch by torch.where, or move it out of the model given to nightpress."
+    )
+
+
+def test_leaving_torch_names_the_module() -> None:
+    said = sentence(lambda x: torch.from_numpy(np.tanh(x.detach().numpy())))
+
+    assert said.startswith("The model Outside cannot be traced: ")
+    assert "(in body.1 (Inside)). Its forward must not branch on tensor values nor leave torch; " in said
+
+
+def test_a_batch_size_that_is_fixed_is_told() -> None:
+    assert sentence(lambda x: x.reshape(2, -1)) == (
+        "The forward of Outside works for one batch size only: it must not use the size of the batch as a number, "
+        "as x.reshape(32, -1) would."
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "reason"), [(one_image, "one image, please"), (failing, "no such thing")]
+)  # fmt: skip
+def test_a_model_that_fails_on_two_examples_is_told_with_its_own_reason(then: Forward, reason: str) -> None:
+    assert sentence(then) == f"The model Outside cannot run a batch of 2 examples of shape (3, 8, 8): {reason}."
+
+
+@pytest.mark.parametrize(
+    ("then", "what"),
+    [
+        (lambda x: (x, x), "a tuple of 2"),
+        (lambda x: {"out": x, "aux": -x}, "a dict of 2"),
+        (lambda x: [x], "a list of 1"),
+        (lambda x: {"out": x}, "a dict of 1"),
+    ],
+)
+def test_more_than_a_tensor_names_the_way_out(then: Forward, what: str) -> None:
+    assert sentence(then) == (
+        f"The model must return one tensor, but Outside returns {what}; Task.output picks the one that counts: "
+        "Task(output=lambda outputs: outputs['out'], …)."
+    )
+
+
+@pytest.mark.parametrize(("then", "what"), [(lambda x: None, "None"), (lambda x: 3.0, "3.0")])
+def test_no_tensor_at_all_is_told(then: Forward, what: str) -> None:
+    assert sentence(then) == f"The model must return one tensor, but Outside returns {what}."
+
+
+@pytest.mark.parametrize(
+    "then",
+    [torch.mean, torch.flatten, lambda x: x.mean(0), lambda x: x.reshape(4, -1), lambda x: torch.cat([x, x])],
+)
+def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None:
+    assert sentence(then) == (
+        "The model must return a row for each example, but what Outside returns has not the size of the batch along "
+        "its first axis."
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "what"),
+    [
+        (lambda x: torch.cumsum(x, 1), "cumsum"),
+        (lambda x: torch.sort(x, 1)[0], "sort"),
+        (lambda x: F.prelu(x, torch.full((8,), 0.1)), "prelu"),
+        (lambda x: x.double(), "to"),
+        (lambda x: x**3, "a power of 3"),
+        (lambda x: x * x.shape[0], "mul with a number that depends on the batch"),
+        (lambda x: torch.add(x, x.relu(), alpha=2), r"add with {'alpha': 2}"),
+        (lambda x: x * x.mean(), "a mean over all axes"),
+        (lambda x: F.max_pool2d(x, 2, dilation=2), "max_pool2d with dilation or a divisor"),
+        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d with dilation or a divisor"),
+        (lambda x: F.adaptive_avg_pool2d(x, 4), "adaptive pooling from (6, 6) to (4, 4)"),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "padding with 'replicate', None"),
+        (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 'constant', 2.0"),
+        (lambda x: F.layer_norm(x, (6, 6)), "a layer norm over 2 axes"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), "causal or grouped attention"),
+        (lambda x: F.batch_norm(x, None, None, training=True), "a batch norm without running statistics"),
+        (lambda x: F.conv2d(x, torch.ones(8, 8, 3, 3), padding="same"), "a convolution with padding 'same'"),
+    ],
+)  # fmt: skip
+def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: Forward, what: str) -> None:
+    assert sentence(then) == (
+        f"The model uses {what} in body.1, which nightpress cannot export yet; replace it, or leave it out of the "
+        "model given to nightpress."
+    )
+
+
+def test_weights_that_are_computed_from_the_input_are_told() -> None:
+    assert "are computed from the input, which nightpress cannot compress." in sentence(
+        lambda x: F.linear(x.mean((2, 3)), x.mean((0, 2, 3)).reshape(1, 8))
+    )
+
+
+def test_an_operation_of_the_model_itself_is_named_too() -> None:
+    with pytest.raises(InputError, match=r"^The model uses cumsum in cumsum, which nightpress cannot export yet"):
+        inspect(task_of(seeded(lambda: Inside(lambda x: torch.cumsum(x, 1))), images(2)), cache=False)
+
+
+# Task.output
+
+
+class Two(nn.Module):
+    """Answers with a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.aux = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"out": self.conv(x), "aux": torch.cumsum(self.aux(x), 1)}
+
+
+def test_a_tasks_output_is_all_that_has_to_be_exported() -> None:
+    model = seeded(Two)
+    task = task_of(model, images(2))
+    picked = Task(
+        name="two", model=model, example_input=task.example_input, train=task.train, test=task.test,
+        output=lambda outputs: outputs["out"],
+    )  # fmt: skip
+
+    anatomy, network = inspect(picked, cache=False)
+
+    assert [layer.name for layer in anatomy.layers] == ["conv"]
+    assert set(network.state) == {"conv.weight", "conv.bias"}
+
+
+def test_an_output_that_is_not_there_is_told() -> None:
+    model = seeded(Two)
+    task = task_of(model, images(2))
+    with pytest.raises(InputError, match=r"^The model Two cannot be traced: 'missing'"):
+        capture(model, task.example_input, lambda outputs: outputs["missing"])
+
+
+# What is left as it was
+
+
+def test_looking_at_a_model_changes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Dropout(), nn.Conv2d(12, 5, 6)))
+    model.train()
+    model.get_submodule("1").eval()
+    model.get_parameter("0.weight").requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    identities = [id(value) for value in (*model.parameters(), *model.buffers())]
+    task = task_of(nn.Sequential(model, nn.Flatten()).train(mode=True), images(2))
+    model.get_submodule("1").eval()
+
+    _, network = inspect(task, cache=False)
+
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    assert [id(value) for value in (*model.parameters(), *model.buffers())] == identities
+    assert network.frozen == {"0.0.weight"}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_failure_is_told_once_and_nothing_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    for then in (lambda x: x if x.sum() > 0 else -x, lambda x: x.reshape(2, -1), failing):
+        sentence(then)
+
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_does_not_depend_on_the_input_becomes_a_constant() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            ramp = torch.linspace(0, 1, x.shape[-1]).expand(1, 1, x.shape[-2], x.shape[-1])
+            return x + torch.sin(ramp) + torch.zeros(x.shape[1], 1, 1)
+
+    captured = capture(seeded(Positions), images(1))
+    ops, _ = lower(captured)
+
+    constants = {op.params["value"] for op in ops if op.kind == "param"}
+    assert constants
+    assert all(name.startswith(CONSTANT) for name in constants)
+    assert constants <= captured.frozen
+    assert [op.kind for op in ops if op.kind != "param"] == ["input", "conv", "add", "add"]
+
+
+def test_a_model_whose_forward_is_not_what_its_graph_shows_is_refused() -> None:
+    """The export sees one answer, and the model gives another each time."""
+
+    class Drifting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return self.conv(x) * float(len(calls))
+
+    calls: list[int] = []
+    task = task_of(seeded(Drifting), images(2))
+
+    with pytest.raises(InputError, match=r"^The model Drifting does something that its graph does not show: rebuilt"):
+        inspect(task, cache=False)
