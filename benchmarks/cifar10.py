@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nightpress.evaluators import Task
-from nightpress.evaluators.data import crop_flip
+from nightpress.evaluators.images import crop_flip
 
 ARCHIVE = "cifar10-jpeg.zip"
 WEIGHTS = {
@@ -69,7 +69,7 @@ def task(name: str, folder: Path) -> Task:
         example_input=torch.zeros(1, 3, 32, 32),
         train=TensorDataset(images["train_images"], images["train_labels"]),
         test=TensorDataset(images["test_images"], images["test_labels"]),
-        augment=crop_flip,
+        augment=crop_flip(),
         normalise=normalise,
     )
 
