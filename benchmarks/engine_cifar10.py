@@ -219,8 +219,8 @@ def write_table(path: Path, out: Path | None) -> None:
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Rows by network, with the drop against the better of the given weights and the longer trained original."""
     yield (
-        f"{'network':11} {'policy':26} {'distill':14} {'images':>7} {'seed':>4} {'accuracy':>8} {'drop':>6} {'MACs':>5} "
-        f"{'params':>6} {'kB':>6} {'int8':>7} {'ms':>7} {'faster':>7} {'agree':>7} {'s':>6}"
+        f"{'network':11} {'policy':26} {'distill':14} {'images':>7} {'seed':>4} {'accuracy':>8} {'drop':>6} "
+        f"{'MACs':>5} {'params':>6} {'kB':>6} {'int8':>7} {'ms':>7} {'faster':>7} {'agree':>7} {'s':>6}"
     )
     for row in rows:
         before = [r["accuracy"] for r in rows if _plain(r) and r["network"] == row["network"]
