@@ -44,12 +44,13 @@ class Network:
 
 
 def inspect(
-    task: Task, *, step_of: Callable[[int], int] = lambda channels: 4, cache: bool = True
+    task: Task, *, step_of: Callable[[int], int] = lambda channels: 4, cache: bool = True, verify: bool = True
 ) -> tuple[Anatomy, Network]:
     """The anatomy of a task's model and the tensors behind it.
 
     ``step_of`` gives the channel step that the target runs well on for a width; a group narrower than two steps is left
     out. A model that was inspected before with the same steps is read from the user's cache.
+    ``verify`` False leaves the dry run of the groups out, for callers that apply them anyway; nothing is kept then.
     Raises InputError for a model that cannot be exported.
     """
     digest = task_digest(task.model)
@@ -61,6 +62,9 @@ def inspect(
             return known, network
     captured = capture(task.model, task.example_input, task.output)
     anatomy, network = _inspect(task, digest, captured, step_of)
+    if not verify:
+        return anatomy, network
+    anatomy = _verified(anatomy, {name: tuple(value.shape) for name, value in network.state.items()})
     if path is not None:
         _keep(path, anatomy)
     return anatomy, network
@@ -80,7 +84,7 @@ def network_of(task: Task, anatomy: Anatomy) -> Network:
 
 def _inspect(
     task: Task, digest: str, captured: Captured, step_of: Callable[[int], int]
-) -> tuple[Anatomy, Network]:  # fmt: skip
+) -> tuple[Anatomy, Network]:
     ops, output = lower(captured)
     by_name = {op.name: op for op in ops}
 
@@ -109,7 +113,7 @@ def _inspect(
             f"The model {type(task.model).__name__} does something that its graph does not show: rebuilt from the "
             f"graph, its output for the example input differs by {difference:.1%}."
         )
-    return _verified(anatomy, shapes), network
+    return anatomy, network
 
 
 def _verified(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:

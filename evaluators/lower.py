@@ -1,5 +1,7 @@
 """A captured graph as a list of operations that the plan, the predictor and the ONNX builder understand."""
 
+import builtins
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -101,7 +103,8 @@ class _Lowering:
 
     def _unused(self, name: str) -> str:
         name = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "op"
-        name = f"op_{name}" if name[0].isdigit() else name
+        if name[0].isdigit() or keyword.iskeyword(name) or hasattr(builtins, name):
+            name = f"op_{name}"  # a graph of torch would not take it as it is
         if name not in self.ops:
             return name
         return next(f"{name}_{i}" for i in range(1, len(self.ops) + 2) if f"{name}_{i}" not in self.ops)

@@ -225,11 +225,11 @@ def _slice(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
 
 def _expand(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
     """To the batch of the graph's input, whose first axis it is."""
-    graph = inputs[0].graph
+    graph, name, axis = inputs[0].graph, planned.op.name, planned.op.batch_axis
     source = next(node for node in graph.nodes if node.op == "placeholder")
-    batch = graph.call_function(getattr, (source, "shape"))
-    first = graph.call_function(operator.getitem, (batch, 0))
-    axis = planned.op.batch_axis
+    # Named, since a name of torch's choice (getitem) may be that of an operation to come.
+    batch = graph.create_node("call_function", getattr, (source, "shape"), name=f"{name}_shape")
+    first = graph.create_node("call_function", operator.getitem, (batch, 0), name=f"{name}_batch")
     sizes = [first if i == axis else size for i, size in enumerate(planned.shape)]
     return Tensor.expand, [inputs[0], *sizes], {}
 

@@ -1,6 +1,12 @@
 """What every test shares."""
 
 import os
+import tempfile
+
+# Models are inspected once a session, and the user's own cache is left alone. Workers of xdist inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="nightpress-tests-")
+    os.environ["XDG_CACHE_HOME"] = _cache.name
 
 # Read when ray is imported, so set before any test module is.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

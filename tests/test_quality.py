@@ -154,7 +154,7 @@ def quantised(width: float = 1.0) -> fx.GraphModule:
 
 def tiny_trainer(inputs: Tensor, compute: Compute | None = None) -> Trainer:
     data = Arrays(inputs, torch.arange(len(inputs)) % CLASSES)
-    return Trainer(task_of(tiny().traced, inputs), data, compute or Compute(), seed=0)
+    return Trainer(task_of(tiny().whole(), inputs), data, compute or Compute(), seed=0)
 
 
 @pytest.mark.parametrize("simulate", [True, False])
