@@ -191,8 +191,9 @@ def line(row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{row['name']:28} FAILED {row['failed']}"
     return (
-        f"{row['name']:28} {'yes' if passed(row) else 'NO':4} {row['coverage']:8.2f} {row['groups']:6} {row['blocks']:6} "
-        f"{row['params_kept']:7.2f} {row['fp32_error']:10.1e} {row['int8_cosine']:8.4f} {row['int8_layers']:>9} "
+        f"{row['name']:28} {'yes' if passed(row) else 'NO':4} {row['coverage']:8.2f} {row['groups']:6} "
+        f"{row['blocks']:6} {row['params_kept']:7.2f} {row['fp32_error']:10.1e} {row['int8_cosine']:8.4f} "
+        f"{row['int8_layers']:>9} "
         f"{row['mixed_cosine']:8.4f} {row['mixed_int8_layers']:>9} {row['peak_gb']:6.1f} {row['inspect_s']:8.1f} "
         f"{row['seconds']:8.1f}"
     )

@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,11 @@ from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
-from ..evaluators.task import check_task, load_task
+from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Policy
+from ..spaces.policy import INT8, Distill, Policy
 from ..spaces.space import Space, uniform
 from .config import RunConfig
 from .folder import SENSITIVITY as SENSITIVITY_FILE
@@ -57,7 +57,10 @@ def prepare(session: Session) -> None:
     torch.set_num_threads(threads)
     train, _ = split_search(materialise(task.train), seed=config.seed)
     trainer = Trainer(task, train, Compute(device=device), config.seed, config.finetune.batch_size)
-    compute, step_ms = _compute(session, trainer, anatomy)
+    space, untaught = teachable(trainer, space)
+    if untaught is not None:
+        session.folder.decide("inspect", "inner tensors are not distilled", untaught)
+    compute, step_ms = _compute(session, trainer, space)
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
@@ -112,12 +115,32 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
     return space
 
 
-def _compute(session: Session, trainer: Trainer, anatomy: Anatomy) -> tuple[Compute, float]:
+def teachable(trainer: Trainer, space: Space) -> tuple[Space, str | None]:
+    """The space without the distillation of inner tensors where teacher and student have none in common, and why.
+
+    Raises InputError when nothing else is on offer.
+    """
+    rest = tuple(method for method in space.distill if not Distill(method=method).inner)
+    if rest == space.distill:
+        return space, None
+    try:
+        trainer.pairs(picked(trainer.task, copy.deepcopy(trainer.task.model)))
+    except InputError as error:
+        if not rest:
+            raise
+        return replace(space, distill=rest), str(error)
+    return space, None
+
+
+def _compute(session: Session, trainer: Trainer, space: Space) -> tuple[Compute, float]:
     """How to train and what a step costs; probed once a run, so that a resumed night trains the same way."""
     known = session.state.get("compute")
     if known is None:
+        # With the dearest of the methods on offer, because the budget must pay for it.
+        method = next((m for m in space.distill if Distill(method=m).inner), "logit" if space.distill else "none")
+        policy = Policy(model=space.anatomy.digest, distill=Distill(method=method))
         try:
-            compute, step_ms = probe(trainer, copy.deepcopy(trainer.task.model), Policy(model=anatomy.digest))
+            compute, step_ms = probe(trainer, picked(trainer.task, copy.deepcopy(trainer.task.model)), policy)
         except Exception as error:  # the user's loss, augment or teacher runs here
             reason = (str(error).strip().splitlines() or [""])[0]
             raise InputError(

@@ -19,10 +19,11 @@ from nightpress.evaluators.distill import Hints, attention_loss, attention_map, 
 from nightpress.evaluators.taps import MOST_TAPS, Tap, find_taps, tapped
 from nightpress.evaluators.task import Task
 from nightpress.evaluators.training import Trainer
+from nightpress.search.prepare import teachable
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import DISTILL_METHODS, INT8, Distill, FineTune, Policy
 from nightpress.spaces.space import uniform
-from strategies import CLASSES, Counted, Tiny, images, seeded, tiny
+from strategies import CLASSES, Counted, Tiny, images, seeded, space_of, tiny
 
 INNER = [method for method in DISTILL_METHODS if Distill(method=method).inner]
 SMALL = uniform(tiny().anatomy, width=0.5, bits=INT8)
@@ -216,6 +217,21 @@ def test_regressors_are_there_only_where_features_of_other_widths_are_compared()
 
     assert [type(regressor) for regressor in regressors] == [nn.Conv2d, nn.Linear, nn.Identity]
     assert list(Hints(pair(student, teacher), "attention").parameters()) == []
+
+
+def test_a_space_offers_inner_tensors_only_where_there_are_some() -> None:
+    inputs = torch.randn(4, 6)
+    data = TensorDataset(inputs, torch.arange(4))
+    flat = Task(name="t", model=nn.Linear(6, 4), example_input=inputs[:1], train=data, test=data)
+    trainer = Trainer(flat, Arrays(*data.tensors), Compute(), seed=0)
+    space = space_of(tiny().anatomy)
+
+    assert teachable(trainer_of(), space) == (space, None)
+    narrower, reason = teachable(trainer, space)
+    assert narrower.distill == ("none", "logit")
+    assert "student has none and the teacher none" in str(reason)
+    with pytest.raises(InputError, match="student has none"):
+        teachable(trainer, space_of(tiny().anatomy, distill=("feature",)))
 
 
 # In the fine-tune

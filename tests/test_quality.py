@@ -19,7 +19,7 @@ from nightpress.evaluators.quality import DivergedError, judge, outputs_of, scor
 from nightpress.evaluators.quantise import quantisers
 from nightpress.evaluators.task import Task
 from nightpress.evaluators.training import MAX_VIEWS, Trainer, bypassed, probe
-from nightpress.spaces.policy import INT8, SCHEDULES, Distill, FineTune, Policy
+from nightpress.spaces.policy import DISTILL_METHODS, INT8, SCHEDULES, Distill, FineTune, Policy
 from nightpress.spaces.space import uniform
 from strategies import CLASSES, Counted, digits, digits_reader, images, task_of, tiny
 
@@ -459,6 +459,46 @@ def test_integer_inputs_are_trained_on_as_numbers() -> None:
     losses = trainer_of(digits_reader(), bytes_of).fit(digits_reader(), policy(), steps=2, seed=0)
 
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_stored_bytes_are_normalised_in_training_and_in_judging() -> None:
+    data, model = digits(128), digits_reader()
+    bytes_of = Arrays((data.inputs * 16).to(torch.uint8), data.targets)
+    stored = trainer_of(copy.deepcopy(model), bytes_of, normalise=lambda batch: batch.float() / 16)
+    given = trainer_of(copy.deepcopy(model), data)
+
+    for trainer in (stored, given):
+        trainer.fit(trainer.task.model, policy(), steps=4, seed=0)
+
+    assert all(
+        torch.equal(given.task.model.state_dict()[name], value)
+        for name, value in stored.task.model.state_dict().items()
+    )
+    scores = [judge(t.task.model, t.train, t.task, Compute()).accuracy for t in (stored, given)]
+    assert scores[0] == scores[1]
+
+
+class Answers(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x), x
+
+
+@pytest.mark.parametrize("method", DISTILL_METHODS)
+def test_a_teacher_that_returns_a_tuple_teaches_the_tensor_that_the_task_picks(method: str) -> None:
+    teacher, data = Answers(digits_reader(seed=1)), digits(128)
+    trainer = trainer_of(Answers(digits_reader()), data, teacher=teacher, output=lambda returned: returned[0])
+    plain = trainer_of(digits_reader(), data, teacher=teacher.inner)
+    students = digits_reader(), digits_reader()
+
+    for one, student in zip((trainer, plain), students, strict=True):
+        one.fit(student, policy(Distill(method=method)), steps=3, seed=0)
+
+    states = [student.state_dict() for student in students]
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
 
 
 # Compute

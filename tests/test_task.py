@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from nightpress.evaluators.data import materialise
-from nightpress.evaluators.task import Task, check_task, load_task, task_digest
+from nightpress.evaluators.task import Task, check_task, load_task, picked, task_digest
 from nightpress.spaces.errors import InputError
 
 CIFAR10_EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar10_folders.py"
@@ -77,6 +77,27 @@ def test_a_good_task_passes_and_is_left_as_it_was(task: Task) -> None:
     assert task.model.training
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"features": x, "logits": self.head(x)}
+
+
+def test_of_a_model_that_returns_more_than_a_tensor_the_task_picks_one(task: Task) -> None:
+    picking = dataclasses.replace(
+        task, model=TwoHeads(), teacher=TwoHeads(), output=lambda returned: returned["logits"]
+    )
+
+    check_task(picking)
+
+    example = task.example_input
+    assert torch.equal(picked(picking, picking.model)(example), picking.model(example)["logits"])
+    assert picked(task, task.model) is task.model
+
+
 # Values that no annotation allows come from users without a type checker.
 BAD_TASKS: list[tuple[dict[str, object], str]] = [
     ({"model": "net"}, r"model must be a torch\.nn\.Module, but got a value of type str"),
@@ -117,6 +138,14 @@ BAD_TASKS: list[tuple[dict[str, object], str]] = [
         r"augment must keep .* shape \(2, 3\), but it returned shape \(1, 3\)",
     ),
     ({"augment": lambda x: x.no_such}, "augment fails on a batch of shape .*: AttributeError"),
+    ({"normalise": lambda x: x[:, :2]}, r"normalise must keep .* shape \(2, 3\), but it returned shape \(2, 2\)"),
+    ({"normalise": lambda x: x.long()}, r"normalise must return numbers of type float, but it returned torch\.int64"),
+    ({"normalise": lambda x: x / "2"}, "normalise fails on a batch of shape .*: TypeError"),
+    ({"output": lambda returned: returned["logits"]}, "Task.output fails on what the model returns: IndexError"),
+    (
+        {"output": lambda returned: [returned]},
+        "Task.output returns a value of type list: Task.output picks",
+    ),
 ]
 
 

@@ -13,6 +13,7 @@ TERMS = (
     "int8_nodes", "fp32_conv_macs", "fp32_conv_macs_off_grid", "fp32_depthwise_macs", "fp32_linear_macs",
     "fp32_elements", "fp32_nodes", "other_int8_elements", "other_fp32_elements", "other_nodes",
     "quantise_elements", "dequantise_elements", "conversions", "stored_weights", "int8_weights", "fp32_weights",
+    "product_macs",
 )  # fmt: skip
 _INDEX = {name: i for i, name in enumerate(TERMS)}
 _FREE = frozenset({"input", "flatten", "reshape", "param"})
@@ -69,6 +70,8 @@ def _terms(planned: PlannedOp) -> list[tuple[str, float]]:
     if kind in _FREE:
         return []
     precision = "int8" if planned.int8 else "fp32"
+    if kind in {"attention", "matmul"}:
+        return [("product_macs", _product_macs(planned)), ("other_fp32_elements", elements), ("other_nodes", 1)]
     if kind not in WEIGHTED:
         return [(f"other_{precision}_elements", elements), ("other_nodes", 0 if kind == "relu" else 1)]
     terms = [
@@ -116,7 +119,16 @@ def _conversions(plan: Plan) -> list[tuple[str, float]]:
 def _made_of_integers(planned: PlannedOp, by_name: dict[str, PlannedOp]) -> bool:
     if planned.op.kind in {"relu", "relu6"}:
         return by_name[planned.inputs[0]].int8
-    return planned.int8
+    # Over tokens a linear layer's sum is not requantised, because its bias is added in fp32.
+    return planned.int8 and not (planned.op.kind == "linear" and len(planned.shape) > 2)
+
+
+def _product_macs(planned: PlannedOp) -> int:
+    """Multiply-accumulates of products of two tensors: scores and values of an attention, one product else."""
+    if planned.op.kind == "matmul":
+        return math.prod(planned.shape) * planned.in_shapes[0][-1]
+    query, key, value = planned.in_shapes[:3]
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def _up(value: int, step: int) -> int:

@@ -1,0 +1,261 @@
+"""What one trial of the engine is worth on CIFAR-10 (JPEG): accuracy of uniform and of chosen policies, and speed.
+
+Every accuracy is that of the exported file in ONNX Runtime on the 10,000 test images, seen once a row; 5,000 of the
+50,000 training images are held out as the search split. A drop is counted against the better of the given weights and
+of the uncompressed network after the same fine-tune without distillation. Each finished row is appended to a file at
+once, and rows that stand there are not computed again, so the table can be made in pieces.
+
+    python benchmarks/engine_cifar10.py --data DIR --part accuracy --rows rows.jsonl
+    python benchmarks/engine_cifar10.py --data DIR --part goals --rows rows.jsonl
+    python benchmarks/engine_cifar10.py --data DIR --part speed
+    python benchmarks/engine_cifar10.py --data DIR --part memory
+    python benchmarks/engine_cifar10.py --data DIR --part table --rows rows.jsonl --out docs/results/engine_cifar10.txt
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar10 import task
+
+from nightpress.evaluators.compute import Compute
+from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
+from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.measure import REFERENCE, measure_policies
+from nightpress.evaluators.latency.target import Target
+from nightpress.spaces.anatomy import Anatomy
+from nightpress.spaces.policy import FP32, INT8, Distill, FineTune, LayerBits, Policy
+from nightpress.spaces.space import canonical, uniform
+
+NETWORKS = ("resnet20", "vgg16_half", "resnet56")
+WIDTHS = (0.75, 0.5, 0.25)
+PRECISIONS = {"fp32": FP32, "INT8": INT8, "W4A8": LayerBits(weights=4, activations=8)}
+NONE = Distill(method="none", alpha=0.0)
+DISTILLS = {
+    "none": NONE,
+    "logit": Distill(method="logit", alpha=0.7, temperature=3.0),
+    "logit+feature": Distill(method="logit+feature", alpha=0.7, temperature=3.0),
+}
+IMAGES = 10_000
+"""Training images that the fine-tune of one row of the accuracy table sees."""
+BATCH = 64
+TARGET = Target()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table to be made. ``images`` 0: no fine-tune, only batch norms and ranges anew."""
+
+    network: str
+    name: str
+    distill: str
+    seed: int
+    images: int
+    policy: Policy
+
+    @property
+    def key(self) -> str:
+        return f"{self.network} | {self.name} | {self.distill} | {self.seed} | {self.images}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with images and weights")
+    parser.add_argument("--part", choices=("accuracy", "goals", "speed", "memory", "table"), required=True)
+    parser.add_argument("--rows", type=Path, default=Path("rows.jsonl"), help="finished rows, appended")
+    parser.add_argument("--networks", default=",".join(NETWORKS))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="table: also write it there")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.part == "table":
+        write_table(options.rows, options.out)
+    elif options.part in {"speed", "memory"}:
+        import engine_speed
+
+        getattr(engine_speed, options.part)(options.data, options.threads)
+    else:
+        rows_of = {"accuracy": accuracy_rows, "goals": goal_rows}[options.part]
+        for network in options.networks.split(","):
+            bench = Bench(network, options.data, options.threads)
+            bench.make(rows_of(bench), options.rows)
+
+
+class Bench:
+    """One network with its evaluator."""
+
+    def __init__(self, network: str, folder: Path, threads: int) -> None:
+        self.network = network
+        self.task = task(network, folder)
+        self.anatomy: Anatomy = inspect(self.task, step_of=TARGET.channel_step)[0]
+        recipe = Recipe(
+            task=network, base=None, anatomy=self.anatomy, seed=0, compute=Compute(channels_last=True, bf16=True),
+            batch_size=BATCH, threads=threads, disabled_optimizers=TARGET.disabled_optimizers,
+        )  # fmt: skip
+        self.evaluator = Evaluator(recipe, self.task)
+
+    def make(self, rows: Iterator[Row], path: Path) -> None:
+        """Compute the rows that the file does not have."""
+        done = {json.loads(line)["key"] for line in path.read_text().splitlines()} if path.is_file() else set()
+        for row in rows:
+            if row.key in done:
+                continue
+            found = self.row(row)
+            with path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            print(f"{row.key}: {100 * found['accuracy']:.2f} %  {found['seconds']:.0f} s", flush=True)
+
+    def row(self, row: Row) -> dict[str, Any]:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(policy=row.policy, rung="long", seed=row.seed, steps=row.images // BATCH, folder=Path(folder))
+            outcome = self.evaluator(job)
+            measured = self._speed(row.policy) if row.seed == 0 else {}
+        if outcome.exported is None or outcome.simulated is None or outcome.bits_used is None:
+            raise RuntimeError(f"{row.key} was not exported")
+        whole = Policy(model=self.anatomy.digest)
+        mine, given = self.evaluator.compressor.apply(row.policy)[1], self.evaluator.compressor.apply(whole)[1]
+        return {
+            "key": row.key, "network": row.network, "name": row.name, "distill": row.distill, "seed": row.seed,
+            "images": row.images, "accuracy": outcome.exported.accuracy, "simulated": outcome.simulated.accuracy,
+            "search_accuracy": outcome.search.accuracy, "agreement": outcome.top1_agreement,
+            "int8_layers": sum(kind == "int8" for kind in outcome.bits_used.values()), "layers": len(outcome.bits_used),
+            "macs": mine.macs / given.macs, "params": mine.params / given.params, "size_bytes": outcome.size_bytes,
+            "seconds": time.perf_counter() - start, **measured,
+        }  # fmt: skip
+
+    def _speed(self, policy: Policy) -> dict[str, Any]:
+        """Measured latency beside the fp32 original, interleaved."""
+        timings, _ = measure_policies(self.anatomy, {"row": policy}, TARGET)
+        found = timings["row"]
+        return {
+            "latency_ms": found.latency_ms, "repeat_error": found.repeat_error, "ratio": found.ratio,
+            "reference_ms": timings[REFERENCE].latency_ms,
+        }  # fmt: skip
+
+    def uniform(self, width: float, bits: LayerBits, distill: Distill, learning_rate: float = 0.02) -> Policy:
+        like = Policy(model=self.anatomy.digest, distill=distill, finetune=FineTune(learning_rate=learning_rate))
+        return uniform(self.anatomy, width=width, bits=bits, like=like)
+
+
+def accuracy_rows(bench: Bench) -> Iterator[Row]:
+    """The uniform table. Seeds 1 and 2 on ResNet-20 at half width and below, where the noise of the gain counts."""
+
+    def row(name: str, policy: Policy, distill: str, seed: int = 0, images: int = IMAGES) -> Row:
+        return Row(network=bench.network, name=name, distill=distill, seed=seed, images=images, policy=policy)
+
+    yield row("original", bench.uniform(1, FP32, NONE), "none", images=0)
+    yield row("INT8 alone", bench.uniform(1, INT8, NONE), "none", images=0)
+    yield row("W4A8 alone", bench.uniform(1, PRECISIONS["W4A8"], NONE), "none", images=0)
+    yield row("100 % fp32", bench.uniform(1, FP32, NONE), "none")
+    for seed in (0, 1, 2) if bench.network == "resnet20" else (0,):
+        for width in WIDTHS if seed == 0 else WIDTHS[1:]:
+            for precision, bits in PRECISIONS.items():
+                if seed and precision == "W4A8":
+                    continue
+                for distill, settings in DISTILLS.items():
+                    yield row(f"{width:.0%} {precision}", bench.uniform(width, bits, settings), distill, seed)
+
+
+def goal_rows(bench: Bench) -> Iterator[Row]:
+    """One hand-made policy a network with a longer fine-tune, and the uncompressed network after the same."""
+    images, make = GOALS.get(bench.network, (0, None))
+    if make is None:
+        return
+    like = Policy(model=bench.anatomy.digest, distill=DISTILLS["logit"], finetune=FineTune(learning_rate=0.05))
+    plain = replace(like, distill=NONE)
+    yield Row(network=bench.network, name="original", distill="none", seed=0, images=0, policy=plain)
+    name, policy = make(bench, like)
+    yield Row(network=bench.network, name=name, distill="logit", seed=0, images=images, policy=policy)
+    yield Row(network=bench.network, name="100 % fp32", distill="none", seed=0, images=images, policy=plain)
+
+
+def narrow_late(bench: Bench, like: Policy) -> tuple[str, Policy]:
+    """VGG-16: the later a layer, the fewer of its channels stay, since they hold nearly all parameters."""
+    kept = (0.75, 0.75, 0.75, 0.75, 0.625, 0.625, 0.625, 0.375, 0.375, 0.375, 0.375, 0.375, 0.375)
+    ratios = {group.name: 1 - share for group, share in zip(bench.anatomy.groups, kept, strict=True)}
+    bits = {layer.name: INT8 for layer in bench.anatomy.layers}
+    return "late layers narrow, INT8", canonical(replace(like, prune=ratios, bits=bits), bench.anatomy)
+
+
+def half_the_blocks(bench: Bench, like: Policy) -> tuple[str, Policy]:
+    """ResNet-56: without the blocks that are missed least, until half the MACs are left."""
+    damage: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for block in bench.anatomy.blocks:
+            policy = replace(like, removed_blocks=(block.name,))
+            job = Job(policy=policy, rung="sensitivity", seed=0, steps=0, folder=Path(folder))
+            damage[block.name] = bench.evaluator(job).divergence or 0.0
+    removed: list[str] = []
+    whole = bench.anatomy.macs
+    for block in sorted(bench.anatomy.blocks, key=lambda b: damage[b.name] / b.macs):
+        if sum(b.macs for b in bench.anatomy.blocks if b.name in removed) < 0.5 * whole:
+            removed.append(block.name)
+    bits = {layer.name: INT8 for layer in bench.anatomy.layers}
+    policy = replace(like, removed_blocks=tuple(sorted(removed)), bits=bits)
+    return f"without {len(removed)} blocks, INT8", canonical(policy, bench.anatomy)
+
+
+GOALS: dict[str, tuple[int, Callable[[Bench, Policy], tuple[str, Policy]]]] = {
+    "vgg16_half": (5 * 45_000, narrow_late),
+    "resnet56": (5 * 45_000, half_the_blocks),
+}
+
+
+def write_table(path: Path, out: Path | None) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "\n".join(table(rows))
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Rows by network, with the drop against the better of the given weights and the longer trained original."""
+    yield (
+        f"{'network':11} {'policy':26} {'distill':14} {'images':>7} {'seed':>4} {'accuracy':>8} {'drop':>6} "
+        f"{'MACs':>5} {'params':>6} {'kB':>6} {'int8':>7} {'ms':>7} {'faster':>7} {'agree':>7} {'s':>6}"
+    )
+    for row in rows:
+        before = [r["accuracy"] for r in rows if _plain(r) and r["network"] == row["network"]
+                  and r["images"] in (0, row["images"])]  # fmt: skip
+        drop = f"{100 * (max(before) - row['accuracy']):6.2f}" if before else ""
+        speed = f"{row['latency_ms']:7.3f} {row['ratio']:6.2f}x" if "ratio" in row else f"{'':15}"
+        yield (
+            f"{row['network']:11} {row['name']:26} {row['distill']:14} {row['images']:7} {row['seed']:4} "
+            f"{100 * row['accuracy']:7.2f}% {drop} {row['macs']:5.2f} {row['params']:6.2f} "
+            f"{row['size_bytes'] / 1000:6.0f} {row['int8_layers']:3}/{row['layers']:3} {speed} "
+            f"{100 * row['agreement']:6.2f}% {row['seconds']:6.0f}"
+        )
+    yield from gains(rows)
+
+
+def _plain(row: dict[str, Any]) -> bool:
+    return row["name"] in {"original", "100 % fp32"} and row["distill"] == "none"
+
+
+def gains(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What distillation adds at the same policy, and how much the seeds scatter."""
+    names = list(dict.fromkeys((r["network"], r["name"]) for r in rows))
+    for network, name in names:
+        by_method = {
+            method: [r["accuracy"] for r in rows if (r["network"], r["name"], r["distill"]) == (network, name, method)]
+            for method in DISTILLS
+        }
+        if not all(by_method.values()):
+            continue
+        mean = {method: sum(values) / len(values) for method, values in by_method.items()}
+        spread = max(max(values) - min(values) for values in by_method.values())
+        words = ", ".join(f"{m} {100 * (mean[m] - mean['none']):+.2f}" for m in DISTILLS if m != "none")
+        seeds = f" (seeds of one method lie {100 * spread:.2f} apart)" if len(by_method["none"]) > 1 else ""
+        yield f"{network} {name}: {words} points against no distillation{seeds}"
+
+
+if __name__ == "__main__":
+    main()
