@@ -26,7 +26,7 @@ def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
             name = planned.op.module
             if planned.op.kind == "param":
                 value = operator.attrgetter(planned.op.params["value"])(module)
-                constants[planned.op.name] = _finite(value.detach().float(), planned.op.params["value"])
+                constants[planned.op.name] = _known(value.detach().float(), planned.op.params["value"])
             if name is None:
                 continue
             if planned.weight_count:
@@ -87,6 +87,13 @@ def _layer_norm(norm: nn.LayerNorm, channels: int) -> tuple[Array, ...]:
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _known(value: Tensor, name: str) -> Array:
+    """A mask may be −∞ where nothing is to be seen."""
+    if bool(torch.isnan(value).any()):
+        raise ValueError(f"the values of {name} are not numbers")
+    return value.contiguous().numpy()
 
 
 def _finite(value: Tensor, name: str) -> Array:

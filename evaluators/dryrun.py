@@ -84,7 +84,7 @@ class _Child:
             while True:
                 if not waiting.select(max(0.0, deadline - time.monotonic())):
                     self.close()
-                    return answers, f"its dry run took more than {seconds:.0f} s"
+                    return answers, f"its dry run took more than {seconds:g} s"
                 part = os.read(stdout.fileno(), 1 << 16)
                 if not part:
                     return answers, self._ended()

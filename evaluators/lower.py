@@ -466,6 +466,9 @@ class _Lowering:
     def _resize(self, node: fx.Node, mode: str, align_corners: bool | None) -> None:
         source: Any = node.args[0]
         before, after = shape_of(source)[0], shape_of(node)[0]
+        factors: Any = node.args[-1] if isinstance(node.args[-1], list | tuple) else ()
+        if len(node.args) > 2 and any(of * f != to for of, f, to in zip(before[2:], factors, after[2:], strict=False)):
+            raise unsupported(node, f"resizing by {tuple(factors)} to a rounded size")
         if before == after:
             self.alias[node.name] = self._input(source)
             return

@@ -9,7 +9,7 @@ import numpy as np
 from ..spaces.plan import PlannedOp
 
 if TYPE_CHECKING:
-    from .onnx_graph import Builder
+    from .onnx_graph import Array, Builder
 
 INPUT, OUTPUT = "input", "logits"
 _Emit = Callable[["Builder", PlannedOp, list[str]], str]
@@ -176,14 +176,36 @@ def _mean(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
 
 def _resize(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     attrs, before = planned.op.attrs, planned.in_shapes[0][2:]
-    ratios = [np.float32(to / of) for to, of in zip(attrs["size"], before, strict=True)]
-    factors = [np.nextafter(ratio, np.float32(np.inf)) for ratio in ratios]  # the runtime rounds the size down
+    factors = [_factor(to, of) for to, of in zip(attrs["size"], before, strict=True)]
+    if attrs["mode"] == "nearest":
+        picked = [_nearest(to, of) for to, of in zip(attrs["size"], before, strict=True)]
+        if any((np.arange(len(p), dtype=np.float32) // f != p).any() for p, f in zip(picked, factors, strict=True)):
+            return _gathered(builder, planned.op.name, inputs[0], picked)
     scales = builder.constant(f"{planned.op.name}.scales", np.array([1, 1, *factors], np.float32))
     mode = "asymmetric" if attrs["mode"] == "nearest" else "align_corners" if attrs["align_corners"] else "half_pixel"
     return builder.node(
         "Resize", [*inputs, "", scales], planned.op.name, mode=attrs["mode"], coordinate_transformation_mode=mode,
         nearest_mode="floor",
     )  # fmt: skip
+
+
+def _factor(size: int, before: int) -> np.float32:
+    """The factor of a resize. The runtime rounds the size that it leads to down; more than that would move pixels."""
+    factor = np.float32(size / before)
+    return factor if int(factor * np.float32(before)) == size else np.nextafter(factor, np.float32(np.inf))
+
+
+def _nearest(size: int, before: int) -> "Array":
+    """The pixels that torch picks: ⌊i·before/size⌋ in fp32."""
+    pixels = np.floor(np.arange(size, dtype=np.float32) * np.float32(before / size)).astype(np.int64)
+    return np.minimum(pixels, before - 1)
+
+
+def _gathered(builder: "Builder", name: str, value: str, pixels: "list[Array]") -> str:
+    """Pixels by their numbers, for sizes where the runtime's resize would round to a neighbour of torch's."""
+    rows = builder.constant(f"{name}.rows", pixels[0])
+    columns = builder.constant(f"{name}.columns", pixels[1])
+    return builder.node("Gather", [builder.node("Gather", [value, rows], f"{name}.picked", axis=2), columns], name, axis=3)
 
 
 def _attention(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:

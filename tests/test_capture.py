@@ -145,6 +145,8 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
         (lambda x: F.adaptive_avg_pool2d(x, 4), "adaptive pooling from (6, 6) to (4, 4)"),
         (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "padding with 'replicate', None"),
         (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 'constant', 2.0"),
+        (lambda x: F.interpolate(x, scale_factor=1.7), "resizing by (1.7, 1.7) to a rounded size"),
+        (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), "resizing by (1.7, 1.7) to a rounded size"),
         (lambda x: F.layer_norm(x, (6, 6)), "a layer norm over 2 axes"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), "causal or grouped attention"),
         (lambda x: F.batch_norm(x, None, None, training=True), "a batch norm without running statistics"),
