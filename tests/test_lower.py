@@ -1,281 +1,30 @@
-"""Which networks can be traced and exported, and that every operation means in ONNX what it means in torch."""
+"""What an exported graph becomes: operations with names, shapes of one example, and the state that each of them reads."""
 
+import math
 from collections.abc import Callable
-from pathlib import Path
 
-import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
-from nightpress.evaluators.bake import bake
-from nightpress.evaluators.inspect import inspect
-from nightpress.evaluators.lower import lower, trace
-from nightpress.evaluators.onnx_graph import KINDS, build_onnx
-from nightpress.evaluators.runtime import Session
-from nightpress.spaces.errors import InputError
+from networks import Between, Shrunk, Vision, Windowed, tokens
+from nightpress.evaluators.capture import capture
+from nightpress.evaluators.lower import lower, module_of, pair
+from nightpress.evaluators.task import task_digest
+from nightpress.spaces.anatomy import Op
 from nightpress.spaces.plan import plan
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import INT8, Policy
 from strategies import compressor_of, images, seeded, task_of
 
-Forward = Callable[[Tensor], object]
 
-
-class Convolution(nn.Module):
-    """A convolution of 3 → 8 channels on 8×8 pixels, then the function that a test is about."""
-
-    def __init__(self, then: Forward) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.then = then
-
-    def forward(self, x: Tensor) -> object:
-        return self.then(self.conv(x))
-
-
-def network(then: Forward) -> nn.Module:
-    return seeded(lambda: Convolution(then))
+def lowered(model: nn.Module, inputs: Tensor) -> tuple[list[Op], str]:
+    return lower(capture(model, inputs[:1]))
 
 
 def kinds(model: nn.Module, inputs: Tensor) -> list[str]:
-    return [op.kind for op in lower(trace(model, inputs[:1]))[0]]
-
-
-def in_runtime(model: nn.Module, inputs: Tensor, folder: Path) -> Tensor:
-    """What ONNX Runtime computes for the uncompressed model."""
-    made = compressor_of(task_of(model, inputs))
-    policy = Policy(model=made.anatomy.digest)
-    module, planned = made.apply(policy)
-    path = folder / "model.onnx"
-    path.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
-    return Session(path, threads=1, disabled_optimizers=()).outputs(inputs)
-
-
-def check(model: nn.Module, inputs: Tensor, folder: Path) -> None:
-    with torch.no_grad():
-        expected = model(inputs)
-    torch.testing.assert_close(in_runtime(model, inputs, folder), expected, rtol=1e-4, atol=1e-5)
-
-
-# What is refused
-
-
-class Branching(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x if x.sum() > 0 else -x
-
-
-def test_control_flow_on_values_is_refused() -> None:
-    with pytest.raises(
-        InputError,
-        match=r"^The model Branching cannot be traced: .*control flow.* Its forward must not branch on tensor values; ",
-    ):
-        trace(Branching(), images(1))
-
-
-def test_a_forward_that_fails_is_refused_with_its_reason() -> None:
-    with pytest.raises(InputError, match=r"^The model Convolution cannot be traced: no such thing\. Its forward"):
-        trace(network(_raise), images(1))
-
-
-def _raise(x: Tensor) -> Tensor:
-    raise RuntimeError("no such thing.\nmore of it")
-
-
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softplus()), r"^The model uses Softplus in 1, which nightpress cannot"),
-        (nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU())), r"^The model uses PReLU in 0\.1, which"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3, padding="same")), r"uses padding 'same' \(zeros\) in 0"),
-        (
-            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")),
-            r"uses padding \(1, 1\) \(reflect\) in 0",
-        ),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(4)), r"adaptive pooling from \(6, 6\) to \(4, 4\) in"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2)), r"uses reshape to \(8, 36\) in 1"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2, dilation=2)), r"uses max_pool with dilation 2 in 1"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(2, divisor_override=3)), r"avg_pool with divisor_override 3"),
-        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU("tanh")), r"uses gelu with approximate 'tanh' in 1"),
-    ],
-)  # fmt: skip
-def test_a_module_that_cannot_be_exported_is_named_with_its_place(model: nn.Module, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        lower(trace(model, images(1)))
-
-
-@pytest.mark.parametrize(
-    ("then", "message"),
-    [
-        (lambda x: torch.exp(x), r"^The model uses .*exp.* in .*, which nightpress cannot export yet; replace it"),
-        (lambda x: x.abs(), r"^The model uses abs in "),
-        (lambda x: x + 1, r"uses add with a constant or of a tensor with itself in "),
-        (lambda x: x + x, r"uses add with a constant or of a tensor with itself in "),
-        (lambda x: x * 2.0, r"uses mul with a constant or of"),
-        (lambda x: torch.add(x, x.relu(), alpha=2), r"uses add with alpha in "),
-        (lambda x: x.add(x.relu(), alpha=0.5), r"uses add with alpha in "),
-        (lambda x: torch.cat([x, x], 1), r"uses concatenation of a tensor with itself in "),
-        (lambda x: torch.cat([x, x.relu()], 2), r"uses concatenation along another axis than the channels in "),
-        (lambda x: torch.cat([x, x.relu()]), r"uses concatenation along another axis than the channels in "),
-        (lambda x: x * x.size(1), r"uses mul with a constant or of"),
-        (lambda x: F.avg_pool2d(x, x.size(3)), r"uses avg_pool with a size that is computed; nn\.AdaptiveAvgPool2d"),
-        (lambda x: x.view(x.size(0), 4, -1), r"uses reshape to \(4, 128\) in "),
-        (lambda x: x.split(4, 1)[0], r"uses split in "),
-        (lambda x: x.mean(1), r"uses mean over 1 in "),
-        (lambda x: x.mean(), r"uses mean over None in "),
-        (lambda x: x.view(-1, 4, 128), r"uses reshape to \(4, 128\) in "),
-        (lambda x: torch.flatten(x), r"uses reshape to \(\) in "),
-        (lambda x: F.max_pool2d(x, 2, dilation=2), r"uses max_pool with dilation 2 in "),
-        (lambda x: F.avg_pool2d(x, 2, divisor_override=3), r"uses avg_pool with divisor_override 3 in "),
-        (lambda x: F.gelu(x, approximate="tanh"), r"uses gelu with approximate 'tanh' in "),
-    ],
-)  # fmt: skip
-def test_a_function_that_cannot_be_exported_is_named(then: Forward, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        lower(trace(network(then), images(1)))
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale
-
-
-def test_a_parameter_of_the_users_own_is_named() -> None:
-    with pytest.raises(InputError, match=r"^The model uses 1\.scale in "):
-        lower(trace(nn.Sequential(nn.Conv2d(3, 8, 3), Scaled()), images(1)))
-
-
-@pytest.mark.parametrize(
-    ("then", "kind"),
-    [(lambda x: (x, x), "tuple"), (lambda x: [x], "list"), (lambda x: {"logits": x}, "dict")],
-)
-def test_a_model_that_returns_more_than_a_tensor_is_refused(then: Forward, kind: str) -> None:
-    with pytest.raises(InputError, match=rf"^The model must return one tensor, but it returns a {kind}; wrap it"):
-        lower(trace(network(then), images(1)))
-
-
-# What is known
-
-
-class Excited(nn.Module):
-    """Squeeze and excitation: channels multiplied by a gate of shape (c, 1, 1)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.squeeze = nn.AdaptiveAvgPool2d(1)
-        self.gate = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1), nn.Hardsigmoid())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.squeeze(x))
-
-
-class Branches(nn.Module):
-    """Two convolutions side by side."""
-
-    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.left, self.right = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 3, padding=1)
-        self.join = join
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.join(self.left(x), self.right(x))
-
-
-MODULES: list[tuple[str, Callable[[], nn.Module]]] = [
-    ("relu", nn.ReLU),
-    ("relu6", lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU6())),
-    ("hardswish", nn.Hardswish),
-    ("hardsigmoid", nn.Hardsigmoid),
-    ("silu", nn.SiLU),
-    ("gelu", nn.GELU),
-    ("sigmoid", nn.Sigmoid),
-    ("max_pool", lambda: nn.MaxPool2d(3, 2, 1)),
-    ("max_pool", lambda: nn.MaxPool2d((3, 2), ceil_mode=True)),
-    ("avg_pool", lambda: nn.AvgPool2d(2)),
-    ("avg_pool", lambda: nn.AvgPool2d(3, 2, 1)),
-    ("avg_pool", lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
-    ("avg_pool", lambda: nn.AvgPool2d(3, 2, ceil_mode=True)),
-    ("avg_pool", lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True)),
-    ("avg_pool", lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)),
-    ("avg_pool", lambda: nn.AdaptiveAvgPool2d((2, 4))),
-    ("global_pool", lambda: nn.AdaptiveAvgPool2d(1)),
-    ("flatten", nn.Flatten),
-    ("batch_norm", lambda: nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))),
-    ("batch_norm", lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, affine=False, eps=0.1))),
-    ("conv", lambda: nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)),
-    ("conv", lambda: nn.Conv2d(8, 16, 3, groups=8, bias=False)),
-    ("conv", lambda: nn.Conv2d(8, 12, 3, groups=4)),
-    ("conv", lambda: nn.Conv2d(8, 6, (3, 1), stride=(1, 2), padding=(0, 1), dilation=(2, 1))),
-    ("conv", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8, affine=False), nn.ReLU6())),
-    ("linear", lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(512, 7, bias=False))),
-    ("add", lambda: Branches(torch.add)),
-    ("mul", lambda: Branches(torch.mul)),
-    ("cat", lambda: Branches(lambda a, b: torch.cat([b, a, torch.relu(b)], dim=1))),
-    ("mul", Excited),
-]
-
-
-@pytest.mark.parametrize(("kind", "make"), MODULES)
-def test_a_module_means_the_same_in_onnx(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), make()))
-    inputs = 4 * images(3)
-
-    assert kind in kinds(model, inputs)
-    check(model, inputs, tmp_path)
-
-
-FUNCTIONS: list[tuple[str, Forward]] = [
-    ("relu", F.relu),
-    ("relu", lambda x: x.relu()),
-    ("relu6", F.relu6),
-    ("hardswish", F.hardswish),
-    ("hardsigmoid", F.hardsigmoid),
-    ("silu", F.silu),
-    ("gelu", F.gelu),
-    ("sigmoid", torch.sigmoid),
-    ("sigmoid", lambda x: x.sigmoid()),
-    ("max_pool", lambda x: F.max_pool2d(x, 2)),
-    ("max_pool", lambda x: F.max_pool2d(x, kernel_size=3, stride=2, padding=1)),
-    ("max_pool", lambda x: F.max_pool2d(x, 3, 2, ceil_mode=True)),
-    ("avg_pool", lambda x: F.avg_pool2d(x, (2, 1))),
-    ("avg_pool", lambda x: F.avg_pool2d(x, 3, stride=2, padding=1)),
-    ("avg_pool", lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)),
-    ("avg_pool", lambda x: F.adaptive_avg_pool2d(x, 2)),
-    ("global_pool", lambda x: F.adaptive_avg_pool2d(x, 1)),
-    ("global_pool", lambda x: x.mean([2, 3])),
-    ("global_pool", lambda x: x.mean(dim=(-1, -2), keepdim=True)),
-    ("global_pool", lambda x: torch.mean(x, (2, 3), True)),
-    ("flatten", lambda x: torch.flatten(x, 1)),
-    ("flatten", lambda x: x.flatten(1)),
-    ("flatten", lambda x: x.view(-1, 512)),
-    ("flatten", lambda x: x.reshape(-1, 512)),
-    ("flatten", lambda x: x.view(x.size(0), -1)),
-    ("flatten", lambda x: torch.flatten(x.view(x.shape[0], -1), 1)),
-    ("add", lambda x: x + F.relu(x)),
-    ("add", lambda x: x.add(F.relu(x))),
-    ("mul", lambda x: x * torch.sigmoid(x)),
-    ("cat", lambda x: torch.cat((x, F.relu(x)), dim=-3)),
-    ("conv", lambda x: F.dropout(x, 0.5, training=False)),
-    ("conv", lambda x: F.adaptive_avg_pool2d(x, 8).contiguous()),
-]
-
-
-@pytest.mark.parametrize(("kind", "then"), FUNCTIONS)
-def test_a_function_means_the_same_in_onnx(kind: str, then: Forward, tmp_path: Path) -> None:
-    model = network(then)
-    inputs = 4 * images(3)
-
-    assert kind in kinds(model, inputs)
-    check(model, inputs, tmp_path)
-
-
-def test_every_kind_of_operation_was_compared() -> None:
-    assert {kind for kind, _ in [*MODULES, *FUNCTIONS]} | {"input"} == KINDS
+    return [op.kind for op in lowered(model, inputs)[0]]
 
 
 class Around(nn.Module):
@@ -289,75 +38,200 @@ class Around(nn.Module):
         return self.inner(x) + x
 
 
-def test_a_batch_norm_that_another_reader_bypasses_is_not_folded(tmp_path: Path) -> None:
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Around(nn.BatchNorm2d(8))))
-
-    assert kinds(model, images(1)) == ["input", "conv", "batch_norm", "add"]
-    check(model, images(3), tmp_path)
+# Batch norms
 
 
-def test_a_batch_norm_behind_a_convolution_is_folded_into_it() -> None:
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
-
-    ops, output = lower(trace(model, images(1)))
+def test_a_batch_norm_behind_a_convolution_belongs_to_it() -> None:
+    ops, output = lowered(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())), images(1))
 
     assert [(op.kind, op.module, op.norm) for op in ops] == [
-        ("input", None, None), ("conv", "0", "1"), ("relu", None if ops[2].module is None else "2", None),
+        ("input", None, None), ("conv", "0", "1"), ("relu", None, None),
     ]  # fmt: skip
-    assert output == ops[-1].name
+    assert ops[1].params == {
+        "weight": "0.weight", "bias": "0.bias", "norm_weight": "1.weight", "norm_bias": "1.bias",
+        "norm_running_mean": "1.running_mean", "norm_running_var": "1.running_var",
+    }  # fmt: skip
+    assert output == ops[-1].name == "relu"
 
 
-def test_stochastic_depth_is_nothing_at_inference() -> None:
-    from torchvision.ops import StochasticDepth
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Around(nn.BatchNorm2d(8))),  # another reader bypasses it
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)),
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8)),
+    ],
+)
+def test_any_other_batch_norm_is_an_operation_of_its_own(make: Callable[[], nn.Module]) -> None:
+    ops, _ = lowered(seeded(make), images(1))
 
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), StochasticDepth(0.5, "row"), nn.ReLU()))
+    assert "batch_norm" in [op.kind for op in ops]
+    assert all(op.norm is None for op in ops)
+
+
+def test_of_two_batch_norms_in_a_row_the_second_stands_alone() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)))
+
+    assert kinds(model, images(1)) == ["input", "conv", "batch_norm"]
+
+
+# What is nothing at inference
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [nn.Dropout(), nn.Dropout2d(), nn.Identity(), StochasticDepth(0.5, "row")],
+)
+def test_what_does_nothing_at_inference_is_no_operation(nothing: nn.Module) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nothing, nn.ReLU()))
 
     assert kinds(model, images(1)) == ["input", "conv", "relu"]
 
 
-def test_a_layer_that_is_used_twice_computes_the_same_both_times(tmp_path: Path) -> None:
-    conv = nn.Conv2d(8, 8, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.ReLU(), conv, nn.ReLU()).eval()
-
-    check(model, images(3), tmp_path)
+class Idle(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(F.adaptive_avg_pool2d(x, x.shape[-2:]).contiguous().clone().float()[:, :], (0, 0)).reshape(x.shape)
 
 
-def test_an_unknown_model_is_refused_at_inspection() -> None:
-    with pytest.raises(InputError, match=r"^The model uses Tanh in 1, which nightpress cannot export yet"):
-        inspect(task_of(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh())))
+def test_what_changes_nothing_here_is_no_operation() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Idle(), nn.ReLU()))
+
+    assert kinds(model, images(1)) == ["input", "conv", "relu"]
 
 
-def test_what_cannot_be_pruned_is_left_out_with_a_reason_and_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 36, 3), nn.Conv2d(36, 36, 3, groups=9), nn.Conv2d(36, 4, 3), nn.Flatten())
+def test_what_nobody_reads_is_no_operation() -> None:
+    ops, _ = lowered(seeded(lambda: Between(Shrunk(), width=16)), images(1))
 
-    anatomy, _ = inspect(task_of(model))
-
-    reasons = {item.name: item.reason for item in anatomy.left_out}
-    assert reasons["2"] == "4 channels are fewer than two steps of 4"
-    assert not [reason for reason in reasons.values() if "ShapeProp" in reason or "\n" in reason]
-    assert anatomy.groups == ()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_a_fixed_batch_is_written_into_the_file() -> None:
-    made = compressor_of(task_of(network(F.relu)))
-    module, planned = made.apply(Policy(model=made.anatomy.digest))
-
-    written = onnx.load_from_string(build_onnx(planned, bake(module, planned), batch=4))
-
-    shapes = [
-        [d.dim_value for d in value.type.tensor_type.shape.dim]
-        for value in (*written.graph.input, *written.graph.output)
-    ]
-    assert shapes == [[4, 3, 8, 8], [4, 8, 8, 8]]
+    # The shortcut's strided slices went into the convolution that stands for it.
+    assert "slice" not in {op.kind for op in ops}
+    assert "pad" not in {op.kind for op in ops}
+    [shortcut] = [op for op in ops if op.module == "inner.as_conv"]
+    assert shortcut.attrs["stride"] == (2, 2)
+    assert shortcut.inputs == ("relu",)
 
 
-def test_tracing_does_not_change_the_weights() -> None:
-    model = network(F.relu)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+# Names
 
-    traced = trace(model, images(1))
 
-    assert isinstance(traced, fx.GraphModule)
-    assert all(torch.equal(before[name], value) for name, value in traced.state_dict().items())
-    assert plan(inspect(task_of(model))[0], Policy(model="")).macs == 64 * 8 * 27
+class Named(nn.Module):
+    """Modules and arguments with names that Python or a graph would not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter, self.relu = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.parts = nn.ModuleList([nn.Conv2d(8, 5, 3)])
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name is the point
+        return self.parts[0](F.relu(self.relu(F.relu(self.filter(input)))))
+
+
+def test_every_node_of_the_rebuilt_graph_has_its_operations_name() -> None:
+    for make, inputs in ((Named, images(2)), (Vision, images(2)), (lambda: Between(Windowed()), images(2))):
+        made = compressor_of(task_of(seeded(make), inputs))
+        bits = {layer.name: INT8 for layer in made.anatomy.layers}
+
+        module, planned = made.apply(Policy(model=made.anatomy.digest, bits=bits))
+
+        names = [op.op.name for op in planned.ops]
+        assert len(set(names)) == len(names)
+        assert set(names) <= {node.name for node in module.graph.nodes}
+        assert all(name.isidentifier() for name in names)
+
+
+def test_operations_are_named_after_layers_and_functions() -> None:
+    ops, _ = lowered(seeded(Named), images(1))
+
+    assert [op.name for op in ops] == ["op_input", "op_filter", "relu", "relu_1", "relu_1_1", "parts_0"]
+    assert [op.module for op in ops if op.module] == ["filter", "relu", "parts.0"]
+
+
+def test_a_layers_state_has_the_names_of_a_layer() -> None:
+    captured = capture(nn.Sequential(nn.Linear(8, 8), Attending()).eval(), tokens(1))
+    ops, _ = lower(captured)
+
+    fused = next(op for op in ops if op.module == "1.mha.in_proj")
+    assert fused.params == {"weight": "1.mha.in_proj.weight", "bias": "1.mha.in_proj.bias"}
+    assert captured.renamed["1.mha.in_proj.weight"] == "1.mha.in_proj_weight"
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mha(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "module"),
+    [
+        ("a.b.weight", "a.b"), ("a.in_proj_weight", "a.in_proj"), ("weight", "weight"), ("w", "w"),
+        ("bn.running_mean", "bn"), ("constant.lift_1", "lift_1"), ("a.kernel", "a.kernel"),
+    ],
+)  # fmt: skip
+def test_the_layer_of_an_entry(entry: str, module: str) -> None:
+    assert module_of(entry) == module
+
+
+# Shapes
+
+
+def test_shapes_are_those_of_one_example() -> None:
+    ops, _ = lowered(seeded(lambda: Between(Windowed())), images(1))
+
+    shapes = {op.name: (op.shape, op.batch_axis) for op in ops}
+    assert shapes["x"] == ((1, 3, 8, 8), 0)
+    assert shapes["inner_qkv"] == ((4, 16, 24), 0)  # four windows
+    permuted = next(op for op in ops if op.kind == "permute" and len(op.shape) == 5 and op.shape[0] == 3)
+    assert (permuted.shape, permuted.batch_axis) == ((3, 4, 4, 16, 2), 1)
+
+
+def test_a_parameter_of_the_models_own_has_no_batch() -> None:
+    ops, _ = lowered(seeded(Vision), images(1))
+
+    params = {op.params["value"]: (op.shape, op.batch_axis) for op in ops if op.kind == "param"}
+    assert params == {"cls": ((1, 1, 8), None), "positions": ((1, 5, 8), None)}
+
+
+def test_work_is_counted_from_the_shapes_of_one_example() -> None:
+    made = compressor_of(task_of(seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten())), images(2)))
+
+    assert plan(made.anatomy, Policy(model="")).macs == made.anatomy.macs == 64 * 8 * 27
+
+
+@pytest.mark.parametrize(("given", "expected"), [(3, (3, 3)), ((1, 2), (1, 2)), ([4], (4, 4))])
+def test_a_number_counts_for_both_axes(given: object, expected: tuple[int, int]) -> None:
+    assert pair(given) == expected
+
+
+def test_the_bounds_of_a_clip_may_be_open() -> None:
+    class Clipped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(min=-1).clamp(max=2).clamp(-1, 2)
+
+    ops, _ = lowered(nn.Sequential(nn.Conv2d(3, 8, 3), Clipped()).eval(), images(1))
+
+    assert [(op.attrs["low"], op.attrs["high"]) for op in ops if op.kind == "clip"] == [
+        (-1, math.inf), (-math.inf, 2), (-1, 2),
+    ]  # fmt: skip
+
+
+def test_a_hardtanh_from_0_to_6_is_a_relu6() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0, 6), nn.Hardtanh(0, 5)).eval()
+
+    assert kinds(model, images(1)) == ["input", "conv", "relu6", "clip"]
+
+
+def test_lowering_leaves_the_model_as_it_is() -> None:
+    model = seeded(Vision)
+    before = task_digest(model)
+
+    captured = capture(model, images(1))
+    lower(captured)
+
+    assert task_digest(model) == before
+    with torch.no_grad():
+        for value in captured.state.values():
+            value.fill_(7)
+    assert task_digest(model) == before  # what was captured is a copy
