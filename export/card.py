@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..search.records import RunRecord, TrialRecord, Verified
+from ..spaces.policy import Distill
 
 _CARD = """# {title}
 
@@ -102,9 +103,9 @@ def _original(run: RunRecord) -> str:
 
 
 def _distill(settings: dict[str, Any]) -> str:
-    if settings["method"] == "none":
-        return "none"
-    return f"{settings['method']}, α {settings['alpha']}, T {settings['temperature']} ({settings['schedule']})"
+    told = Distill(**settings)
+    logits = f", α {told.alpha}, T {told.temperature} ({told.schedule})" if told.logit else ""
+    return told.method + logits + (f", β {told.feature_weight}" if told.inner else "")
 
 
 def _approval(entry: Any) -> str:

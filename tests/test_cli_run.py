@@ -227,7 +227,7 @@ def test_an_export_is_whole(exported: tuple[Path, dict[str, Any]], night: tiny.N
     assert (manifest["policy"], data["accuracy"]) == (chosen["digest"], chosen["accuracy"])
     policy = (out / "policy.json").read_text()
     assert digest(policy_from_json(policy, "policy.json")) == chosen["digest"]
-    assert json.loads(policy)["schema"] == 1
+    assert json.loads(policy)["schema"] == 2
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
