@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 BLUE = "#3f7ae0"
 AMBER = "#d98324"
-RED = "#d4485e"
-GREEN = "#2f9e74"
+RED = "#c9364f"
+GREEN = "#009e73"
 GREY = "#8b95a7"
 PALE_GREY = "rgba(139, 149, 167, 0.35)"
 PALE_RED = "rgba(212, 72, 94, 0.09)"
