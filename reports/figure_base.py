@@ -24,8 +24,10 @@ LOG_FROM = 5.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
 MOST_TICKS = 9
+MOST_DOTS = 1000
+"""Trials in a picture, which more would only blacken."""
 MOST_TRIALS = 2500
-"""Trials that the report shows one by one; all are in the tables beside it."""
+"""Trials that can be looked at one by one; all are in the tables beside the report."""
 
 
 class Panel(NamedTuple):

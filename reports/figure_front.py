@@ -9,7 +9,7 @@ from ..search.records import RunRecord, TrialRecord, TrialState
 from .figure_base import (
     GREY,
     LOG_FROM,
-    MOST_TRIALS,
+    MOST_DOTS,
     PALE_GREY,
     PALE_RED,
     RED,
@@ -75,7 +75,7 @@ def front_info(run: RunRecord) -> FrontInfo:
     allowed = limits(run)
     dots = tuple(
         dot
-        for trial in most_interesting(run, MOST_TRIALS)
+        for trial in most_interesting(run, MOST_DOTS)
         if trial.state is TrialState.COMPLETE or trial.verified
         if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
     )
@@ -93,7 +93,7 @@ def front_info(run: RunRecord) -> FrontInfo:
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
         logarithmic=logarithmic,
         outside=len(dots) - len(shown),
-        left_out=max(0, len(run.trials) - MOST_TRIALS),
+        left_out=max(0, len(run.trials) - MOST_DOTS),
     )
 
 
@@ -204,7 +204,7 @@ def front_text(info: FrontInfo) -> str:
     if info.outside:
         said.append(f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all).")
     if info.left_out:
-        said.append(f"{counted(info.left_out, 'trial')} more: in trials.csv.")
+        said.append(f"{counted(info.left_out, 'trial')} more are not drawn.")
     return " ".join(said)
 
 

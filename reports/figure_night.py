@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search.records import RunRecord
 from .figure_base import AMBER, BLUE, GREEN, GREY, PALE_GREY, RED, blank, no_markup
-from .front import HypervolumeStep, baseline_level, hypervolume_over_time, started
+from .front import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain, started
 from .text import counted, digits, duration, local_time, percent, seconds_since_epoch
-from .verdict import NOISY
+from .verdict import NOISY, STILL_GROWING
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,14 +39,11 @@ def hypervolume_text(info: HypervolumeInfo) -> str:
             if passed is not None
             else f"It never passed the uniform baselines ({percent(info.baselines)})."
         )
-    begin = info.steps[0].seconds
-    quarter = begin + 0.75 * (last.seconds - begin)
-    before = max((s.hypervolume for s in info.steps if s.seconds <= quarter), default=0.0)
-    if len(info.steps) >= 8 and last.hypervolume > 0:
-        gain = (last.hypervolume - before) / last.hypervolume
+    gain = late_gain(info.steps)
+    if gain is not None:
         said.append(
             f"The last quarter of the time still added {percent(gain)}: a longer night would pay."
-            if gain > 0.01
+            if gain > STILL_GROWING
             else "The last quarter of the time added next to nothing."
         )
     return " ".join(said)

@@ -11,9 +11,16 @@ from .text import counted, percent
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-MOST_PARAMETERS = 15
+MOST_PARAMETERS = 12
 RUNG_WORDS = {Rung.BN: "batch-norm re-estimation", Rung.SHORT: "short fine-tune", Rung.LONG: "long fine-tune"}
-ENDS = {"went on": BLUE, "known already": GREY, "beyond the limits": GREY, "stopped": AMBER, "failed": RED, "struck out": RED}
+ENDS = {
+    "went on": BLUE,
+    "known already": GREY,
+    "beyond the limits": GREY,
+    "stopped": AMBER,
+    "failed": RED,
+    "struck out": RED,
+}
 
 
 class Stage(NamedTuple):
@@ -109,7 +116,7 @@ def rungs_figure(info: RungsInfo) -> "Figure":
                 hovertemplate="%{y}: %{x} " + end + "<extra></extra>",
             )
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_layout(barmode="stack", bargap=0.35)
+    figure.update_layout(barmode="stack", bargap=0.35, legend={"traceorder": "normal"})
     return figure
 
 

@@ -29,7 +29,7 @@ class StaircaseInfo(NamedTuple):
 
 
 def staircase_info(run: RunRecord) -> StaircaseInfo:
-    """Stairs from ``staircases`` of the target: ``[{name, points: [{channels, latency_ms}]}]``, measured points only."""
+    """Stairs from ``staircases`` of the target: ``[{name, points: [{channels, latency_ms}]}]``, measured alone."""
     known: object = (run.target or {}).get("staircases")
     if not isinstance(known, list):
         return StaircaseInfo(())

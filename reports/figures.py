@@ -21,25 +21,27 @@ from .figure_staircase import staircase_figure, staircase_info, staircase_text
 from .importances import importances
 
 HOW = {
-    "front": "Up and to the left is better. Filled: exported and measured again in the target's runtime. Hollow: as the "
-    "search saw it, on its own split, with the 90 % interval of a predicted latency. Diamonds: baselines. Crosses: "
-    "struck out by verification (hover for the reason). Shaded: beyond the limits. The line joins what nothing beats in "
-    "both values; a point off the line may stand on the front by the third one.",
-    "hypervolume": "How much of the space between the reference point and a perfect, free model is dominated by what was "
-    "found so far. A flat end means that more time would hardly have helped.",
-    "rungs": "Each bar is a stage of the search; a trial goes on only when even a hopeful guess of its end is not "
-    "dominated, so that time goes to those that may matter.",
-    "latency": "On the diagonal the prediction is right; the band is ± 10 %. Models that were held out and trials of "
-    "this night are the honest test, since the predictor had not seen them.",
+    "front": "Up and to the left is better. Filled: exported and measured again in the target's runtime. Hollow: "
+    "as the search saw it, on its own split, with the 90 % interval of a predicted latency. Diamonds: "
+    "baselines. Crosses: struck out by verification (hover for the reason). Shaded: beyond the limits. "
+    "The line joins what nothing beats in both values; a point off the line may stand on the front by "
+    "the third one.",
+    "hypervolume": "How much of the space between the reference point and a perfect, free model is dominated by what "
+    "was found so far. A flat end means that more time would hardly have helped.",
+    "rungs": "Each bar is a stage of the search; a trial goes on only when even a hopeful guess of its end is "
+    "not dominated, so that time goes to those that may matter.",
+    "latency": "On the diagonal the prediction is right; the band is ± 10 %. Models that were held out and trials "
+    "of this night are the honest test, since the predictor had not seen them.",
     "sensitivity": "Darker hurts more: the mean divergence of the outputs (nats) when this part alone is compressed, "
     "before any fine-tune. From top to bottom as in the network.",
     "staircase": "Where the line is flat, fewer channels save no time on this device.",
     "importances": "PED-ANOVA: how differently the best tenth of the trials chose a value than all trials did. It says "
     "where to look, not in which direction to go.",
-    "noise": "The same uncompressed model, measured over and over: what it wanders by is the machine's doing. Red points "
-    "did not repeat.",
+    "noise": "The same uncompressed model, measured over and over: what it wanders by is the machine's doing. "
+    "Red points did not repeat.",
     "seconds": "What each phase took beside what was planned for it.",
 }
+"""How to read each picture, in plain words."""
 
 
 def panels(run: RunRecord) -> list[Panel]:

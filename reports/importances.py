@@ -67,17 +67,12 @@ def _counts(trial: TrialRecord) -> bool:
 
 
 def _by_front(points: Sequence[Point]) -> list[int]:
-    """Indices by non-domination rank; within a rank by the distance to the ideal point."""
+    """Indices by how many others dominate a point (Fonseca and Fleming 1993), then by the distance to the ideal."""
     losses = pareto.as_losses([p.losses for p in points])
     low, high = losses.min(axis=0), losses.max(axis=0)
     distance = (((losses - low) / np.where(high > low, high - low, 1.0)) ** 2).sum(axis=1)
-    order: list[int] = []
-    left = list(range(len(points)))
-    while left:
-        rank = [left[i] for i in pareto.non_dominated(losses[left])] or left
-        order += sorted(rank, key=lambda i: float(distance[i]))
-        left = [i for i in left if i not in set(rank)]
-    return order
+    dominators = [int(((losses <= one).all(axis=1) & (losses < one).any(axis=1)).sum()) for one in losses]
+    return sorted(range(len(points)), key=lambda i: (dominators[i], float(distance[i])))
 
 
 def _by_accuracy(points: Sequence[Point]) -> list[int]:

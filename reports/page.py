@@ -11,8 +11,15 @@ from .figure_base import PALE_RED, SIZES, Panel
 from .figure_front import across_axes, front_info
 from .front import breaches, front, limits, picked, point, shrinkage, speedup, uncompressed, verified_any
 from .text import UNKNOWN, accuracy, counted, cut, digits, local_time, milliseconds, plain, size, times, title
-from .verdict import doubts, findings, finished
+from .verdict import answer, doubts, drop_points, finished
 
+WHY = {
+    "best": "the fastest within the limits",
+    "fastest": "the fastest within the limits",
+    "knee": "the best balance of the three",
+    "most accurate": "the most accurate within the limits",
+}
+"""What each pick's name means."""
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
@@ -23,7 +30,9 @@ class TableRow(NamedTuple):
     trial: int
     name: str
     labels: str
+    why: str
     accuracy: str
+    drop: str
     latency: str
     interval: str
     ratio: str
@@ -46,10 +55,10 @@ def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """What the template prints without the script."""
     best, chosen = front(run), picked(run)
     on_front = {trial.number for trial in best}
-    labels = {trial.number: ", ".join(names) for trial, names in chosen}
+    labels = {trial.number: names for trial, names in chosen}
 
     def rows(trials: Sequence[TrialRecord]) -> list[TableRow]:
-        return [table_row(run, t, labels.get(t.number, ""), t.number in on_front) for t in trials]
+        return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
 
     return {
         "name": run.path.name or str(run.path),
@@ -57,7 +66,7 @@ def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "unknown": UNKNOWN,
         "state": str(run.state.get("state") or "unknown"),
         "finished": finished(run),
-        "findings": findings(run),
+        "answer": answer(run),
         "doubts": doubts(run),
         "picks": rows([trial for trial, _ in chosen]),
         "front_rows": rows(best),
@@ -100,7 +109,7 @@ def facts(run: RunRecord) -> list[str]:
     return [*said, counted(len(run.trials), "trial")]
 
 
-def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -> TableRow:
+def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
     """A trial in words; what is not known is a dash."""
     found, values = point(trial), row(trial)
     struck = trial.verified.struck_out if trial.verified else None
@@ -112,8 +121,10 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
     return TableRow(
         trial=trial.number,
         name=title(trial),
-        labels=labels,
+        labels=", ".join(labels),
+        why="; ".join(WHY[label] for label in labels),
         accuracy=accuracy(values["accuracy"], values["accuracy_se"]),
+        drop=_signed(drop_points(run, trial)),
         latency=milliseconds(values["latency_ms"]),
         interval=_interval(values["low_ms"], values["high_ms"]),
         ratio=times(speedup(run, trial)),
@@ -123,6 +134,10 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
         on_front=on_front,
         note=note,
     )
+
+
+def _signed(points: float | None) -> str:
+    return "" if points is None else f"{'−' if points < 0 else '+'}{abs(points):.1f} points"
 
 
 def _interval(low_ms: float | None, high_ms: float | None) -> str:
@@ -207,8 +222,8 @@ def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "labels": {str(trial.number): names for trial, names in chosen},
         "origin": plain({key: value for key, value in row(origin).items() if key != "policy"}) if origin else None,
         "anatomy": plain(anatomy(run)),
-        "layers": rounded(plain(layer_costs(run))),
-        "sensitivity": {key: rounded(plain((run.sensitivity or {}).get(key) or {})) for key in ("groups", "bits")},
+        "layers": rounded(layer_costs(run)),
+        "sensitivity": {key: rounded((run.sensitivity or {}).get(key) or {}) for key in ("groups", "bits")},
         "trials": trials.cards,
         "packed": trials.columns,
         "reviews": [plain(entry) for entry in run.approvals],
