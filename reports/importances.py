@@ -97,7 +97,7 @@ def _columns(policies: Sequence[Mapping[str, Any]]) -> dict[str, Array]:
     for name in dict.fromkeys(name for one in flat for name in one):
         missing = ABSENT.get(name.split(":", 1)[0], "absent")
         values = [one.get(name, missing) for one in flat]
-        if len({repr(value) for value in values}) > 1:
+        if len(set(values)) > 1:
             columns[name] = _cells(values)
     return columns
 

@@ -20,18 +20,20 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
     interval; sizes are exact. Only points that are not dominated now are drawn, so a hidden point that chance holds
     down is not counted: the error is a little too small.
     """
-    corner = reference(run)
-    return {name: _error(run, pairs, corner) for name, pairs in sides(run)._asdict().items()}
+    corner, allowed = reference(run), limits(run)
+    return {
+        name: hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner)
+        for name, pairs in sides(run)._asdict().items()
+    }
 
 
-def _error(run: RunRecord, pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses | None) -> float | None:
-    allowed = limits(run)
-    inside = [pair for pair in pairs if not breaches(allowed, pair[1])]
-    if corner is None or not inside:
+def hypervolume_error(pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses | None) -> float | None:
+    """Standard error of the relative hypervolume of these points; None without a point or a reference."""
+    if corner is None or not pairs:
         return None
-    losses = pareto.as_losses([found.losses for _, found in inside])
+    losses = pareto.as_losses([found.losses for _, found in pairs])
     kept = pareto.non_dominated(losses)
-    spread = np.array([_spread(inside[i][0]) for i in kept])
+    spread = np.array([_spread(pairs[i][0]) for i in kept])
     draws = np.random.default_rng(0).normal(size=(DRAWS, len(kept), 2)) * spread
     values: list[float] = []
     for moved in draws:
