@@ -54,12 +54,7 @@ class Unfinished(NamedTuple):
 def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """What the template prints without the script."""
     best, chosen = front(run), picked(run)
-    on_front = {trial.number for trial in best}
-    labels = {trial.number: names for trial, names in chosen}
-
-    def rows(trials: Sequence[TrialRecord]) -> list[TableRow]:
-        return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
-
+    baselines = [trial for trial in run.trials if trial.role == "baseline"]
     return {
         "name": run.path.name or str(run.path),
         "facts": facts(run),
@@ -68,9 +63,9 @@ def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "finished": finished(run),
         "answer": answer(run),
         "doubts": doubts(run),
-        "picks": rows([trial for trial, _ in chosen]),
-        "front_rows": rows(best),
-        "baseline_rows": rows([trial for trial in run.trials if trial.role == "baseline"]),
+        "picks": rows_of(run, [trial for trial, _ in chosen]),
+        "front_rows": rows_of(run, best),
+        "baseline_rows": rows_of(run, baselines),
         "panels": panels,
         "limits": _limit_fields(run),
         "has_macs": all(t.macs for t in run.trials if t.quality is not None),
@@ -107,6 +102,13 @@ def facts(run: RunRecord) -> list[str]:
     if run.state.get("started"):
         said.append(f"started {local_time(run.state['started'])}")
     return [*said, counted(len(run.trials), "trial")]
+
+
+def rows_of(run: RunRecord, trials: Sequence[TrialRecord]) -> list[TableRow]:
+    """Trials as lines of a table."""
+    on_front = {trial.number for trial in front(run)}
+    labels = {trial.number: names for trial, names in picked(run)}
+    return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
 
 
 def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
