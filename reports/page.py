@@ -134,7 +134,7 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_fron
         size_ratio=times(shrinkage(run, trial)),
         measured=bool(values["measured"]),
         on_front=on_front,
-        note=note,
+        note=cut(note),
     )
 
 
@@ -159,10 +159,10 @@ def decision_row(entry: Mapping[str, Any]) -> dict[str, str]:
     else:
         words = "" if evidence is None else _short(evidence)
     return {
-        "time": local_time(entry.get("time")),
-        "phase": str(entry.get("phase") or ""),
-        "decision": _short(entry.get("decision") or ""),
-        "reason": str(entry.get("reason") or ""),
+        "time": cut(local_time(entry.get("time"))),
+        "phase": cut(str(entry.get("phase") or "")),
+        "decision": cut(_short(entry.get("decision") or "")),
+        "reason": cut(str(entry.get("reason") or "")),
         "evidence": words,
     }
 
