@@ -122,7 +122,8 @@ class RunRecord:
     ``state``: state, phase, started, deadline (ISO 8601 with zone), seconds{phase}, pid, host, reference
     (hypervolume reference point), ``config`` as resolved; ``target`` the calibration's public figures and
     its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` dicts with
-    trial, digest, note, who, time.
+    trial, digest, note, who, time; ``layers`` by trial number: ``layers{name: {ms, bytes}}`` and ``other_ms``,
+    as the runtime's profiler saw the exported file.
     """
 
     path: Path
@@ -134,6 +135,7 @@ class RunRecord:
     sensitivity: Mapping[str, Any] | None
     approvals: tuple[Mapping[str, Any], ...] = ()
     unreadable: tuple[str, ...] = field(default=())
+    layers: Mapping[str, Any] | None = None
 
 
 def row(trial: TrialRecord) -> dict[str, Any]:
