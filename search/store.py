@@ -6,6 +6,7 @@ attribute of the study, because Optuna closes finished trials.
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ STUDY = "nightpress"
 SCHEMA = 1
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
+_WORD = "word:"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
@@ -106,11 +108,15 @@ class Store:
     def remeasure(self, number: int, latency: Latency) -> None:
         self.study.set_user_attr(f"measured:{number}", asdict(latency))
 
-    def approve(self, approval: Mapping[str, Any]) -> None:
-        self.study.set_user_attr("approvals", [*self.approvals(), dict(approval)])
+    def approve(self, entry: Mapping[str, Any]) -> None:
+        """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
+        self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
-        return tuple(self.study.user_attrs.get("approvals", []))
+        """All words that people have given, in order; those of the first version stood in one list."""
+        attrs = self.study.user_attrs
+        words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
+        return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
     def trial(self, number: int) -> TrialRecord:
         return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
@@ -184,9 +190,9 @@ def read_trials(run: Path, url: str | None) -> tuple[tuple[TrialRecord, ...], tu
     return store.trials(), store.approvals()
 
 
-def approve_trial(run: Path, approval: Mapping[str, Any], url: str | None = None) -> None:
-    """Add a person's approval to the run's record."""
-    Store(open_storage(run, url)).approve(approval)
+def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None) -> None:
+    """Add a person's word on a trial to the run's record."""
+    Store(open_storage(run, url)).approve(entry)
 
 
 def policy_of(record: TrialRecord) -> Policy:
