@@ -26,7 +26,7 @@ from .origin import Origin, origin_of
 from .recipe import FINETUNE, recipe_text
 from .reference import light_reference
 from .triton import config_pbtxt
-from .versions import opset_of, probe_outputs, restamp
+from .versions import needs_options, opset_of, probe_outputs, restamp
 
 log = logging.getLogger("nightpress")
 POLICY, RUNTIME, MANIFEST = "policy.json", verify.RUNTIME, verify.MANIFEST
@@ -115,8 +115,10 @@ def write_files(origin: Origin, verified: Verified, folder: Path, options: Optio
     if (folder / REFERENCE).is_file():
         (folder / REFERENCE).write_bytes(light_reference(onnx.load(str(folder / REFERENCE))))
     _write(folder / POLICY, {**origin.policy, "digests": dict(origin.digests)})
-    _write(folder / RUNTIME, _runtime(origin, model))
-    (folder / "config.pbtxt").write_text(config_pbtxt(model, origin, verified.latency.latency_ms))
+    needed = needs_options(folder / MODEL, origin.target)
+    _write(folder / RUNTIME, {**_runtime(origin, model), "needs_disabled_optimizers": needed})
+    triton = config_pbtxt(model, origin, verified.latency.latency_ms, needs_options=needed)
+    (folder / "config.pbtxt").write_text(triton)
     (folder / FINETUNE).write_text(recipe_text(origin))
     (folder / "card.md").write_text(card(origin, verified, measured, version("nightpress")))
     (folder / "LICENSES.txt").write_text(licences_text(_openvino(origin, folder, options)))

@@ -20,11 +20,12 @@ _TYPES: dict[int, str] = {
 }
 
 
-def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float) -> str:
+def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float, *, needs_options: bool = False) -> str:
     """``config.pbtxt`` for Triton's onnxruntime backend (inference.ModelConfig of its model_config.proto).
 
     The batch axis is Triton's own, so ``dims`` leave it out. As many instances as the measured device has cores for
     the target's threads. A target of larger batches lets a request wait for others as long as one inference takes.
+    ``needs_options``: the runtime runs other kernels without the target's session options.
     """
     target = origin.target
     lines = [
@@ -40,10 +41,11 @@ def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float) -> s
         _parameter("intra_op_thread_count", target.threads),
         _parameter("inter_op_thread_count", 1),
     ]
-    if target.disabled_optimizers:
+    if needs_options:
         # The backend has no key for this session option; who serves the file must know of it.
         disabled = ", ".join(target.disabled_optimizers)
-        lines.insert(0, f"# measured with these ONNX Runtime optimizers disabled: {disabled}")
+        lines.insert(0, f"# measured with these ONNX Runtime optimizers disabled: {disabled}. Triton cannot disable them,")
+        lines.insert(1, "# and with them the runtime runs other kernels: check accuracy and speed in Triton itself.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """An exported file in another version of ONNX, for runtimes that read no newer or no older one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,11 @@ def probe_outputs(path: Path, target: Target) -> NDArray[np.float32]:
     if isinstance(session, str):
         raise ValueError(session)
     return outputs(session, probe_inputs(session.get_inputs()[0].shape[1:]))
+
+
+def needs_options(path: Path, target: Target) -> bool:
+    """Whether the runtime runs other kernels when the target's optimizers are not disabled."""
+    return _kernels(path, target) != _kernels(path, replace(target, disabled_optimizers=()))
 
 
 def _kernels(path: Path, target: Target) -> list[str]:

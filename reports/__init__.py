@@ -13,7 +13,7 @@ from .front import (
     rule,
     uncompressed,
 )
-from .html import write_report
+from .html import ReviewLinks, page_html, write_report
 from .summary import summary, summary_table
 from .tables import write_tables
 from .verdict import verdict
@@ -21,11 +21,13 @@ from .verdict import verdict
 __all__ = [
     "Limits",
     "Point",
+    "ReviewLinks",
     "candidates",
     "feasible",
     "front",
     "hypervolume_over_time",
     "hypervolumes",
+    "page_html",
     "picks",
     "point",
     "rule",

@@ -24,17 +24,20 @@ LOG_FROM = 5.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
 MOST_TICKS = 9
-MOST_TRIALS = 1000
+MOST_TRIALS = 2500
 """Trials that the report shows one by one; all are in the tables beside it."""
 
 
 class Panel(NamedTuple):
-    """A figure with its heading and the sentences that say what it shows; without data, sentences alone."""
+    """A figure with its heading, the sentences that say what it shows, and how to read it; without data,
+    sentences alone."""
 
     key: str
     heading: str
     text: str
     figure: "Figure | None"
+    how: str = ""
+    wide: bool = False
 
 
 def no_markup(text: str) -> str:

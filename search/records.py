@@ -126,7 +126,8 @@ class RunRecord:
     (hypervolume reference point), ``config`` as resolved; ``target`` the calibration's public figures and
     its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` what people
     said of trials, in order: dicts with trial, digest, action (``pick``, ``reject`` or ``note``; a pick where it
-    is missing), note, who, time.
+    is missing), note, who, time; ``layers`` by trial number: ``layers{name: {ms, bytes}}`` and ``other_ms``,
+    as the runtime's profiler saw the exported file.
     """
 
     path: Path
@@ -138,6 +139,7 @@ class RunRecord:
     sensitivity: Mapping[str, Any] | None
     approvals: tuple[Mapping[str, Any], ...] = ()
     unreadable: tuple[str, ...] = field(default=())
+    layers: Mapping[str, Any] | None = None
 
 
 def last_word(run: RunRecord, trial: TrialRecord) -> Mapping[str, Any] | None:

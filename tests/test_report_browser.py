@@ -81,6 +81,8 @@ def card(page: "Page") -> str:
 def test_page_draws_without_a_complaint_or_a_request(browser: "Browser", report: Path) -> None:
     it = open_page(browser, report)
     assert (it.complaints, it.requests) == ([], [report.as_uri()])
+    # The first figure stands at once, the others follow.
+    it.page.locator(".js-plotly-plot").nth(5).wait_for()
     assert it.page.locator(".js-plotly-plot").count() == 6
     # The default choice is what one sees first.
     best = picks(NIGHT)["best"]
@@ -154,8 +156,9 @@ def test_layers_show_what_the_policy_keeps(opened: Opened) -> None:
     kept = round(16 * (1 - trial.policy["prune"]["stem"]))
     assert f"{kept} / 16" in rows.first.inner_text()
     assert page.locator(".layer.gone").count() == 2 * len(trial.policy["removed_blocks"])
-    width = rows.first.locator(".fill").evaluate("bar => parseFloat(bar.style.width)")
-    assert width == pytest.approx(100 * kept / 16)
+    widths = rows.first.locator(".fill").evaluate_all("bars => bars.map(bar => parseFloat(bar.style.width))")
+    bits = trial.policy["bits"].get("stem", {"weights": 32})["weights"]
+    assert widths == pytest.approx([100 * kept / 16, 100 * bits / 32])
 
 
 def test_the_export_command_can_be_copied(opened: Opened) -> None:
