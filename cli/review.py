@@ -9,9 +9,7 @@ from .options import Json, RunDir
 from .output import emit, log_to_stderr, say
 from .points import find_trial
 
-Trial = Annotated[
-    str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")
-]  # fmt: skip
+Trial = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")]
 Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="Why; kept with name, time and digest.")]
 
 
@@ -34,7 +32,8 @@ def review(
     folder: RunDir,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
 ) -> None:
-    """Serve the report on this machine, with buttons to pick and reject points. Example: nightpress review runs/plates"""
+    """Serve the report on this machine, with buttons to pick and reject points.
+    Example: nightpress review runs/plates"""
     from .reviewing import ReviewServer
 
     log_to_stderr()

@@ -1,8 +1,8 @@
 """The review page served on this machine, and how a person's word comes into the record.
 
 Only this user's browser may write. The server listens on 127.0.0.1. The page's address carries a secret of the
-session, so other users of the machine cannot open it. A page of another site knows no secret, and cannot learn it: a
-request must name this server as its Host (DNS rebinding) and, where the browser says where it comes from, as its Origin.
+session, so other users of the machine cannot open it. A page of another site knows no secret, and cannot learn it:
+a request must name this server as its Host (DNS rebinding) and, where the browser names one, as its Origin.
 """
 
 import getpass
@@ -165,7 +165,9 @@ def _parsed(run: RunRecord, body: bytes) -> tuple[TrialRecord, str, str]:
     if trial is None or isinstance(given.get("trial"), bool):
         raise InputError(f"{run.path}: there is no trial {given.get('trial')!r}.")
     if given.get("digest") not in {None, trial.digest}:
-        raise InputError(f"Trial {trial.number} is policy {trial.digest}, not {given.get('digest')!r}: reload the page.")
+        raise InputError(
+            f"Trial {trial.number} is policy {trial.digest}, not {given.get('digest')!r}: reload the page."
+        )
     return trial, given["action"], given.get("note", "")
 
 

@@ -112,9 +112,8 @@ def finetune(
     from ..export import Options, finetune_export
 
     log_to_stderr()
-    data = finetune_export(
-        folder, out, epochs=epochs, task=task, options=Options(force=force, openvino=openvino)
-    )  # fmt: skip
+    options = Options(force=force, openvino=openvino)
+    data = finetune_export(folder, out, epochs=epochs, task=task, options=options)
     if json:
         emit(data)
         return

@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, metadata
 
 NEEDED = ("numpy", "onnxruntime")
 WROTE = ("nightpress", "onnx", "safetensors", "torch")
-_HEAD = """Licences of the packages behind this export, as their own metadata states them. The model's weights and the data
-that they were trained on are under the licences of their owners; nightpress adds none.
+_HEAD = """Licences of the packages behind this export, as their own metadata states them. The model's weights and the
+data that they were trained on are under the licences of their owners; nightpress adds none.
 """
 
 

@@ -24,10 +24,10 @@ FIXED: Mapping[str, Any] = {
     "batch_norm": "trained, folded in the export",
 }  # fmt: skip
 
-_HEAD = """# The full-length training of this export. `nightpress finetune DIR --out NEW` runs it and writes a new export whose
-# numbers are measured again. In a pipeline of your own: `nightpress apply policy.json TASK --weights model.safetensors
-# --out model.pt` gives the module; the rest is here. The keys below `fixed` say what nightpress's trainer does; the
-# others may be edited.
+_HEAD = """# The full-length training of this export. `nightpress finetune DIR --out NEW` runs it and writes a new
+# export whose numbers are measured again. In a pipeline of your own: `nightpress apply policy.json TASK --weights
+# model.safetensors --out model.pt` gives the module; the rest is here. The keys below `fixed` say what nightpress's
+# trainer does; the others may be edited.
 """
 
 
@@ -64,7 +64,7 @@ def recipe_text(origin: Origin) -> str:
 
 
 def read_recipe(path: Path, policy: Mapping[str, Any]) -> Training:
-    """The training that the file asks for, with ``policy``'s structure. Raises InputError with the key that is wrong."""
+    """The training that the file asks for, with ``policy``'s structure. Raises InputError naming the wrong key."""
     import yaml
 
     try:

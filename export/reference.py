@@ -5,6 +5,7 @@ constants when it loads the file. What a kernel costs depends on shapes and type
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,10 +41,12 @@ def _computed(graph: onnx.GraphProto, name: str, shape: tuple[int, ...]) -> list
         graph.initializer.append(numpy_helper.from_array(np.array(value, dtype), f"{name}.{suffix}"))
         return f"{name}.{suffix}"
 
-    def node(kind: str, inputs: list[str], output: str, **attrs: int) -> onnx.NodeProto:
+    def node(kind: str, inputs: list[str], output: str, **attrs: Any) -> onnx.NodeProto:
         return helper.make_node(kind, inputs, [output], name=output, **attrs)
 
-    bounds = [constant(key, value, np.int64) for key, value in (("first", 1), ("end", math.prod(shape) + 1), ("step", 1))]
+    bounds = [
+        constant(key, value, np.int64) for key, value in (("first", 1), ("end", math.prod(shape) + 1), ("step", 1))
+    ]
     scale = constant("scale", 2 / math.sqrt(max(1, math.prod(shape[1:]))), np.float32)
     return [
         node("Range", bounds, f"{name}.count"),

@@ -44,7 +44,9 @@ def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float, *, n
     if needs_options:
         # The backend has no key for this session option; who serves the file must know of it.
         disabled = ", ".join(target.disabled_optimizers)
-        lines.insert(0, f"# measured with these ONNX Runtime optimizers disabled: {disabled}. Triton cannot disable them,")
+        lines.insert(
+            0, f"# measured with these ONNX Runtime optimizers disabled: {disabled}. Triton cannot disable them,"
+        )
         lines.insert(1, "# and with them the runtime runs other kernels: check accuracy and speed in Triton itself.")
     return "\n".join(lines) + "\n"
 

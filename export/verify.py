@@ -275,7 +275,9 @@ def _read_image(file: Path, shape: Sequence[int], options: Options) -> Array:
     if len(shape) != 3 or shape[0] not in {1, 3}:
         raise VerifyError(f"{file}: the model takes inputs of shape {tuple(shape)}, which is no image.")
     with Image.open(file) as opened:
-        picture = opened.convert("L" if shape[0] == 1 else "RGB").resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+        picture = opened.convert("L" if shape[0] == 1 else "RGB").resize(
+            (shape[2], shape[1]), Image.Resampling.BILINEAR
+        )
     pixels = np.asarray(picture, np.float32).reshape(shape[1], shape[2], shape[0]).transpose(2, 0, 1) / 255
     mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (options.mean, options.std))
     return (pixels - mean) / std

@@ -9,8 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-
 PICK, REJECT, NOTE = "pick", "reject", "note"
+"""What a person says of a trial."""
 
 
 class TrialState(StrEnum):
