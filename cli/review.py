@@ -45,7 +45,7 @@ def review(
             say("")
     if server.words:
         _write_report(folder)
-    say(f"{server.words} entries kept in {folder}")
+    say(f"{server.words} {'entry' if server.words == 1 else 'entries'} kept in {folder}")
 
 
 def _keep(folder: Path, trial: str, action: str, note: str, json: bool, done: str) -> None:
