@@ -44,8 +44,8 @@ def verify_now(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path)
 
     Raises InputError when the trial left no weights or its task has changed since.
     """
-    number: object = trial.number if trial.reused_from is None else trial.reused_from
-    if not isinstance(number, int):  # a record from elsewhere may hold a path
+    number = trial.number if trial.reused_from is None else trial.reused_from
+    if not str(number).isdigit():  # a record from elsewhere may hold a path
         raise InputError(f"{run.path}: trial {trial.number} reuses {number!r}, which is no trial's number.")
     source = run.path / "artifacts" / str(number)
     reached = [rung for rung in RUNGS if checkpoint(source, rung).is_file()]

@@ -49,8 +49,9 @@ class Origin:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], policy: Mapping[str, Any]) -> Self:
         """The inverse. Raises KeyError or TypeError when something is missing or unknown."""
-        values: dict[str, Any] = {**data, "target": target_from_dict(data["target"])}
-        return cls(**{**values, "policy": policy, "approvals": tuple(data["approvals"])})
+        values: dict[str, Any] = dict(data)
+        values |= {"target": target_from_dict(data["target"]), "approvals": tuple(data["approvals"])}
+        return cls(policy=policy, **values)
 
     def trained(self, digest: str, policy: Mapping[str, Any], epochs: float) -> Self:
         """The same origin after more training."""

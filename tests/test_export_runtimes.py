@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ import exports
 import tiny
 from nightpress.evaluators.latency.target import Target
 from nightpress.export import Options, export_trial, verify
-from nightpress.export.origin import Origin
+from nightpress.export.origin import Origin, origin_of
 from nightpress.export.triton import config_pbtxt
 from nightpress.search.finalists import LEAST_AGREEMENT
 from nightpress.search.records import RunRecord
@@ -111,7 +113,7 @@ def test_an_opset_that_onnx_knows_and_the_runtime_does_not(run: RunRecord, tmp_p
 # Triton
 
 
-def parsed(text: str) -> object:
+def parsed(text: str) -> Any:
     """Read by Triton's own protobuf."""
     text_format = pytest.importorskip("google.protobuf.text_format")
     messages = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
@@ -130,11 +132,7 @@ def test_triton_s_protobuf_reads_the_configuration(exported: Path) -> None:
     assert config.parameters["intra_op_thread_count"].string_value == "1"
 
 
-def origin(run: RunRecord, **fields: object) -> Origin:
-    from dataclasses import replace
-
-    from nightpress.export.origin import origin_of
-
+def origin(run: RunRecord, **fields: Any) -> Origin:
     return replace(origin_of(run, run.trials[2]), **fields)
 
 
@@ -241,7 +239,7 @@ def test_node_agrees_with_python(
 
 
 def test_the_documentation_s_python_runs(exported: Path, tiny_batch: np.ndarray) -> None:
-    names: dict[str, object] = {"folder": str(exported), "batch": tiny_batch}
+    names: dict[str, Any] = {"folder": str(exported), "batch": tiny_batch}
     exec(program("python", "disabled_optimizers"), names)
     np.testing.assert_allclose(names["logits"], outputs(exported / "model.onnx")[:3], atol=1e-5)
 

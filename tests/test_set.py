@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,6 @@ from nightpress.export.bundle import timer_script
 from nightpress.export.fronts import spread
 from nightpress.search.records import TrialRecord
 from nightpress.spaces.errors import InputError
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-
 from serve import Model, Server, choose, load_set, send
 
 Cli = Callable[..., tiny.Result]
