@@ -19,7 +19,9 @@ IrVersion = Annotated[int | None, typer.Option("--ir-version", help="Version of 
 def export(
     folder: RunDir,
     out: ExportDir,
-    trial: Annotated[str, typer.Argument(metavar="[TRIAL|best|knee]", help="Which point.")] = "best",
+    trial: Annotated[
+        str | None, typer.Argument(metavar="[TRIAL|best|knee]", help="Which point; default: best.")
+    ] = None,
     set_: Annotated[
         int | None, typer.Option("--set", min=2, max=20, metavar="N", help="So many points of the front instead.")
     ] = None,
@@ -36,7 +38,10 @@ def export(
     from ..export import Options, export_set, export_trial
     from ..reports import front
     from ..search.folder import read_run
+    from ..spaces.errors import InputError
 
+    if set_ is not None and trial is not None:
+        raise InputError(f"--set takes points of the front by itself, so TRIAL {trial!r} cannot stand beside it.")
     log_to_stderr()
     record = read_run(folder)
     options = Options(
@@ -45,7 +50,7 @@ def export(
     if set_ is not None:
         data = export_set(record, front(record), set_, out, options)
     else:
-        data = export_trial(record, find_trial(record, trial), out, options)
+        data = export_trial(record, find_trial(record, trial or "best"), out, options)
     if json:
         emit(data)
         return

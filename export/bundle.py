@@ -57,7 +57,7 @@ def export_trial(run: RunRecord, trial: TrialRecord, out: Path, options: Options
     """
     check_trial(run, trial, options)
     with staged(out, force=options.force) as folder:
-        origin = origin_of(run, trial)
+        origin = origin_of(run, trial) if trial.verified is not None else origin_of(run, trial).here()
         verified = _collect(run, trial, origin, folder)
         data = write_files(origin, verified, folder, options)
     return {"dir": str(out), **data}

@@ -32,7 +32,7 @@ def finetune_export(
     )  # fmt: skip
     with staged(out, force=options.force) as folder:
         verified = measure_weights(weights, folder, f"{source}: the export was made with", str(origin.digests["model"]))
-        data = write_files(replace(trained, task=training.task), verified, folder, options)
+        data = write_files(replace(trained.here(), task=training.task), verified, folder, options)
     return {"dir": str(out), "epochs": training.epochs, "before": origin_accuracy(source), **data}
 
 

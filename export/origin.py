@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..evaluators.latency.target import Target, target_from_dict, target_to_dict
+from ..evaluators.latency.target import Target, fingerprint, target_from_dict, target_to_dict
 from ..search.records import PICK, RunRecord, TrialRecord
 
 
@@ -52,6 +52,10 @@ class Origin:
         values: dict[str, Any] = dict(data)
         values |= {"target": target_from_dict(data["target"]), "approvals": tuple(data["approvals"])}
         return cls(policy=policy, **values)
+
+    def here(self) -> Self:
+        """The same origin, measured on this machine."""
+        return replace(self, device={**asdict(fingerprint(self.target)), "flags": list(fingerprint(self.target).flags)})
 
     def trained(self, digest: str, policy: Mapping[str, Any], epochs: float) -> Self:
         """The same origin after more training."""

@@ -259,6 +259,8 @@ def _read_folder(path: Path, shape: Sequence[int], options: Options) -> tuple[Ar
 def _read_item(file: Path, shape: Sequence[int], options: Options) -> Array:
     try:
         item = np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else _read_image(file, shape, options)
+    except VerifyError:
+        raise
     except (OSError, ValueError, EOFError):
         raise VerifyError(f"{file}: cannot be read.") from None
     if item.shape != tuple(shape):
@@ -274,6 +276,8 @@ def _read_image(file: Path, shape: Sequence[int], options: Options) -> Array:
         raise VerifyError(f"{file}: images need Pillow; without it give .npy files or an .npz file.") from None
     if len(shape) != 3 or shape[0] not in {1, 3}:
         raise VerifyError(f"{file}: the model takes inputs of shape {tuple(shape)}, which is no image.")
+    if any(len(values) not in {1, shape[0]} for values in (options.mean, options.std)) or 0 in options.std:
+        raise VerifyError(f"mean and std must be one number or {shape[0]}, one a channel, and std must not be 0.")
     with Image.open(file) as opened:
         picture = opened.convert("L" if shape[0] == 1 else "RGB").resize(
             (shape[2], shape[1]), Image.Resampling.BILINEAR
@@ -347,8 +351,11 @@ def lines(checks: Sequence[Check]) -> list[str]:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """``0.48,0.45,0.41`` as numbers. Raises ValueError."""
-    return tuple(float(part) for part in text.split(","))
+    """``0.48,0.45,0.41`` as numbers. Raises VerifyError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise VerifyError(f"mean and std must be numbers separated by commas, but got {text!r}.") from None
 
 
 def main() -> int:
@@ -358,18 +365,18 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=here, help="default: the folder of this file")
     parser.add_argument("--data", type=Path, help="file.npz (inputs, targets) or a folder of class folders")
     parser.add_argument("--tolerance", type=float, help="of the accuracy, as a share: 0.001 is 0.1 point")
-    parser.add_argument("--mean", type=numbers, default=(0.0,), help="of images: one value or one a channel")
-    parser.add_argument("--std", type=numbers, default=(1.0,))
+    parser.add_argument("--mean", default="0", help="of images: one value or one a channel")
+    parser.add_argument("--std", default="1")
     parser.add_argument("--expect", metavar="SHA256", help="the manifest's, as export printed it")
     parser.add_argument("--no-latency", action="store_true", help="do not measure")
     parser.add_argument("--strict", action="store_true", help="what cannot be checked counts as failed")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     given = parser.parse_args()
-    options = Options(
-        data=given.data, expect=given.expect, tolerance=given.tolerance, mean=given.mean, std=given.std,
-        latency=not given.no_latency,
-    )  # fmt: skip
     try:
+        options = Options(
+            data=given.data, expect=given.expect, tolerance=given.tolerance, mean=numbers(given.mean),
+            std=numbers(given.std), latency=not given.no_latency,
+        )  # fmt: skip
         checks = verify(given.folder, options, here / "timer.py")
     except VerifyError as error:
         sys.stderr.write(f"verify: {error}\n")

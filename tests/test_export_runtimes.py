@@ -19,12 +19,16 @@ from onnx import TensorProto, helper
 import exports
 import tiny
 from nightpress.evaluators.latency.target import Target
+from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.export import Options, export_trial, verify
 from nightpress.export.origin import Origin, origin_of
 from nightpress.export.triton import config_pbtxt
+from nightpress.export.versions import needs_options
 from nightpress.search.finalists import LEAST_AGREEMENT
 from nightpress.search.records import RunRecord
 from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import INT8, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "production.md"
@@ -108,6 +112,21 @@ def test_an_opset_that_onnx_knows_and_the_runtime_does_not(run: RunRecord, tmp_p
         assert list(tmp_path.iterdir()) == []
     else:
         assert np.isfinite(outputs(tmp_path / "out" / "model.onnx")).all()
+
+
+def test_an_fp32_layer_between_integers_needs_the_session_options(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """ONNX Runtime would quantise its weights: see runtime.json and config.pbtxt."""
+    anatomy = tiny.place(tmp_path_factory).anatomy
+    found: list[bool] = []
+    for kept in ({"block.conv1"}, set[str]()):
+        bits = {layer.name: INT8 for layer in anatomy.layers if layer.name not in kept}
+        planned = plan(anatomy, Policy(model=anatomy.digest, bits=bits))
+        path = tmp_path / f"{len(kept)}.onnx"
+        path.write_bytes(build_onnx(planned, random_tensors(planned), batch=None))
+        found.append(needs_options(path, Target()))
+    assert found == [True, False]
 
 
 # Triton

@@ -95,6 +95,11 @@ def test_the_command_takes_the_run_s_front(run: Path, cli: Cli, tmp_path: Path) 
     assert data["manifest"] == again["manifest"]  # which names those of its exports
 
 
+def test_a_trial_beside_a_set_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
+    sentence = tiny.refused(cli("export", run, "2", "--set", "2", "--out", tmp_path / "set", "--json"))
+    assert sentence == "--set takes points of the front by itself, so TRIAL '2' cannot stand beside it."
+
+
 def test_a_front_with_fewer_points_is_refused(run: Path, tmp_path: Path) -> None:
     record = exports.record(run)
     with pytest.raises(InputError, match=r"--set 3 needs as many points, but the front has 2\."):

@@ -251,6 +251,25 @@ def test_images_are_resized_scaled_and_normalised(tmp_path: Path) -> None:
     np.testing.assert_allclose(coloured[0, :, 0, 0], [0.0, 0.0, 0.1], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (Options(mean=(0.1, 0.2)), "mean and std must be one number or 3, one a channel, and std must not be 0"),
+        (Options(std=(0.0,)), "std must not be 0"),
+    ],
+)
+def test_a_normalisation_that_makes_no_sense(tmp_path: Path, options: Options, reason: str) -> None:
+    (tmp_path / "0").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "0" / "one.png")
+    with pytest.raises(VerifyError, match=reason):
+        verify.read_data(tmp_path, (3, 8, 8), options)
+
+
+def test_numbers_that_are_none(pristine: Path, cli: Cli) -> None:
+    sentence = tiny.refused(cli("verify", pristine, "--mean", "0.1,x", "--no-latency"))
+    assert sentence == "mean and std must be numbers separated by commas, but got '0.1,x'."
+
+
 def write_npz(path: Path, **arrays: Any) -> Path:
     np.savez(path, **arrays)
     return path
