@@ -1,6 +1,5 @@
-"""Commands on a run: start it, watch it, read it, approve and export its points."""
+"""Commands on a run: start it, watch it, read it."""
 
-import getpass
 import sys
 import time
 from collections.abc import Callable
@@ -9,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .options import Force, Json, RunDir
+from .options import Json, RunDir
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
-    from ..search.records import RunRecord, TrialRecord
+    from ..search.records import RunRecord
 
 T = TypeVar("T")
-_NAMED = ("best", "knee", "fastest", "accurate")
 
 
 def run(
@@ -122,76 +120,6 @@ def compare(
     table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])
     if out is not None:
         say(f"wrote {out}")
-
-
-def approve(
-    folder: RunDir,
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")],
-    note: Annotated[str, typer.Option("--note", metavar="TEXT", help="Why; kept with name, time and digest.")],
-    json: Json = False,
-) -> None:
-    """A person's word that a point may be shipped. Example: nightpress approve runs/plates best --note "checked" """
-    from ..search.folder import read_run
-    from ..search.store import approve_trial
-
-    record = read_run(folder)
-    chosen = _trial(record, trial)
-    entry: dict[str, Any] = {
-        "trial": chosen.number, "digest": chosen.digest, "note": note, "who": getpass.getuser(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
-    approve_trial(folder, entry, record.config["search"]["storage"])
-    _write_report(folder, folder / "report.html")
-    if json:
-        emit(entry)
-    else:
-        say(f"trial {chosen.number} ({chosen.digest}) approved by {entry['who']}")
-
-
-def export(
-    folder: RunDir,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The export's folder.")],
-    trial: Annotated[str, typer.Argument(metavar="[TRIAL|best|knee]", help="Which point.")] = "best",
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """A point's production files. Example: nightpress export runs/plates best --out export"""
-    from ..export import export_trial
-    from ..search.folder import read_run
-
-    if not json:
-        log_to_stderr()
-    record = read_run(folder)
-    data = export_trial(record, _trial(record, trial), out, force=force)
-    if json:
-        emit(data)
-        return
-    say(f"wrote {out}: {', '.join(data['files'])}")
-    say(
-        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms against {data['reference_ms']:.3f} ms "
-        f"({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB, "
-        f"agreement with torch {data['parity']['top1_agreement']:.2%}"
-    )
-
-
-def _trial(record: "RunRecord", name: str) -> "TrialRecord":
-    from ..reports import picks
-    from ..spaces.errors import InputError
-
-    if name in _NAMED:
-        chosen = picks(record).get(name)
-        if chosen is None:
-            raise InputError(
-                f"{record.path}: no trial can be called {name}: nothing on the front is within the limits."
-            )
-        return chosen
-    found = {str(t.number): t for t in record.trials}.get(name)
-    if found is None:
-        raise InputError(
-            f"{record.path}: TRIAL must be {', '.join(_NAMED)} or the number of one of its "
-            f"{len(record.trials)} trials, but got {name!r}."
-        )
-    return found
 
 
 def _write_report(folder: Path, out: Path) -> Path:

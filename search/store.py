@@ -6,6 +6,7 @@ attribute of the study, because Optuna closes finished trials.
 """
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ STUDY = "nightpress"
 SCHEMA = 1
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
+_WORD = "word:"
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
@@ -107,8 +109,9 @@ class Store:
     def remeasure(self, number: int, latency: Latency) -> None:
         self.study.set_user_attr(f"measured:{number}", asdict(latency))
 
-    def approve(self, approval: Mapping[str, Any]) -> None:
-        self.study.set_user_attr("approvals", [*self.approvals(), dict(approval)])
+    def approve(self, entry: Mapping[str, Any]) -> None:
+        """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
+        self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
         return approvals_in(self.study.user_attrs)
@@ -175,8 +178,9 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
 
 
 def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """What people said of trials, from the study's attributes, in order."""
-    return tuple(attrs.get("approvals", []))
+    """What people said of trials, in order, from a study's attributes; the first version kept it in one list."""
+    words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
+    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
 
 def _has_study(storage: optuna.storages.BaseStorage) -> bool:
@@ -217,9 +221,9 @@ def read_study(run: Path, url: str | None) -> StudyRecord:
     return StudyRecord(tuple(trials), approvals_in(journal.study), unreadable(complaints))
 
 
-def approve_trial(run: Path, approval: Mapping[str, Any], url: str | None = None) -> None:
-    """Add a person's approval to the run's record."""
-    Store(open_storage(run, url)).approve(approval)
+def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None) -> None:
+    """Add a person's word on a trial to the run's record."""
+    Store(open_storage(run, url)).approve(entry)
 
 
 def policy_of(record: TrialRecord) -> Policy:

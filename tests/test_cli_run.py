@@ -30,6 +30,7 @@ RUN_KEYS = {"run", "state", "phase", "deadline", "trials", "front", "baselines",
 STATES = {"COMPLETE", "STOPPED", "INFEASIBLE", "FAILED", "RUNNING"}
 EXPORT_FILES = {
     "policy.json", "model.onnx", "model.safetensors", "config.pbtxt", "runtime.json", "card.md", "manifest.json",
+    "reference.onnx", "finetune.yaml", "LICENSES.txt", "verify.py", "timer.py",
 }  # fmt: skip
 PHASES = ["inspect", "calibrate", "baselines", "sensitivity", "search", "finalists", "verify", "report"]
 
