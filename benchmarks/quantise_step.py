@@ -3,7 +3,8 @@ quantised, against the plain step.
 
     python benchmarks/quantise_step.py --threads 1 --rounds 8
 
-The variants take turns and the quickest turn of each counts: what else the machine does only ever adds.
+The variants take turns step by step. Ranges are looked at in one step of eight, so a variant's figure is the mean over
+the eight, of each the quickest of all rounds: what else the machine does only ever adds.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from nightpress.evaluators.quantise import ActivationQuantiser, LearnedActivationQuantiser, QuantConv2d, QuantLinear
 from nightpress.evaluators.quantised_layers import QuantisedWeight
 
+PERIOD = 8
 Site = Callable[[], nn.Module]
 
 
@@ -94,16 +96,15 @@ def main() -> None:
         "MSE, learned": partial(quantised, "mse", "learned"),
     }
     runs = {(name, bf16): steps(make(), bf16=bf16) for bf16 in (False, True) for name, make in makers.items()}
-    step_ms = dict.fromkeys(runs, math.inf)
-    for turn in range(given.rounds + 1):
+    phases = {key: [math.inf] * PERIOD for key in runs}
+    for step in range(PERIOD * (given.rounds + 1)):
         for key, run in runs.items():
-            next(run)
             start = time.perf_counter()
-            for _ in range(8):  # fixed ranges are looked at in one step of eight
-                next(run)
-            if turn:
-                step_ms[key] = min(step_ms[key], 1000 * (time.perf_counter() - start) / 8)
-    print(f"torch {torch.__version__}, {given.threads} thread(s), the quickest of {given.rounds} turns of 8 steps")
+            next(run)
+            if step >= PERIOD:  # the first round is a warm-up
+                phases[key][step % PERIOD] = min(phases[key][step % PERIOD], 1000 * (time.perf_counter() - start))
+    print(f"torch {torch.__version__}, {given.threads} thread(s), the quickest of {given.rounds} rounds")
+    step_ms = {key: sum(quickest) / PERIOD for key, quickest in phases.items()}
     for (name, bf16), value in step_ms.items():
         ratio = value / step_ms["plain", bf16]
         print(f"{'bf16' if bf16 else 'fp32'} {name:16} {value:7.1f} ms {ratio:5.2f}x")

@@ -126,10 +126,11 @@ def run_policy(task: Any, made: Any, policy: Any, images: Any, folder: Path) -> 
     """Apply, train a step, export, run; raises ValueError where a layer does not run as the policy says."""
     import torch
 
+    from nightpress.evaluators.compute import Compute
     from nightpress.evaluators.data import Arrays
     from nightpress.evaluators.evaluate import write_onnx
-    from nightpress.evaluators.quality import Compute, Trainer
     from nightpress.evaluators.runtime import Session, bits_used, check_bits
+    from nightpress.evaluators.training import Trainer
 
     disabled = ("WeightBiasQuantization",)
     module, planned = made.apply(policy)

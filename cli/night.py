@@ -1,20 +1,20 @@
-"""Commands on a run: start it, watch it, read it, approve and export its points."""
+"""Commands on a run: start it, watch it, read it."""
 
-import getpass
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .options import Force, Json, RunDir
+from .options import Json, RunDir
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
-    from ..search.records import RunRecord, TrialRecord
+    from ..search.records import RunRecord
 
-_NAMED = ("best", "knee", "fastest", "accurate")
+T = TypeVar("T")
 
 
 def run(
@@ -69,122 +69,77 @@ def status(folder: RunDir, json: Json = False) -> None:
 
 def report(
     folder: RunDir,
-    out: Annotated[Path | None, typer.Option("--out", metavar="report.html", help="Where to write it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; a folder for png and svg.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="html, md, csv, parquet, png or svg.")
+    ] = "html",
     json: Json = False,
 ) -> None:
-    """Write the report of a run. Example: nightpress report runs/plates --out report.html"""
-    from ..reports import summary
+    """Write the report of a run. Example: nightpress report runs/plates --format md --out report.md"""
+    from ..reports import FORMATS, summary
     from ..search.folder import read_run
+    from ..spaces.errors import InputError
 
-    page = _write_report(folder, out or folder / "report.html")
-    if json:
-        emit({**summary(read_run(folder)), "report": str(page)})
+    if form not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}, but got {form!r}.")
+    wanted = out or folder / FORMATS[form].default
+    if form == "html":
+        files = [_write_report(folder, wanted)]
     else:
-        say(f"wrote {page}")
+        files = _writing(wanted, lambda: FORMATS[form].write(read_run(folder), wanted))
+    if json:
+        emit({**summary(read_run(folder)), "report": str(files[0]), "files": [str(file) for file in files]})
+    else:
+        say(f"wrote {', '.join(str(file) for file in files)}")
 
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="compare.html", help="Write it as a page, too.")] = None,
     json: Json = False,
 ) -> None:
-    """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b"""
-    from ..reports.compare import compare_runs
+    """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b --out compare.html"""
+    from ..reports import compare_runs, write_comparison
     from ..search.folder import read_run
     from ..spaces.errors import InputError
 
     if len(folders) < 2:
         raise InputError("compare needs at least two run folders.")
-    data = compare_runs([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    data = compare_runs(runs)
+    if out is not None:
+        _writing(out, lambda: write_comparison(runs, out))
     if json:
-        emit(data)
+        emit({**data, **({"page": str(out)} if out is not None else {})})
         return
-    table("Runs", data["runs"], ["run", "state", "hypervolume", "trials", "front"])
+    table("Runs", data["runs"], ["run", "state", "hypervolume_common", "hypervolume_common_se", "trials", "front"])
     table("What differs", data["differences"])
+    table("Which points dominate which", data["dominance"])
     table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])
-
-
-def approve(
-    folder: RunDir,
-    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")],
-    note: Annotated[str, typer.Option("--note", metavar="TEXT", help="Why; kept with name, time and digest.")],
-    json: Json = False,
-) -> None:
-    """A person's word that a point may be shipped. Example: nightpress approve runs/plates best --note "checked" """
-    from ..search.folder import read_run
-    from ..search.store import approve_trial
-
-    record = read_run(folder)
-    chosen = _trial(record, trial)
-    entry: dict[str, Any] = {
-        "trial": chosen.number, "digest": chosen.digest, "note": note, "who": getpass.getuser(),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }  # fmt: skip
-    approve_trial(folder, entry, record.config["search"]["storage"])
-    _write_report(folder, folder / "report.html")
-    if json:
-        emit(entry)
-    else:
-        say(f"trial {chosen.number} ({chosen.digest}) approved by {entry['who']}")
-
-
-def export(
-    folder: RunDir,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The export's folder.")],
-    trial: Annotated[str, typer.Argument(metavar="[TRIAL|best|knee]", help="Which point.")] = "best",
-    force: Force = False,
-    json: Json = False,
-) -> None:
-    """A point's production files. Example: nightpress export runs/plates best --out export"""
-    from ..export import export_trial
-    from ..search.folder import read_run
-
-    if not json:
-        log_to_stderr()
-    record = read_run(folder)
-    data = export_trial(record, _trial(record, trial), out, force=force)
-    if json:
-        emit(data)
-        return
-    say(f"wrote {out}: {', '.join(data['files'])}")
-    say(
-        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms against {data['reference_ms']:.3f} ms "
-        f"({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB, "
-        f"agreement with torch {data['parity']['top1_agreement']:.2%}"
-    )
-
-
-def _trial(record: "RunRecord", name: str) -> "TrialRecord":
-    from ..reports import picks
-    from ..spaces.errors import InputError
-
-    if name in _NAMED:
-        chosen = picks(record).get(name)
-        if chosen is None:
-            raise InputError(
-                f"{record.path}: no trial can be called {name}: nothing on the front is within the limits."
-            )
-        return chosen
-    found = {str(t.number): t for t in record.trials}.get(name)
-    if found is None:
-        raise InputError(
-            f"{record.path}: TRIAL must be {', '.join(_NAMED)} or the number of one of its "
-            f"{len(record.trials)} trials, but got {name!r}."
-        )
-    return found
+    if out is not None:
+        say(f"wrote {out}")
 
 
 def _write_report(folder: Path, out: Path) -> Path:
     from ..reports import write_report, write_tables
     from ..search.folder import read_run
-    from ..spaces.errors import InputError
 
     record = read_run(folder)
+    _writing(out, lambda: write_report(record, out))
+    _writing(folder, lambda: write_tables(record, folder))
+    return out
+
+
+def _writing(out: Path, write: Callable[[], T]) -> T:
+    """What ``write`` returns. Raises InputError when the file cannot be written."""
+    from ..spaces.errors import InputError
+
     try:
-        write_report(record, out)
-        write_tables(record, folder)
+        return write()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
-    return out
 
 
 def _add_seconds(folder: Path, phase: str, seconds: float) -> None:

@@ -103,12 +103,12 @@ class _Learned(torch.autograd.Function):
         grid, grad = ctx.grid, grads[0]
         inside = _where_it_reaches(grad, value, grid)
         # In units of one step: inside the grid round(v) − v, above it the steps from the offset to the top, below 0.
-        step = (_inner(grad, result, scale) - _inner(inside, value, scale)) / _flat(grid.scale)
+        step = _per_step(grad, result, inside, value, grid, scale)
         levels = grid.high - grid.low if scale.dim() == 0 else grid.high
         factor = (value[0].numel() * levels) ** -0.5
         if not ctx.has_offset:
             return inside, None, step * factor, None
-        outside = grad.sum(dtype=torch.float32) - inside.sum(dtype=torch.float32)
+        outside = (grad - inside).sum().float()
         return inside, None, (step - outside * grid.low) * factor, outside * factor
 
 
@@ -131,14 +131,21 @@ def _where_it_reaches(grad: Tensor, value: Tensor, grid: Grid) -> Tensor:
     return torch.where((value > low) & (value < high), grad, 0)
 
 
-def _inner(one: Tensor, other: Tensor, like: Tensor) -> Tensor:
-    """The sum of the products of everything that shares a scale, in the scale's shape."""
-    if like.dim():
-        return (one * other).flatten(1).sum(dim=1)
+def _per_step(grad: Tensor, result: Tensor, inside: Tensor, value: Tensor, grid: Grid, scale: Tensor) -> Tensor:
+    """Σ (grad · result − inside · value) / scale over everything that shares a scale, in fp32 and the scale's shape."""
+    if isinstance(grid.scale, Tensor):
+        steps = (grad * torch.round(result.float() / grid.scale)).addcmul_(inside, value / grid.scale, value=-1)
+        return steps.flatten(1).sum(dim=1) if scale.dim() else steps.sum()
+    if value.dtype == torch.float32:
+        return (_inner(grad, result) - _inner(inside, value)) / grid.scale
+    # Results were rounded to 16 bits, whole numbers of up to 8 bits are exact in them. Conversions to fp32 would take
+    # longer than all the rest; sums are taken in fp32 anyway.
+    whole = torch.div(result, grid.scale).round_()
+    return whole.mul_(grad).addcmul_(inside, value, value=-1 / grid.scale).sum().float()
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of all products, in one pass."""
     if other.is_contiguous(memory_format=torch.channels_last):
         one, other = one.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1)  # in the order of memory: nothing is copied
-    return torch.dot(one.reshape(-1).float(), other.reshape(-1).float())
-
-
-def _flat(scale: Number) -> Number:
-    return scale.flatten() if isinstance(scale, Tensor) and scale.dim() else scale
+    return torch.dot(one.reshape(-1), other.reshape(-1))

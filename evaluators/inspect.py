@@ -82,9 +82,7 @@ def network_of(task: Task, anatomy: Anatomy) -> Network:
     return _network(captured)
 
 
-def _inspect(
-    task: Task, digest: str, captured: Captured, step_of: Callable[[int], int]
-) -> tuple[Anatomy, Network]:
+def _inspect(task: Task, digest: str, captured: Captured, step_of: Callable[[int], int]) -> tuple[Anatomy, Network]:
     ops, output = lower(captured)
     by_name = {op.name: op for op in ops}
 

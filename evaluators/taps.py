@@ -36,7 +36,7 @@ class Tap:
 
     @property
     def channels(self) -> int:
-        return self.shape[0] if len(self.shape) > 2 else self.shape[-1]
+        return self.shape[0 if len(self.shape) > 2 else len(self.shape) - 1]
 
 
 @torch.no_grad()

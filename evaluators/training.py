@@ -220,19 +220,15 @@ class Trainer:
         if number in self.answers:
             return self.answers[number]
         teacher, view = self._teacher(), self._view(number)
-        found: Tensor | None = None
-        for start in range(0, len(view), EVALUATION_BATCH):
-            with torch.no_grad(), self.compute.autocast():
-                part = teacher(self._cast(view[start : start + EVALUATION_BATCH])).float()
-            if found is None:
-                size = len(view) * part[0].numel() * part.element_size()
-                if size * (len(self.answers) + 1) > self.answer_bytes:
+        parts: list[Tensor] = []
+        with torch.no_grad(), self.compute.autocast():
+            for stored in view.split(EVALUATION_BATCH):
+                parts.append(teacher(self._cast(stored)).float())
+                view_bytes = len(view) * parts[0][0].nbytes
+                if view_bytes * (len(self.answers) + 1) > self.answer_bytes:
                     return None
-                found = part.new_empty((len(view), *part.shape[1:]))
-            found[start : start + EVALUATION_BATCH] = part
-        if found is not None:
-            self.answers[number] = found
-        return found
+        self.answers[number] = torch.cat(parts)
+        return self.answers[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,20 +269,24 @@ class _Lesson:
 
     def _loss(self, inputs: Tensor, targets: Tensor, answers: Tensor | None, done: float) -> Tensor:
         distill, inner = self.policy.distill, self.inner
-        if inner is None:
-            with self.compute.autocast():
-                outputs = self.module(inputs)
-            if answers is None and self.teacher is not None:
-                with torch.no_grad(), self.compute.autocast():
-                    answers = self.teacher(inputs).float()
-            return blended_loss(outputs.float(), targets, answers, distill, done, self.task.loss)
+        if inner is not None:
+            return self._inner_loss(inner, inputs, targets, done)
+        with self.compute.autocast():
+            outputs = self.module(inputs)
+        if answers is None and self.teacher is not None:
+            with torch.no_grad(), self.compute.autocast():
+                answers = self.teacher(inputs).float()
+        return blended_loss(outputs.float(), targets, answers, distill, done, self.task.loss)
+
+    def _inner_loss(self, inner: _Inner, inputs: Tensor, targets: Tensor, done: float) -> Tensor:
         with torch.no_grad(), self.compute.autocast():
             answers, theirs = inner.teacher(inputs)
         with self.compute.autocast():
             outputs, ours = inner.student(inputs)
             distance = inner.hints(ours, theirs)
-        hard = blended_loss(outputs.float(), targets, answers.float(), distill, done, self.task.loss)
-        return hard + distill.feature_weight * distance
+        distill = self.policy.distill
+        loss = blended_loss(outputs.float(), targets, answers.float(), distill, done, self.task.loss)
+        return loss + distill.feature_weight * distance
 
 
 def probe(trainer: Trainer, module: nn.Module, policy: Policy, rounds: int = 4) -> tuple[Compute, dict[str, float]]:

@@ -16,13 +16,12 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import PILToTensor
 
+from nightpress.evaluators.images import crop_flip, normalise
 from nightpress.evaluators.task import Task
 from nightpress.spaces.errors import InputError
 
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIDE = 32
-CROP_PADDING = 4
 
 
 class PaddedShortcut(nn.Module):
@@ -78,30 +77,18 @@ class ResNet20(nn.Module):
 
 def build() -> Task:
     train, test = _images("train"), _images("test")
+    numbers = normalise(MEAN, STD)
     model = ResNet20()
     _load(model, Path(_variable("CIFAR10_WEIGHTS")))
     return Task(
         name="cifar10-resnet20",
         model=model.eval(),
-        example_input=test.tensors[0][:1].clone(),
+        example_input=numbers(test.tensors[0][:1]),
         train=train,
         test=test,
-        augment=crop_and_flip,
+        augment=crop_flip(padding=4),
+        normalise=numbers,
     )
-
-
-def crop_and_flip(inputs: Tensor) -> Tensor:
-    """A random 32×32 crop of each padded image of ``(n, 3, 32, 32)``, and every second one mirrored."""
-    count = len(inputs)
-    padded = F.pad(inputs, (CROP_PADDING,) * 4)
-    top, left = torch.randint(0, 2 * CROP_PADDING + 1, (2, count, 1), device=inputs.device)
-    pixels = torch.arange(SIDE, device=inputs.device)
-    mirrored = torch.rand(count, 1, device=inputs.device) < 0.5
-    rows = top + pixels
-    columns = left + torch.where(mirrored, pixels.flip(0), pixels)
-    # Indexing by image, row and column at once puts the channels last.
-    images = torch.arange(count, device=inputs.device)[:, None, None]
-    return padded[images, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -121,11 +108,11 @@ def _images(split: str) -> TensorDataset:
     if not folder.is_dir():
         raise InputError(f"CIFAR10_DIR must hold the folders train and test, but there is no {folder}.")
     files = ImageFolder(str(folder), transform=PILToTensor())
-    # uint8 while reading: a quarter of the memory.
+    # Bytes take a quarter of the memory; they become numbers batch by batch.
     pixels = torch.empty(len(files), 3, SIDE, SIDE, dtype=torch.uint8)
     for index in range(len(files)):
         pixels[index] = files[index][0]
-    return TensorDataset((pixels / 255 - MEAN) / STD, torch.tensor(files.targets))
+    return TensorDataset(pixels, torch.tensor(files.targets))
 
 
 def _load(model: ResNet20, path: Path) -> None:

@@ -1,14 +1,15 @@
-"""A point that the night did not verify (it was interrupted, or the point was no finalist), exported all the same:
-its latest weights are exported, compared on the test split and measured now."""
+"""What the night did not measure, measured now: weights of a task's policy, trained further where that is asked for,
+exported, compared on the test split and timed beside the original."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..evaluators.compute import Compute
 from ..evaluators.evaluate import RUNGS, Evaluator, Job, Recipe, checkpoint
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.target import Target, target_from_dict
+from ..evaluators.latency.target import Target
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.task import load_task
 from ..search.finalists import verified_of
@@ -17,44 +18,72 @@ from ..search.store import policy_of
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from .origin import Origin
 
 log = logging.getLogger("nightpress")
+MODEL, WEIGHTS, REFERENCE = "model.onnx", "model.safetensors", "reference.onnx"
 
 
-def target_of(run: RunRecord) -> Target:
-    """The run's target."""
-    return target_from_dict(run.config["target"])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """What to measure: ``file`` holds the weights of ``policy`` on the task's model; ``rung`` says how they came to
+    be. ``epochs`` of training with quantisation simulated come first."""
+
+    task: str
+    policy: Policy
+    file: Path
+    rung: str
+    target: Target
+    batch_size: int
+    seed: int
+    epochs: float = 0.0
 
 
-def verify_now(run: RunRecord, trial: TrialRecord, folder: Path) -> Verified:
-    """Export into ``folder`` (model.onnx and long.safetensors), compare and measure.
+def verify_now(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path) -> Verified:
+    """A trial's latest weights, measured into ``folder``.
 
     Raises InputError when the trial left no weights or its task has changed since.
     """
-    source = run.path / "artifacts" / str(trial.number if trial.reused_from is None else trial.reused_from)
+    number = trial.number if trial.reused_from is None else trial.reused_from
+    if not str(number).isdigit():  # a record from elsewhere may hold a path
+        raise InputError(f"{run.path}: trial {trial.number} reuses {number!r}, which is no trial's number.")
+    source = run.path / "artifacts" / str(number)
     reached = [rung for rung in RUNGS if checkpoint(source, rung).is_file()]
     if not reached:
         raise InputError(f"{run.path}: trial {trial.number} ({trial.state}) left no weights, so it cannot be exported.")
     log.info("trial %d was not verified during the night: exporting its %s weights now", trial.number, reached[-1])
-    target = target_of(run)
-    task = load_task(run.config["task"], Path(run.config["base"]) if run.config["base"] else None)
-    anatomy, _ = inspect(task, step_of=target.channel_step)
-    if anatomy.digest != run.state["model"]:
-        raise InputError(
-            f"{run.path}: the task's model is {anatomy.digest} now, but the run was made with {run.state['model']}."
-        )
+    weights = Weights(
+        task=origin.task, policy=policy_of(trial), file=checkpoint(source, reached[-1]), rung=reached[-1],
+        target=origin.target, batch_size=origin.batch_size, seed=origin.seed,
+    )  # fmt: skip
+    return measure_weights(weights, folder, f"{run.path}: the run was made with", str(run.state["model"]))
+
+
+def measure_weights(weights: Weights, folder: Path, whose: str, model: str) -> Verified:
+    """Write model.onnx, model.safetensors and reference.onnx into ``folder``; returns what was measured.
+
+    Raises InputError, beginning with ``whose``, when the task's model is not ``model`` any more.
+    """
+    task = load_task(weights.task)
+    anatomy, _ = inspect(task, step_of=weights.target.channel_step)
+    if anatomy.digest != model:
+        raise InputError(f"{whose} model {model}, but the task's model is {anatomy.digest} now.")
     recipe = Recipe(
-        task=run.config["task"], base=run.config["base"], anatomy=anatomy, seed=run.config["seed"], compute=Compute(),
-        batch_size=run.config["finetune"]["batch_size"], threads=1, disabled_optimizers=target.disabled_optimizers,
+        task=weights.task, base=None, anatomy=anatomy, seed=weights.seed, compute=Compute(),
+        batch_size=weights.batch_size, threads=1, disabled_optimizers=weights.target.disabled_optimizers,
     )  # fmt: skip
     evaluator = Evaluator(recipe, task)
-    policy = policy_of(trial)
-    checkpoint(folder, "short").write_bytes(checkpoint(source, reached[-1]).read_bytes())
-    outcome = evaluator(Job(policy=policy, rung="long", seed=run.config["seed"], steps=0, folder=folder))
-    reference = folder / "reference.onnx"
+    epoch = max(1, len(evaluator.trainer.train) // weights.batch_size)
+    steps = round(weights.epochs * epoch)
+    if steps:
+        log.info("training %g epochs of %d steps", weights.epochs, epoch)
+    # The long rung goes on from what the short one left.
+    checkpoint(folder, "short").write_bytes(weights.file.read_bytes())
+    outcome = evaluator(Job(policy=weights.policy, rung="long", seed=weights.seed, steps=steps, folder=folder))
+    checkpoint(folder, "short").unlink()
+    checkpoint(folder, "long").rename(folder / WEIGHTS)
     uncompressed = plan(anatomy, Policy(model=anatomy.digest))
-    reference.write_bytes(build_onnx(uncompressed, random_tensors(uncompressed), batch=None))
-    with Timer(target) as timer:
-        timing = timer.time({"model": folder / "model.onnx"}, reference)["model"]
-    reference.unlink()
-    return verified_of(outcome, timing, rung=reached[-1], model_file="", struck_out=None)
+    (folder / REFERENCE).write_bytes(build_onnx(uncompressed, random_tensors(uncompressed), batch=None))
+    with Timer(weights.target) as timer:
+        timing = timer.time({"model": folder / MODEL}, folder / REFERENCE)["model"]
+    return verified_of(outcome, timing, rung=weights.rung, model_file="", struck_out=None)

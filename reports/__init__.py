@@ -1,5 +1,8 @@
 """What a person reads: the front, its figures, tables and the report page, from a run's records."""
 
+from .compare import compare_runs
+from .compare_page import write_comparison
+from .formats import FORMATS
 from .front import (
     Limits,
     Point,
@@ -13,19 +16,23 @@ from .front import (
     rule,
     uncompressed,
 )
-from .html import write_report
+from .html import ReviewLinks, page_html, write_report
 from .summary import summary, summary_table
 from .tables import write_tables
 from .verdict import verdict
 
 __all__ = [
+    "FORMATS",
     "Limits",
     "Point",
+    "ReviewLinks",
     "candidates",
+    "compare_runs",
     "feasible",
     "front",
     "hypervolume_over_time",
     "hypervolumes",
+    "page_html",
     "picks",
     "point",
     "rule",
@@ -33,6 +40,7 @@ __all__ = [
     "summary_table",
     "uncompressed",
     "verdict",
+    "write_comparison",
     "write_report",
     "write_tables",
 ]

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search import pareto
 from ..search.records import RunRecord, TrialRecord, TrialState
 from .figure_base import (
     GREY,
     LOG_FROM,
-    MOST_TRIALS,
+    MOST_DOTS,
     PALE_GREY,
     PALE_RED,
     RED,
@@ -45,6 +45,7 @@ class Dot(NamedTuple):
     accuracy: float
     latency_ms: float
     size_bytes: float
+    macs: int | None
     low_ms: float
     high_ms: float
     split: str
@@ -74,7 +75,7 @@ def front_info(run: RunRecord) -> FrontInfo:
     allowed = limits(run)
     dots = tuple(
         dot
-        for trial in most_interesting(run, MOST_TRIALS)
+        for trial in most_interesting(run, MOST_DOTS)
         if trial.state is TrialState.COMPLETE or trial.verified
         if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
     )
@@ -92,7 +93,7 @@ def front_info(run: RunRecord) -> FrontInfo:
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
         logarithmic=logarithmic,
         outside=len(dots) - len(shown),
-        left_out=max(0, len(run.trials) - MOST_TRIALS),
+        left_out=max(0, len(run.trials) - MOST_DOTS),
     )
 
 
@@ -125,6 +126,7 @@ def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
         accuracy=found.accuracy,
         latency_ms=found.latency_ms,
         size_bytes=found.size_bytes,
+        macs=trial.macs,
         low_ms=latency.low_ms,
         high_ms=latency.high_ms,
         split=quality.split,
@@ -151,6 +153,25 @@ def _latency_range(values: list[float], limit: float | None) -> tuple[tuple[floa
     if low > 0 and high / low > LOG_FROM:
         return (low / 1.25, high * 1.25), True
     return (0.0, high * 1.1), False
+
+
+ACROSS = {"latency_ms": 1.0, "size_bytes": 1e-3, "macs": 1e-6}
+"""What may stand across, with the factor to the unit that the axis shows."""
+
+
+def across_axes(info: FrontInfo) -> dict[str, dict[str, Any]]:
+    """The horizontal axis for each choice of what stands across."""
+    floor = info.y_range[0]
+    shown = [dot for dot in info.dots if dot.accuracy >= floor]
+    axes: dict[str, dict[str, Any]] = {"latency_ms": _axis(info.x_range, info.logarithmic)}
+    for key in ("size_bytes", "macs"):
+        values = [value * ACROSS[key] for dot in shown if (value := getattr(dot, key)) is not None]
+        axes[key] = _axis(*_latency_range(values, None))
+    return axes
+
+
+def _axis(span: tuple[float, float], is_logarithmic: bool) -> dict[str, Any]:
+    return logarithmic(*span) if is_logarithmic else {"range": list(span)}
 
 
 def _accuracy_range(values: list[float]) -> tuple[float, float]:
@@ -183,7 +204,7 @@ def front_text(info: FrontInfo) -> str:
     if info.outside:
         said.append(f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all).")
     if info.left_out:
-        said.append(f"{counted(info.left_out, 'trial')} more: in trials.csv.")
+        said.append(f"{counted(info.left_out, 'trial')} more are not drawn.")
     return " ".join(said)
 
 
@@ -207,7 +228,7 @@ def front_figure(info: FrontInfo) -> "Figure":
         if dots:
             _draw_kind(figure, kind, dots, scale)
     _draw_labels(figure, info)
-    figure.update_xaxes(logarithmic(*info.x_range) if info.logarithmic else {"range": list(info.x_range)})
+    figure.update_xaxes(_axis(info.x_range, info.logarithmic))
     figure.update_yaxes(range=[100 * v for v in info.y_range])
     if scale[1] > scale[0]:
         _draw_scale(figure, scale)
@@ -275,7 +296,7 @@ def _interval(dots: Sequence[Dot]) -> dict[str, object]:
 
 
 def _hover(dot: Dot) -> list[int | str]:
-    note = f"<br>{no_markup(dot.note)}" if dot.note else ""
+    note = f"<br>{no_markup(dot.note, 160)}" if dot.note else ""
     return [dot.trial, no_markup(dot.name), no_markup(dot.split), size(dot.size_bytes), note]
 
 
@@ -313,7 +334,8 @@ def _draw_scale(figure: "Figure", scale: tuple[float, float]) -> None:
 
 
 def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
-    """Names beside their points, on the side of faster and more accurate, where no points are."""
+    """Names beside their points: of the front on the side of faster and more accurate, where no points are; of others
+    below, clear of the line."""
     dots = {dot.trial: dot for dot in info.dots}
     named = sorted(((dots[n], words) for n, words in info.labels if n in dots), key=lambda pair: -pair[0].accuracy)
     for i, (dot, words) in enumerate(named):
@@ -322,10 +344,11 @@ def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
             x=math.log10(dot.latency_ms) if info.logarithmic else dot.latency_ms,
             y=100 * dot.accuracy,
             text=words,
+            name=str(dot.trial),
             font={"size": 12},
-            ax=0 if i == 0 else -36,
-            ay=-26 if i == 0 else -12,
-            xanchor="center" if i == 0 else "right",
+            ax=0 if i == 0 and dot.on_front else -36,
+            ay=(-26 if i == 0 else -12) if dot.on_front else 18,
+            xanchor="center" if i == 0 and dot.on_front else "right",
             showarrow=True,
             arrowhead=0,
             arrowwidth=1,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +10,53 @@ from ..search.records import RunRecord
 from .figures import panels
 from .files import replace
 from .page import context, script_data
+from .text import cut
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS = ("elements.js", "card.js", "report.js")
+PLOTLY = "plotly-cartesian.min.js"
+"""The cartesian bundle of plotly.js 4.1.1 (MIT, see plotly-LICENSE): a third of what the Python package brings."""
+SCRIPTS = ("elements.js", "theme.js", "card.js", "front.js", "report.js")
 """In the order in which they are read; they share one scope."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewLinks:
+    """Where a served page sends a person's word on a trial.
+
+    The page POSTs ``{"trial", "digest", "action": "pick" | "reject" | "note", "note"}`` as JSON to ``url`` (same
+    origin), with ``token`` in the header ``X-Nightpress-Token``, and shows the entry that comes back, or the sentence
+    under ``error`` of an answer that is not 2xx. ``who`` is the name shown beside the buttons.
+    """
+
+    url: str
+    token: str = ""
+    who: str = ""
 
 
 def write_report(run: RunRecord, out: Path) -> None:
     """Write the report page of a run; an older one is replaced in one step."""
+    write_page(page_html(run), out)
+
+
+def write_page(html: str, out: Path) -> None:
+    """Write a page; an older one is replaced in one step."""
     # Names may hold lone surrogates (from odd file names), which UTF-8 cannot: a question mark stands there.
-    page = render(run).encode("utf-8", errors="replace")
-    replace(out, lambda beside: beside.write_bytes(page))
+    data = html.encode("utf-8", errors="replace")
+    replace(out, lambda beside: beside.write_bytes(data))
 
 
-def render(run: RunRecord) -> str:
-    """The report page as text."""
+def page_html(run: RunRecord, *, review: ReviewLinks | None = None) -> str:
+    """The report page as text; with ``review``, each complete trial's card has the buttons pick, reject and note."""
+    shown = panels(run)
+    scripts = SCRIPTS if review is None else ("elements.js", "review.js", *SCRIPTS[1:])
+    data = script_data(run, shown) | ({"review": asdict(review)} if review is not None else {})
+    return fill("report.html.j2", **context(run, shown), review=review is not None, data=data, scripts=scripts)
+
+
+def fill(template: str, *, data: Any, scripts: tuple[str, ...], **values: Any) -> str:
+    """A page from its template, with the style, the scripts, plotly.js and its data inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -36,13 +66,13 @@ def render(run: RunRecord) -> str:
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = unbroken
-    shown = panels(run)
-    return environment.get_template("report.html.j2").render(
-        **context(run, shown),
+    environment.filters["cut"] = cut
+    return environment.get_template(template).render(
+        **values,
         css=Markup(_template("report.css")),
-        scripts=Markup("\n".join(_template(name) for name in SCRIPTS)),
-        plotly=Markup(get_plotlyjs()),
-        data=Markup(embedded_json(script_data(run, shown))),
+        scripts=Markup("\n".join(_template(name) for name in scripts)),
+        plotly=Markup(_template(PLOTLY)),
+        data=Markup(embedded_json(data)),
     )
 
 

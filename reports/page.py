@@ -5,39 +5,21 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..search.records import Quality, RunRecord, TrialRecord, TrialState, row
-from .figure_base import MOST_TRIALS, Panel
-from .front import (
-    Limits,
-    breaches,
-    front,
-    limits,
-    most_interesting,
-    picked,
-    point,
-    shrinkage,
-    speedup,
-    uncompressed,
-    verified_any,
-)
-from .text import UNKNOWN, accuracy, counted, local_time, milliseconds, plain, size, times, title
-from .verdict import doubts, findings, finished
+from ..search.records import RunRecord, TrialRecord, TrialState, row
+from .cards import packed, rounded
+from .figure_base import PALE_RED, SIZES, Panel
+from .figure_front import across_axes, front_info
+from .front import breaches, front, limits, picked, point, shrinkage, speedup, uncompressed, verified_any
+from .text import UNKNOWN, accuracy, counted, cut, digits, local_time, milliseconds, plain, size, times, title
+from .verdict import answer, doubts, drop_points, finished
 
-DETAIL_BYTES = 500_000
-"""What the trials' details may take, so that the page stays below 6 MB beside the 4.8 MB of plotly.js."""
-BRIEF = (
-    "trial",
-    "title",
-    "role",
-    "state",
-    "digest",
-    "accuracy",
-    "split",
-    "latency_ms",
-    "size_bytes",
-    "reason",
-)
-MOST_LETTERS = 400
+WHY = {
+    "best": "the fastest within the limits",
+    "fastest": "the fastest within the limits",
+    "knee": "the best balance of the three",
+    "most accurate": "the most accurate within the limits",
+}
+"""What each pick's name means."""
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
@@ -48,8 +30,11 @@ class TableRow(NamedTuple):
     trial: int
     name: str
     labels: str
+    why: str
     accuracy: str
+    drop: str
     latency: str
+    interval: str
     ratio: str
     size: str
     size_ratio: str
@@ -69,30 +54,38 @@ class Unfinished(NamedTuple):
 def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """What the template prints without the script."""
     best, chosen = front(run), picked(run)
-    on_front = {trial.number for trial in best}
-    labels = {trial.number: ", ".join(names) for trial, names in chosen}
-
-    def rows(trials: Sequence[TrialRecord]) -> list[TableRow]:
-        return [table_row(run, t, labels.get(t.number, ""), t.number in on_front) for t in trials]
-
+    baselines = [trial for trial in run.trials if trial.role == "baseline"]
     return {
         "name": run.path.name or str(run.path),
         "facts": facts(run),
         "unknown": UNKNOWN,
         "state": str(run.state.get("state") or "unknown"),
         "finished": finished(run),
-        "findings": findings(run),
+        "answer": answer(run),
         "doubts": doubts(run),
-        "picks": rows([trial for trial, _ in chosen]),
-        "front_rows": rows(best),
-        "baseline_rows": rows([trial for trial in run.trials if trial.role == "baseline"]),
+        "picks": rows_of(run, [trial for trial, _ in chosen]),
+        "front_rows": rows_of(run, best),
+        "baseline_rows": rows_of(run, baselines),
         "panels": panels,
+        "limits": _limit_fields(run),
+        "has_macs": all(t.macs for t in run.trials if t.quality is not None),
         "decisions": [decision_row(entry) for entry in run.decisions],
-        "approvals": [approval_row(entry) for entry in run.approvals],
+        "reviews": [review_row(entry) for entry in run.approvals],
         "unfinished": unfinished(run),
         "environment": flat(run.state.get("environment") or {}),
         "config": json.dumps(plain(run.config), indent=2, ensure_ascii=False),
     }
+
+
+def _limit_fields(run: RunRecord) -> dict[str, str]:
+    """The config's limits in the units of the page's fields; empty where there is none."""
+    known = limits(run)
+    values = {
+        "max_latency_ms": known.max_latency_ms,
+        "min_accuracy": None if known.min_accuracy is None else 100 * known.min_accuracy,
+        "max_size_kb": None if known.max_size_bytes is None else known.max_size_bytes / 1000,
+    }
+    return {key: "" if value is None else f"{value:.10g}" for key, value in values.items()}
 
 
 def facts(run: RunRecord) -> list[str]:
@@ -111,7 +104,14 @@ def facts(run: RunRecord) -> list[str]:
     return [*said, counted(len(run.trials), "trial")]
 
 
-def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -> TableRow:
+def rows_of(run: RunRecord, trials: Sequence[TrialRecord]) -> list[TableRow]:
+    """Trials as lines of a table."""
+    on_front = {trial.number for trial in front(run)}
+    labels = {trial.number: names for trial, names in picked(run)}
+    return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
+
+
+def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
     """A trial in words; what is not known is a dash."""
     found, values = point(trial), row(trial)
     struck = trial.verified.struck_out if trial.verified else None
@@ -123,16 +123,27 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
     return TableRow(
         trial=trial.number,
         name=title(trial),
-        labels=labels,
+        labels=", ".join(labels),
+        why="; ".join(WHY[label] for label in labels),
         accuracy=accuracy(values["accuracy"], values["accuracy_se"]),
+        drop=_signed(drop_points(run, trial)),
         latency=milliseconds(values["latency_ms"]),
+        interval=_interval(values["low_ms"], values["high_ms"]),
         ratio=times(speedup(run, trial)),
         size=size(values["size_bytes"]),
         size_ratio=times(shrinkage(run, trial)),
         measured=bool(values["measured"]),
         on_front=on_front,
-        note=note,
+        note=cut(note),
     )
+
+
+def _signed(points: float | None) -> str:
+    return "" if points is None else f"{'−' if points < 0 else '+'}{abs(points):.1f} points"
+
+
+def _interval(low_ms: float | None, high_ms: float | None) -> str:
+    return f"{digits(low_ms)} to {digits(high_ms)}" if low_ms is not None and high_ms is not None else ""
 
 
 def export_command(run: RunRecord, number: int) -> str:
@@ -148,19 +159,23 @@ def decision_row(entry: Mapping[str, Any]) -> dict[str, str]:
     else:
         words = "" if evidence is None else _short(evidence)
     return {
-        "time": local_time(entry.get("time")),
-        "phase": str(entry.get("phase") or ""),
-        "decision": _short(entry.get("decision") or ""),
-        "reason": str(entry.get("reason") or ""),
+        "time": cut(local_time(entry.get("time"))),
+        "phase": cut(str(entry.get("phase") or "")),
+        "decision": cut(_short(entry.get("decision") or "")),
+        "reason": cut(str(entry.get("reason") or "")),
         "evidence": words,
     }
 
 
-def approval_row(entry: Mapping[str, Any]) -> dict[str, str]:
-    """One approval in words; empty where it does not say."""
+VERBS = {"pick": "approved", "reject": "rejected", "note": "noted"}
+
+
+def review_row(entry: Mapping[str, Any]) -> dict[str, str]:
+    """A person's word on a trial; without an ``action`` it is an approval. Empty where it does not say."""
     words = {key: str(entry.get(key) or "") for key in ("who", "note")}
     time = entry.get("time")
-    return {**words, "trial": str(entry.get("trial")), "time": local_time(time) if time else ""}
+    verb = VERBS.get(str(entry.get("action")), VERBS["pick"])
+    return {**words, "trial": str(entry.get("trial")), "verb": verb, "time": local_time(time) if time else ""}
 
 
 def _short(value: object) -> str:
@@ -178,17 +193,12 @@ def flat(nested: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, str]]:
     return pairs
 
 
-def _cut(text: str) -> str:
-    """Some errors tell pages; their beginning says what happened."""
-    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
-
-
 def unfinished(run: RunRecord) -> list[Unfinished]:
     """Failed, stopped and infeasible trials, and those still running, with their reasons."""
     tables: list[Unfinished] = []
     for state in (TrialState.FAILED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialState.RUNNING):
         trials = [trial for trial in run.trials if trial.state is state]
-        rows = tuple((t.number, title(t), _cut(t.reason or "no reason recorded")) for t in trials[:MOST_ROWS])
+        rows = tuple((t.number, title(t), cut(t.reason or "no reason recorded")) for t in trials[:MOST_ROWS])
         if trials:
             tables.append(Unfinished(str(state), len(trials), rows))
     return tables
@@ -201,17 +211,46 @@ def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """Everything that the page's script needs, as JSON-ready data."""
     origin, chosen = uncompressed(run), picked(run)
     first = chosen[0][0].number if chosen else (run.trials[0].number if run.trials else None)
+    info = front_info(run)
+    dots = {dot.trial for dot in info.dots}
+    trials = packed(run)
+    for card in trials.cards:
+        if card["trial"] in dots:
+            card["drawn"] = True
     return {
         "selected": first,
         "front": [trial.number for trial in front(run)],
+        "front_axes": {**across_axes(info), "stops": SIZES, "shade": PALE_RED},
         "labels": {str(trial.number): names for trial, names in chosen},
-        "origin": plain(row(origin)) if origin else None,
+        "origin": plain({key: value for key, value in row(origin).items() if key != "policy"}) if origin else None,
         "anatomy": plain(anatomy(run)),
-        "trials": details(run),
-        "approved": {str(a.get("trial")): plain(a) for a in run.approvals},
+        "layers": rounded(layer_costs(run)),
+        "sensitivity": {key: rounded((run.sensitivity or {}).get(key) or {}) for key in ("groups", "bits")},
+        "trials": trials.cards,
+        "packed": trials.columns,
+        "reviews": [plain(entry) for entry in run.approvals],
         "commands": {"before": f"nightpress export {shlex.quote(str(run.path))} ", "after": " --out DIR"},
         "figures": {panel.key: json.loads(str(panel.figure.to_json())) for panel in panels if panel.figure},
     }
+
+
+def layer_costs(run: RunRecord) -> dict[str, Any]:
+    """Milliseconds and bytes of each layer of the trials that were profiled.
+
+    A profiler slows what it watches, so its milliseconds are scaled to add up to the latency measured without it.
+    """
+    latencies = {str(trial.number): trial.latency for trial in run.trials}
+    found: dict[str, Any] = {}
+    for number, known in (run.layers or {}).items():
+        layers: Mapping[str, Mapping[str, float]] = known["layers"]
+        total = sum(cost.get("ms") or 0.0 for cost in layers.values()) + known["other_ms"]
+        latency = latencies.get(number)
+        if latency is None or total <= 0:
+            continue
+        scale = latency.latency_ms / total
+        scaled = {name: {**cost, "ms": cost["ms"] * scale} if "ms" in cost else cost for name, cost in layers.items()}
+        found[number] = {"layers": scaled, "other_ms": known["other_ms"] * scale}
+    return found
 
 
 def anatomy(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
@@ -225,63 +264,4 @@ def anatomy(run: RunRecord) -> dict[str, list[dict[str, Any]]]:
     return {
         part: [{key: item[key] for key in keys if key in item} for item in known.get(part) or []]
         for part, keys in needed.items()
-    }
-
-
-def details(run: RunRecord) -> list[dict[str, Any]]:
-    """A card's data for each trial, in order of number, without what is unknown.
-
-    The page has a limited size: policies and curves of the later trials are left out (``brief``) when those
-    of the front, of the verified and of the earlier ones have filled it; trials.csv has them.
-    """
-    on_front, allowed = {trial.number for trial in front(run)}, limits(run)
-    left = DETAIL_BYTES
-    cards: list[dict[str, Any]] = []
-    shown = most_interesting(run, MOST_TRIALS)
-    for trial in sorted(shown, key=lambda t: (t.number not in on_front, t.verified is None, t.number)):
-        card = _card(trial, allowed)
-        left -= len(json.dumps(card))
-        cards.append(card if left > 0 else {key: card[key] for key in BRIEF if key in card} | {"brief": True})
-    return sorted(cards, key=lambda card: card["trial"])
-
-
-def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
-    verified, found = trial.verified, point(trial)
-    stages = [_stage("search", quality) for quality in trial.qualities]
-    if verified is not None:
-        stages += [
-            _stage("after the long fine-tune", verified.search_quality),
-            _stage("quantisation simulated", verified.simulated),
-            _stage("exported file", verified.quality),
-        ]
-    card = row(trial)
-    card |= {
-        "title": title(trial),
-        "reason": _cut(trial.reason) if trial.reason else None,
-        "beyond": breaches(allowed, found) if found else [],
-        "reused_from": trial.reused_from,
-        "seconds": trial.finished - trial.started if trial.finished and trial.started else None,
-        "predicted_ms": trial.predicted.latency_ms if trial.predicted else None,
-        "interval_ms": [trial.predicted.low_ms, trial.predicted.high_ms] if trial.predicted else None,
-        "stages": stages,
-        "verified": None
-        if verified is None
-        else {
-            "top1_agreement": verified.top1_agreement,
-            "max_abs_diff": verified.max_abs_diff,
-            "bits_used": verified.bits_used,
-        },
-    }
-    return {key: value for key, value in plain(card).items() if value is not None}
-
-
-def _stage(name: str, quality: Quality) -> dict[str, Any]:
-    return {
-        "name": name,
-        "rung": quality.rung,
-        "split": quality.split,
-        "accuracy": quality.accuracy,
-        "se": quality.accuracy_se,
-        "samples": quality.samples,
-        "losses": list(quality.losses),
     }

@@ -8,6 +8,7 @@ from typing import Any, cast
 from ..search.records import TrialRecord
 
 UNKNOWN = "–"
+MOST_LETTERS = 400
 
 
 def digits(value: float, significant: int = 3) -> str:
@@ -93,6 +94,11 @@ def counted(number: int, singular: str, plural: str | None = None) -> str:
 def title(trial: TrialRecord) -> str:
     """What a trial is called: its name, else its number."""
     return trial.name or f"trial {trial.number}"
+
+
+def cut(text: str) -> str:
+    """Some errors tell pages; their beginning says what happened."""
+    return text if len(text) <= MOST_LETTERS else f"{text[:MOST_LETTERS]}…"
 
 
 def plain(value: object) -> Any:

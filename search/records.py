@@ -9,6 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+PICK, REJECT, NOTE = "pick", "reject", "note"
+"""What a person says of a trial."""
+
 
 class TrialState(StrEnum):
     """How a trial stands or ended. Nothing else says that a value is missing."""
@@ -121,8 +124,10 @@ class RunRecord:
 
     ``state``: state, phase, started, deadline (ISO 8601 with zone), seconds{phase}, pid, host, reference
     (hypervolume reference point), ``config`` as resolved; ``target`` the calibration's public figures and
-    its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` dicts with
-    trial, digest, note, who, time.
+    its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` what people
+    said of trials, in order: dicts with trial, digest, action (``pick``, ``reject`` or ``note``; a pick where it
+    is missing), note, who, time; ``layers`` by trial number: ``layers{name: {ms, bytes}}`` and ``other_ms``,
+    as the runtime's profiler saw the exported file.
     """
 
     path: Path
@@ -134,6 +139,14 @@ class RunRecord:
     sensitivity: Mapping[str, Any] | None
     approvals: tuple[Mapping[str, Any], ...] = ()
     unreadable: tuple[str, ...] = field(default=())
+    layers: Mapping[str, Any] | None = None
+
+
+def last_word(run: RunRecord, trial: TrialRecord) -> Mapping[str, Any] | None:
+    """The last pick or rejection of a trial; None where nobody decided on this very policy."""
+    said = [a for a in run.approvals if a.get("trial") == trial.number and a.get("digest") == trial.digest]
+    decided = [a for a in said if a.get("action", PICK) in {PICK, REJECT}]
+    return decided[-1] if decided else None
 
 
 def row(trial: TrialRecord) -> dict[str, Any]:

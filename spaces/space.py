@@ -305,7 +305,7 @@ def parse_bits(name: str) -> LayerBits:
 
 
 def _asked(suggest: Suggest, name: str, offered: tuple[str, ...]) -> str:
-    return suggest.choice(name, offered) if len(offered) > 1 else offered[0]
+    return suggest.choice(name, offered) if len(offered) > 1 else next(iter(offered))
 
 
 def _layers_of(anatomy: Anatomy, blocks: Sequence[str]) -> set[str]:

@@ -30,6 +30,7 @@ RUN_KEYS = {"run", "state", "phase", "deadline", "trials", "front", "baselines",
 STATES = {"COMPLETE", "STOPPED", "INFEASIBLE", "FAILED", "RUNNING"}
 EXPORT_FILES = {
     "policy.json", "model.onnx", "model.safetensors", "config.pbtxt", "runtime.json", "card.md", "manifest.json",
+    "reference.onnx", "finetune.yaml", "LICENSES.txt", "verify.py", "timer.py",
 }  # fmt: skip
 PHASES = ["inspect", "calibrate", "baselines", "sensitivity", "search", "finalists", "verify", "report"]
 
@@ -227,7 +228,7 @@ def test_an_export_is_whole(exported: tuple[Path, dict[str, Any]], night: tiny.N
     assert (manifest["policy"], data["accuracy"]) == (chosen["digest"], chosen["accuracy"])
     policy = (out / "policy.json").read_text()
     assert digest(policy_from_json(policy, "policy.json")) == chosen["digest"]
-    assert json.loads(policy)["schema"] == 1
+    assert json.loads(policy)["schema"] == 2
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 

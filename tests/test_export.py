@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 import fakes_run
@@ -21,14 +20,14 @@ from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.target import Target, target_to_dict
-from nightpress.export import export_trial
-from nightpress.export.bundle import swap
-from nightpress.export.triton import config_pbtxt
+from nightpress.export import Options, export_trial
+from nightpress.export.folder import swap
 from nightpress.search.finalists import verified_of
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_dict
 
+FORCE = Options(force=True)
 TIMING = Timing(windows_ms=(0.0128, 0.01344, 0.02), reference_ms=0.0256)
 
 
@@ -129,14 +128,15 @@ def test_the_runtime_file_repeats_the_measurement_s_options(finished: Finished, 
     assert json.loads((out / "runtime.json").read_text()) == {
         "runtime": "onnxruntime", "threads": 1, "batch": 1, "execution_mode": "sequential", "inter_op_threads": 1,
         "disabled_optimizers": ["WeightBiasQuantization"], "providers": ["CPUExecutionProvider"],
-        "device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"},
+        "device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"}, "needs_disabled_optimizers": False,
+        "input": {"name": "input", "shape": [None, 1, 8, 8], "type": "float"},
+        "output": {"name": "logits", "shape": [None, 4], "type": "float"},
     }  # fmt: skip
 
 
 def test_triton_is_told_types_shapes_and_threads(finished: Finished, out: Path) -> None:
     export_trial(finished.run, finished.trial, out)
     assert (out / "config.pbtxt").read_text() == (
-        "# measured with these ONNX Runtime optimizers disabled: WeightBiasQuantization\n"
         'name: "tiny"\n'
         'backend: "onnxruntime"\n'
         "max_batch_size: 64\n"
@@ -147,20 +147,6 @@ def test_triton_is_told_types_shapes_and_threads(finished: Finished, out: Path) 
         'parameters { key: "intra_op_thread_count" value: { string_value: "1" } }\n'
         'parameters { key: "inter_op_thread_count" value: { string_value: "1" } }\n'
     )
-
-
-def test_triton_s_text_follows_the_model() -> None:
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["pixels"], ["scores"])],
-        "g",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", 3, 32, 16])],
-        [helper.make_tensor_value_info("scores", TensorProto.UINT8, ["n", 3, 32, 16])],
-    )
-    text = config_pbtxt(helper.make_model(graph), "plates", 4, ())
-    assert text.startswith('name: "plates"\n')
-    assert 'input [{ name: "pixels", data_type: TYPE_UINT8, dims: [ 3, 32, 16 ] }]' in text
-    assert 'output [{ name: "scores", data_type: TYPE_UINT8, dims: [ 3, 32, 16 ] }]' in text
-    assert 'key: "intra_op_thread_count" value: { string_value: "4" }' in text
 
 
 def test_a_name_with_slashes_is_fit_for_a_folder_of_triton(finished: Finished, out: Path) -> None:
@@ -182,7 +168,7 @@ def test_the_card_s_numbers_are_those_of_the_record(finished: Finished, out: Pat
     assert f"| test accuracy | {quality.accuracy:.4f} ± {quality.accuracy_se:.4f} (standard error) |" in text
     assert "0.8500 (given weights 0.8000, after the same extra training 0.8500) |" in text
     assert "| latency | 0.013 ms (repeat error 5.0%) | 0.026 ms |" in text
-    assert "| speed | 2.00× | 1× |" in text
+    assert "| speed | 2.00× (1.74× to 2.30×) | 1× |" in text
     assert f"| file | {verified.size_bytes:,} bytes | 1,000,000 bytes |" in text
     assert f"top-1 {verified.top1_agreement:.2%}" in text
     assert "(80 examples), weights from the rung `long`" in text
@@ -191,7 +177,7 @@ def test_the_card_s_numbers_are_those_of_the_record(finished: Finished, out: Pat
     assert f"policy `{finished.trial.digest}`: 1 pruned groups, 2 layers below 32 bits, removed blocks: none" in text
     assert "distillation: logit, α 0.7, T 3.0 (constant)" in text
     assert "learning rate 0.02" in text
-    assert "approvals: ada, 2026-01-31T07:10:00+0000: checked\n" in text
+    assert "approvals: approved by ada, 2026-01-31T07:10:00+0000: checked\n" in text
     assert "not this one" not in text
     assert not re.search(r"\bNone\b|\bnan\b|\{|\}\}", text.split("```")[0])
 
@@ -212,9 +198,9 @@ def test_the_card_s_program_runs(finished: Finished, out: Path, monkeypatch: pyt
         ({"reference_accuracy": {"given": 0.8, "trained_longer": None, "counted": 0.8}}, True,
          ["| 0.8000 (given weights 0.8000) |", "1,000,000 bytes"]),
         ({"reference_accuracy": None, "given": {"test": {"accuracy": 0.8, "accuracy_se": 0.01}}}, True,
-         ["| 0.8000 ± 0.0100 (standard error), given weights |"]),
+         ["| 0.8000 (given weights 0.8000) |"]),
         ({"reference_accuracy": None, "given": {"test": {"accuracy": 31.5, "accuracy_se": None}}}, True,
-         ["| 31.5000, given weights |"]),
+         ["| 31.5000 (given weights 31.5000) |"]),
         ({"reference_accuracy": None}, False, ["| unknown |\n| latency", "bytes | unknown |"]),
     ],
 )  # fmt: skip
@@ -243,7 +229,7 @@ def test_force_replaces_the_whole_folder(finished: Finished, out: Path) -> None:
         export_trial(finished.run, finished.trial, out)
     assert [file.name for file in out.iterdir()] == ["old.txt"]
 
-    data = export_trial(finished.run, finished.trial, out, force=True)
+    data = export_trial(finished.run, finished.trial, out, FORCE)
 
     assert sorted(file.name for file in out.iterdir()) == sorted(data["files"])
     assert leftovers(out) == []
@@ -252,7 +238,7 @@ def test_force_replaces_the_whole_folder(finished: Finished, out: Path) -> None:
 def test_force_replaces_a_file_as_well(finished: Finished, out: Path) -> None:
     out.parent.mkdir()
     out.write_text("old")
-    export_trial(finished.run, finished.trial, out, force=True)
+    export_trial(finished.run, finished.trial, out, FORCE)
     assert (out / "model.onnx").is_file()
     assert leftovers(out) == []
 
@@ -270,7 +256,7 @@ def test_a_missing_artefact_leaves_the_old_export(finished: Finished, tmp_path: 
     (out / "old.txt").write_text("old")
 
     with pytest.raises(InputError, match=rf"{name}: the run's artefact is missing, so trial 1 cannot be exported\."):
-        export_trial(replace(finished.run, path=folder), finished.trial, out, force=True)
+        export_trial(replace(finished.run, path=folder), finished.trial, out, FORCE)
 
     assert tiny.bare(out) == {"old.txt": b"old"}
     assert leftovers(out) == []
@@ -317,7 +303,7 @@ def test_a_trial_that_was_struck_out_is_refused(finished: Finished, out: Path) -
         export_trial(finished.run, struck, out)
     assert not out.parent.exists()
 
-    assert export_trial(finished.run, struck, out, force=True)["latency_ms"] == 0.0128
+    assert export_trial(finished.run, struck, out, FORCE)["latency_ms"] == 0.0128
 
 
 def test_a_trial_without_weights_is_refused(finished: Finished, out: Path) -> None:
@@ -330,7 +316,9 @@ def test_a_trial_without_weights_is_refused(finished: Finished, out: Path) -> No
 def test_a_task_that_has_changed_since_is_refused(finished: Finished, tmp_path: Path, out: Path) -> None:
     folder = broken(finished, tmp_path)
     run = replace(finished.run, path=folder, state={**finished.run.state, "model": "0" * 16})
-    with pytest.raises(InputError, match=f"the task's model is {finished.policy.model} now, but the run was"):
+    with pytest.raises(
+        InputError, match=f"the run was made with model 0{{16}}, but the task's model is {finished.policy.model} now"
+    ):
         export_trial(run, replace(finished.trial, verified=None), out)
     assert leftovers(out) == []
 

@@ -1,5 +1,6 @@
 """An export runs where nothing of nightpress is installed."""
 
+import json
 import subprocess
 import sys
 import venv
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import exports
 import tiny
 from nightpress.evaluators.task import load_task
+from nightpress.export import export_trial
 
 pytestmark = pytest.mark.slow
 
@@ -63,3 +66,26 @@ def test_a_bare_environment_reproduces_the_stated_accuracy(
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout) == pytest.approx(stated["accuracy"], abs=0.001)
     assert sys.executable != str(python)
+
+
+def test_a_bare_environment_runs_the_shipped_check(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Whether the speed holds depends on what else this machine does; that it is measured and compared does not."""
+    run = exports.run_folder(tmp_path_factory)
+    record = exports.record(run)
+    export_trial(record, record.trials[2], tmp_path / "export")
+    data = exports.split_file(run, tmp_path / "test.npz")
+
+    ran = subprocess.run(
+        [bare_python(tmp_path / "bare"), tmp_path / "export" / "verify.py", "--data", data, "--json"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+    answer = json.loads(ran.stdout)
+    checks = {check["name"]: check for check in answer["checks"]}
+    assert {name: checks[name]["state"] for name in ("files", "outputs", "accuracy")} == {
+        "files": "ok", "outputs": "ok", "accuracy": "ok",
+    }  # fmt: skip
+    speed = checks["latency"]["numbers"]
+    assert speed["ratio"] == pytest.approx(speed["reference_ms"] / speed["latency_ms"])
+    assert (checks["latency"]["state"] == "ok") == (speed["ratio"] >= speed["low"])
+    assert ran.returncode == (0 if checks["latency"]["state"] == "ok" else 1)

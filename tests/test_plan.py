@@ -60,9 +60,7 @@ def test_the_tiny_network_has_what_these_tests_rely_on() -> None:
         ("three.conv1",),
         ("hidden",),
     }
-    assert [(item.name, item.reason) for item in ANATOMY.left_out] == [
-        ("head", "its channels are the model's output")
-    ]
+    assert [(item.name, item.reason) for item in ANATOMY.left_out] == [("head", "its channels are the model's output")]
     assert {n.name: n.kind for n in ANATOMY.layers}["depthwise.0"] == "depthwise"
 
 

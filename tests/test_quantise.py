@@ -175,6 +175,20 @@ def test_values_of_16_bits_lie_on_the_same_integers() -> None:
     assert torch.equal(rounded, fake_quantise(value.float(), grid).bfloat16())
 
 
+def test_a_scale_learns_from_values_of_16_bits() -> None:
+    """Their own rounding is noise of a few per cent in the scale's gradient."""
+    value, upstream = normal(64, 8, 16, 16).relu().bfloat16(), 1 + normal(64, 8, 16, 16, seed=1).bfloat16()
+    scale, grid = torch.tensor(0.2), Grid(scale=0.2, low=0.0, high=15.0)
+
+    wide = gradients(lambda v, s: learned_quantise(v, grid, s), value.float(), upstream.float(), scale)
+    narrow = gradients(lambda v, s: learned_quantise(v, grid, s), value, upstream, scale)
+
+    assert narrow[1].dtype == torch.bfloat16
+    assert torch.equal(narrow[1].float(), wide[1])
+    assert narrow[2].dtype == torch.float32
+    torch.testing.assert_close(narrow[2], wide[2], rtol=0.05, atol=0)
+
+
 # Weights
 
 

@@ -363,7 +363,8 @@ def test_the_cifar10_example_reads_folders_and_weights(cifar10: Path) -> None:
     train = materialise(task.train)
     assert train.inputs.shape == (6, 3, 32, 32)
     assert train.targets.tolist() == [0, 0, 0, 1, 1, 1]
-    assert train.inputs[3, :, 0, 0].tolist() == pytest.approx([2.249, 2.429, 2.640], abs=1e-3)
+    assert train.inputs.dtype == torch.uint8
+    assert task.model_inputs(train.inputs)[3, :, 0, 0].tolist() == pytest.approx([2.249, 2.429, 2.640], abs=1e-3)
     assert task.augment is not None
     assert task.augment(train.inputs).shape == train.inputs.shape
 

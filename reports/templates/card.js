@@ -9,15 +9,16 @@ function accuracyNote(trial) {
   // Points lost are counted on one split only; where they cannot be, the split itself is what matters.
   if (origin && trial.split === origin.split && trial.accuracy !== null && origin.accuracy !== null) {
     const points = 100 * (trial.accuracy - origin.accuracy);
-    return `${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points`;
+    return `${points >= 0 ? "+" : "−"}${Math.abs(points).toFixed(1)} points, ${trial.split} split`;
   }
   return trial.split ? `${trial.split} split` : null;
 }
 
 function latencyNote(trial) {
   if (trial.latency_ms === null) return null;
-  if (!trial.interval_ms) return trial.measured ? null : "predicted";
-  return `predicted ${digits(trial.interval_ms[0])} to ${digits(trial.interval_ms[1])} ms`;
+  const range = trial.low_ms !== null ? `${digits(trial.low_ms)} to ${digits(trial.high_ms)} ms` : null;
+  if (!trial.measured) return range ? `predicted, 90 %: ${range}` : "predicted";
+  return range ? `measured, ${range}` : "measured";
 }
 
 /** How many times less than the uncompressed model; null when either is unknown. */
@@ -28,6 +29,10 @@ function timesLess(trial, key) {
 function tiles(trial) {
   const beside = trial.reference_ms ? `original ${milliseconds(trial.reference_ms)} beside it` : null;
   const smaller = timesLess(trial, "size_bytes");
+  const fewer = (key) => {
+    const ratio = timesLess(trial, key);
+    return ratio && ratio > 1.005 ? `${times(ratio)} fewer` : null;
+  };
   return el(
     "dl",
     { class: "tiles" },
@@ -35,10 +40,12 @@ function tiles(trial) {
     tile("Latency", milliseconds(trial.latency_ms), latencyNote(trial)),
     tile("Faster", times(trial.ratio || timesLess(trial, "latency_ms")), beside),
     tile("Size", size(trial.size_bytes), smaller ? `${times(smaller)} smaller` : null),
-    tile("MACs", count(trial.macs), null),
-    tile("Parameters", count(trial.params), null),
+    tile("MACs", count(trial.macs), fewer("macs")),
+    tile("Parameters", count(trial.params), fewer("params")),
   );
 }
+
+// Layers
 
 function keptChannels(group, ratio) {
   if (!ratio) return group.channels;
@@ -46,90 +53,199 @@ function keptChannels(group, ratio) {
   return Math.min(group.channels, Math.max(1, Math.round((group.channels * (1 - ratio)) / step)) * step);
 }
 
+/** 8/8 in words; 32/32 and nothing at all are fp32, 16 is a half. */
 function bitsWords(bits) {
-  if (!bits || (bits.weights === 32 && bits.activations === 32)) return "fp32";
-  return `${bits.weights}/${bits.activations}`;
+  if (!bits) return "fp32";
+  const weights = bits.weights ?? 32;
+  const activations = bits.activations ?? 32;
+  return weights === 32 && activations === 32 ? "fp32" : `${weights}/${activations}`;
 }
 
-function layerRow(name, kept, channels, bits, gone) {
-  const words = gone ? "removed" : bitsWords(bits);
-  const low = words !== "fp32" && !gone;
+function bar(share, kind, words) {
   return el(
     "div",
-    { class: `layer${gone ? " gone" : ""}` },
-    el("span", { class: "name", title: name }, name),
-    el(
-      "div",
-      { class: "track" },
-      el("div", {
-        class: `fill${low ? " int8" : ""}`,
-        style: `width:${gone ? 0 : (100 * kept) / channels}%`,
-      }),
-    ),
-    el(
-      "span",
-      { class: "count" },
-      gone ? "" : channels > 1 ? `${kept} / ${channels}` : `${Math.round(100 * kept)} %`,
-    ),
-    el("span", { class: `bits${low ? " low" : ""}` }, words),
+    { class: "track", title: words },
+    el("div", { class: `fill ${kind}`, style: `width:${Math.max(0, Math.min(100, 100 * share))}%` }),
   );
 }
 
-function layers(policy) {
-  const anatomy = data.anatomy;
-  const prune = policy.prune || {};
-  const bits = policy.bits || {};
-  const removed = new Set(policy.removed_blocks || []);
-  const nameOf = (layer) => (typeof layer === "string" ? layer : layer.name);
-  const groupOf = new Map(
-    anatomy.groups.flatMap((group) => (group.layers || []).map((layer) => [nameOf(layer), group])),
+const nameOf = (layer) => (typeof layer === "string" ? layer : layer.name);
+
+function groupsByLayer() {
+  return new Map(
+    data.anatomy.groups.flatMap((group) => (group.layers || []).map((layer) => [nameOf(layer), group])),
   );
+}
+
+/** Damage of one choice alone, in nats: of the group's width and of the layer's bits. */
+function damages(layer, group, bits) {
+  const known = data.sensitivity || {};
+  const width = group && known.groups ? known.groups[group.name] : undefined;
+  const choices = (known.bits || {})[layer];
+  const stored = choices && bits ? choices[`${bits.weights}/${bits.activations}`] : undefined;
+  return [width, stored].filter((value) => typeof value === "number");
+}
+
+function layerFacts(trial) {
+  const policy = trial.policy;
+  const prune = policy.prune || {};
+  const removed = new Set(policy.removed_blocks || []);
+  const groupOf = groupsByLayer();
   const gone = new Set(
-    anatomy.blocks
+    data.anatomy.blocks
       .filter((block) => removed.has(block.name))
       .flatMap((block) => (block.layers || []).map(nameOf)),
   );
-  let names = anatomy.layers.map((layer) => layer.name);
-  if (!names.length) names = [...new Set([...Object.keys(prune), ...Object.keys(bits)])];
-  const rows = names.map((name) => {
+  let names = data.anatomy.layers.map((layer) => layer.name);
+  if (!names.length) names = [...new Set([...Object.keys(prune), ...Object.keys(policy.bits || {})])];
+  const cost = (data.layers[trial.trial] || {}).layers || {};
+  const before = data.origin ? (data.layers[data.origin.trial] || {}).layers || {} : {};
+  return names.map((name) => {
     const group = groupOf.get(name);
+    const bits = (policy.bits || {})[name];
     const kept = group ? keptChannels(group, prune[group.name]) : 1 - (prune[name] || 0);
-    return layerRow(name, kept, group ? group.channels : 1, bits[name], gone.has(name));
+    return {
+      name,
+      gone: gone.has(name),
+      kept,
+      channels: group ? group.channels : 1,
+      bits,
+      sparsity: (policy.sparsity || {})[name],
+      damage: damages(name, group, bits),
+      now: cost[name] || {},
+      before: before[name] || {},
+    };
   });
+}
+
+function widthWords(fact) {
+  if (fact.gone) return "removed";
+  return fact.channels > 1 ? `${fact.kept} / ${fact.channels}` : `${Math.round(100 * fact.kept)} %`;
+}
+
+/** Now, and small beside it the original. */
+function nowBefore(now, before, words) {
+  if (now === undefined && before === undefined) return unknown;
   return el(
-    "div",
+    "span",
     {},
-    el("h4", {}, "Layers: width kept, bits of weights/activations"),
-    rows.length
-      ? el(
-          "div",
-          {},
-          el(
-            "div",
-            { class: "key" },
-            el("span", {}, el("i", { class: "fill" }), "floating point"),
-            el("span", {}, el("i", { class: "fill int8" }), "quantised"),
-            el("span", {}, el("i", { class: "track" }), "removed"),
-          ),
-          el("div", { class: "layers", tabindex: 0 }, ...rows),
-        )
-      : el("p", { class: "muted" }, "Nothing is compressed, or the layers were not recorded."),
-    removed.size ? el("p", { class: "muted below" }, `Removed blocks: ${[...removed].join(", ")}`) : null,
+    now === undefined ? unknown : words(now),
+    before === undefined ? null : el("small", { class: "muted" }, ` / ${words(before)}`),
   );
 }
 
-function settings(name, values) {
-  const pairs = Object.entries(values || {});
-  if (!pairs.length) return null;
-  return [
-    name,
-    pairs
-      .map(
-        ([key, value]) =>
-          `${key.replaceAll("_", " ")} ${typeof value === "object" ? JSON.stringify(value) : value}`,
-      )
-      .join(", "),
+function layerRow(fact, columns) {
+  const words = bitsWords(fact.bits);
+  const weights = fact.gone ? 0 : (fact.bits && fact.bits.weights) || 32;
+  const share = fact.gone ? 0 : fact.kept / fact.channels;
+  const low = words !== "fp32" && !fact.gone;
+  const cells = [
+    el("th", { scope: "row", title: fact.name }, fact.name),
+    el(
+      "td",
+      { class: "bars" },
+      bar(share, "width", `width kept: ${widthWords(fact)}`),
+      bar(weights / 32, "bits", `weight bits: ${weights} of 32`),
+    ),
+    el("td", { class: "number count" }, widthWords(fact)),
+    el("td", { class: `number bits${low ? " low" : ""}` }, fact.gone ? "" : words),
   ];
+  if (columns.sparsity)
+    cells.push(el("td", { class: "number" }, fact.sparsity ? `${Math.round(100 * fact.sparsity)} %` : ""));
+  if (columns.damage)
+    cells.push(
+      el("td", { class: "number" }, fact.damage.length ? digits(Math.max(...fact.damage), 2) : unknown),
+    );
+  if (columns.cost) {
+    const gone = fact.gone ? 0 : undefined;
+    cells.push(
+      el("td", { class: "number" }, nowBefore(fact.now.ms ?? gone, fact.before.ms, (v) => digits(v, 2))),
+      el("td", { class: "number" }, nowBefore(fact.now.bytes ?? gone, fact.before.bytes, size)),
+    );
+  }
+  return el("tr", { class: `layer${fact.gone ? " gone" : ""}` }, ...cells);
+}
+
+function layers(trial) {
+  const facts = layerFacts(trial);
+  const removed = trial.policy.removed_blocks || [];
+  const heading = el("h4", {}, "Layers, beside the original");
+  if (!facts.length)
+    return el(
+      "div",
+      {},
+      heading,
+      el("p", { class: "muted" }, "Nothing is compressed, or the layers were not recorded."),
+    );
+  const columns = {
+    sparsity: facts.some((fact) => fact.sparsity),
+    damage: facts.some((fact) => fact.damage.length),
+    cost: facts.some((fact) => fact.now.ms !== undefined || fact.now.bytes !== undefined),
+  };
+  const heads = ["Layer", "Width, bits", "#Channels", "#Bits w/a"];
+  if (columns.sparsity) heads.push("#Zeros");
+  if (columns.damage) heads.push("#Damage, nats");
+  if (columns.cost) heads.push("#ms", "#Bytes");
+  return el(
+    "div",
+    {},
+    heading,
+    el(
+      "p",
+      { class: "key" },
+      el("span", {}, el("i", { class: "fill width" }), "channels kept"),
+      el("span", {}, el("i", { class: "fill bits" }), "weight bits of 32"),
+      el("span", {}, el("i", { class: "track" }), "the original"),
+    ),
+    el(
+      "div",
+      { class: "layers", tabindex: 0, role: "region", "aria-label": "Layers" },
+      el(
+        "table",
+        {},
+        el("thead", {}, el("tr", {}, ...heads.map((head) => headCell(head)))),
+        el("tbody", {}, ...facts.map((fact) => layerRow(fact, columns))),
+      ),
+    ),
+    el("p", { class: "muted below" }, costWords(trial, columns)),
+    removed.length ? el("p", { class: "muted below" }, `Removed blocks: ${removed.join(", ")}.`) : null,
+  );
+}
+
+function costWords(trial, columns) {
+  const said = [];
+  if (columns.damage)
+    said.push("Damage: what this choice alone does to the outputs before any fine-tune (half the width, or these bits).");
+  if (columns.cost) {
+    const known = data.layers[trial.trial];
+    said.push(
+      "Milliseconds: the runtime's profiler on the exported file, scaled so that they add up to the measured latency; " +
+        `after the stroke the original's. ${milliseconds(known.other_ms)} go to what belongs to no layer ` +
+        "(additions, pooling, changes of precision and layout).",
+    );
+  } else said.push("Milliseconds and bytes of each layer are known only for models that were exported and profiled.");
+  return said.join(" ");
+}
+
+// Settings and training
+
+function words(value) {
+  if (typeof value === "number") return Number.isInteger(value) ? String(value) : digits(value, 3);
+  if (Array.isArray(value)) return value.map(words).join(", ");
+  if (value && typeof value === "object")
+    return Object.entries(value)
+      .map(([key, item]) => `${key.replaceAll("_", " ")} ${words(item)}`)
+      .join(", ");
+  return String(value);
+}
+
+/** Every part of the policy that the table of layers does not show, whatever its schema. */
+function settings(policy) {
+  const shown = new Set(["schema", "model", "prune", "bits", "removed_blocks", "sparsity"]);
+  const names = { distill: "Distillation", finetune: "Fine-tune" };
+  return Object.entries(policy)
+    .filter(([key, value]) => !shown.has(key) && value !== null && value !== undefined && words(value) !== "")
+    .map(([key, value]) => [names[key] || capital(key.replaceAll("_", " ")), words(value)]);
 }
 
 function curve(stage) {
@@ -158,20 +274,16 @@ function curve(stage) {
       svg("text", { x: 234, y: 98, "text-anchor": "end" }, "end"),
       svg("polyline", { points: line }),
     ),
-    el("figcaption", {}, `${stage.rung} fine-tune`),
+    el("figcaption", {}, `${stage.rung} fine-tune: loss from ${digits(losses[0])} to ${digits(losses.at(-1))}`),
   );
 }
 
 function training(trial) {
   // A fine-tune may stand in several stages; its curve is drawn once.
   const curves = [
-    ...new Map(trial.stages.filter((s) => s.losses.length > 1).map((s) => [s.rung, s])).values(),
+    ...new Map(trial.stages.filter((s) => (s.losses || []).length > 1).map((s) => [s.rung, s])).values(),
   ];
-  const rows = [
-    settings("Distillation", trial.policy.distill),
-    settings("Fine-tune", trial.policy.finetune),
-    trial.policy.importance ? ["Importance", trial.policy.importance] : null,
-  ].filter(Boolean);
+  const rows = settings(trial.policy);
   return el(
     "div",
     {},
@@ -195,7 +307,7 @@ function stages(trial) {
         s.rung,
         s.split,
         s.samples.toLocaleString("en"),
-        withError(s.accuracy, s.se),
+        withError(s.accuracy, s.se ?? null),
       ]),
     ),
   );
@@ -215,20 +327,22 @@ function parity(trial) {
       [
         ["Same top-1 answer", percent(trial.verified.top1_agreement)],
         ["Largest difference of an output", digits(trial.verified.max_abs_diff)],
-        ["Bits that the runtime uses", [...sums].map(([bits, n]) => `${n} × ${bits}`).join(", ") || unknown],
+        ["Kernels that the runtime uses", [...sums].map(([bits, n]) => `${n} × ${bits}`).join(", ") || unknown],
       ],
     ),
     used.length
-      ? el("details", {}, el("summary", {}, "Bits used, layer by layer"), table(["Layer", "#Bits"], used))
+      ? el("details", {}, el("summary", {}, "Kernels, layer by layer"), table(["Layer", "#Kernel"], used))
       : null,
   );
 }
 
+// Export
+
 function command(trial) {
   if (trial.state !== "COMPLETE") return null;
   const text = data.commands.before + trial.trial + data.commands.after;
-  const code = el("code", {}, text);
-  const button = el("button", { type: "button" }, "Copy");
+  const code = el("code", { tabindex: 0 }, text);
+  const button = el("button", { type: "button", id: "copy" }, "Copy");
   button.addEventListener("click", () => copy(text, code, button));
   return el("div", {}, el("h4", {}, "Export"), el("div", { class: "command" }, code, button));
 }
@@ -249,15 +363,21 @@ function copy(text, code, button) {
   else mark();
 }
 
-function card(trial) {
-  const labels = data.labels[trial.trial] || [];
-  const approved = data.approved[trial.trial];
-  const tags = [
-    ...labels,
-    ...(data.front.includes(trial.trial) ? ["on the front"] : []),
-    ...(trial.role === "search" ? [] : [trial.role]),
-  ];
-  const alerts = [
+// The card
+
+function reviewed(trial) {
+  const verbs = { pick: "Approved", reject: "Rejected", note: "Note" };
+  return data.reviews
+    .filter((entry) => String(entry.trial) === String(trial.trial))
+    .map((entry) => {
+      const action = entry.action in verbs ? entry.action : "pick";
+      const who = entry.who ? ` by ${entry.who}` : "";
+      return el("div", { class: `said said-${action}` }, `${verbs[action]}${who}${entry.note ? `: ${entry.note}` : ""}`);
+    });
+}
+
+function alertsOf(trial) {
+  return [
     trial.beyond.length ? `Beyond the limits: ${trial.beyond.join("; ")}` : null,
     trial.struck_out ? `Struck out: ${trial.struck_out}` : null,
     trial.state === "COMPLETE" ? null : `${trial.state}: ${trial.reason || "no reason recorded"}`,
@@ -267,30 +387,34 @@ function card(trial) {
     trial.reused_from === null ? null : `Same policy as trial ${trial.reused_from}; its result was reused.`,
     trial.brief ? "The page has no room for this trial's policy; trials.csv has it." : null,
   ].filter(Boolean);
+}
+
+function card(trial) {
+  const tags = [
+    ...(data.labels[trial.trial] || []),
+    ...(data.front.includes(trial.trial) ? ["on the front"] : []),
+    ...(trial.role === "search" ? [] : [trial.role]),
+  ];
   const name = trial.title === `trial ${trial.trial}` ? `Trial ${trial.trial}` : trial.title;
   return [
     el(
       "div",
       { class: "title" },
-      el("h2", { id: "trial-title" }, name),
+      el("h2", { id: "trial-title", dir: "auto" }, name),
       ...tags.map((tag) => el("span", { class: "tag" }, tag)),
       el("span", { class: "muted" }, trial.name ? `trial ${trial.trial}, ${trial.digest}` : trial.digest),
     ),
-    approved
-      ? el(
-          "div",
-          { class: "approved" },
-          `Approved${approved.who ? ` by ${approved.who}` : ""}${approved.note ? `: ${approved.note}` : ""}`,
-        )
-      : null,
-    ...alerts.map((text) => el("div", { class: "alert" }, text)),
+    ...reviewed(trial),
+    ...alertsOf(trial).map((text) => el("div", { class: "alert" }, text)),
     tiles(trial),
+    layers(trial),
     el(
       "div",
       { class: "halves" },
-      el("div", {}, layers(trial.policy)),
-      el("div", {}, training(trial), stages(trial), parity(trial)),
+      el("div", {}, training(trial)),
+      el("div", {}, stages(trial), parity(trial)),
     ),
     command(trial),
+    data.review ? reviewControls(trial) : null,
   ].filter(Boolean);
 }

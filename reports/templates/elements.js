@@ -1,6 +1,8 @@
 "use strict";
 // Words and elements. Everything from the data goes in as text, never as markup.
 
+const data = JSON.parse(document.getElementById("data").textContent);
+
 // Words
 
 const unknown = "–";
@@ -52,9 +54,15 @@ const el = (tag, attributes = {}, ...children) =>
 const svg = (tag, attributes = {}, ...children) =>
   build(document.createElementNS("http://www.w3.org/2000/svg", tag), tag, attributes, children);
 
+const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
+
+/** A table's head; a title that starts with # stands over numbers. */
+const headCell = (title) =>
+  el("th", { class: title.startsWith("#") ? "number" : null }, title.replace("#", ""));
+
 function table(head, rows) {
   const cells = (row, tag) =>
-    row.map((cell, i) => el(tag, { class: i && head[i].startsWith("#") ? "number" : null }, cell));
+    row.map((cell, i) => el(tag, { class: i && head[i].startsWith("#") ? "number" : null, dir: "auto" }, cell));
   const titles = head.map((title) => title.replace("#", ""));
   return el(
     "div",

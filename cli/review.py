@@ -1,0 +1,76 @@
+"""Commands of the morning: a person's word on the points of a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Json, RunDir
+from .output import emit, log_to_stderr, say
+from .points import find_trial
+
+Trial = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")]
+Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="Why; kept with name, time and digest.")]
+
+
+def approve(folder: RunDir, trial: Trial, note: Note, json: Json = False) -> None:
+    """A person's word that a point may be shipped. Example: nightpress approve runs/plates best --note "checked" """
+    from ..search.records import PICK
+
+    _keep(folder, trial, PICK, note, json, "approved")
+
+
+def reject(folder: RunDir, trial: Trial, note: Note, json: Json = False) -> None:
+    """A person's word that a point must not be shipped; the last word counts.
+    Example: nightpress reject runs/plates 12 --note "misses small plates" """
+    from ..search.records import REJECT
+
+    _keep(folder, trial, REJECT, note, json, "rejected")
+
+
+def review(
+    folder: RunDir,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+) -> None:
+    """Serve the report on this machine, with buttons to pick and reject points.
+    Example: nightpress review runs/plates"""
+    from .reviewing import ReviewServer
+
+    log_to_stderr()
+    with ReviewServer(folder, port) as server:
+        say(f"review {folder} at {server.url} (Ctrl-C ends it)")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say("")
+    if server.words:
+        _write_report(folder)
+    say(f"{server.words} {'entry' if server.words == 1 else 'entries'} kept in {folder}")
+
+
+def _keep(folder: Path, trial: str, action: str, note: str, json: bool, done: str) -> None:
+    from ..search.folder import read_run
+    from .reviewing import keep_word
+
+    record = read_run(folder)
+    chosen = find_trial(record, trial)
+    entry: dict[str, Any] = keep_word(record, chosen, action, note)
+    _write_report(folder)
+    if json:
+        emit(entry)
+    else:
+        say(f"trial {chosen.number} ({chosen.digest}) {done} by {entry['who']}")
+
+
+def _write_report(folder: Path) -> None:
+    """The page and the tables anew, so that they show the word."""
+    from ..reports import write_report, write_tables
+    from ..search.folder import read_run
+    from ..spaces.errors import InputError
+
+    record = read_run(folder)
+    try:
+        write_report(record, folder / "report.html")
+        write_tables(record, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: the report cannot be written: {error.strerror}.") from None
