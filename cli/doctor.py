@@ -15,7 +15,7 @@ from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.target import Target, fingerprint
 
 PACKAGES = (
-    "nightpress", "torch", "torchvision", "torch-pruning", "optuna", "onnx", "onnxruntime", "scikit-learn", "plotly",
+    "nightpress", "torch", "torchvision", "optuna", "onnx", "onnxruntime", "scikit-learn", "plotly",
     "openvino", "ray", "optuna-dashboard", "timm", "mlxtend",
 )  # fmt: skip
 

@@ -308,7 +308,7 @@ def _anatomy_state(anatomy: Anatomy) -> dict[str, object]:
 
 
 def _environment(config: RunConfig) -> dict[str, object]:
-    packages = ("nightpress", "torch", "torch-pruning", "optuna", "onnx", "onnxruntime", "scikit-learn")
+    packages = ("nightpress", "torch", "optuna", "onnx", "onnxruntime", "scikit-learn")
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -7,7 +7,7 @@ from pathlib import Path
 # fmt: off
 HEAVY = frozenset({
     "onnx", "onnxruntime", "onnxscript", "openvino", "optuna", "pandas", "plotly", "pyarrow", "ray", "scipy",
-    "sklearn", "timm", "torch", "torch_pruning", "torchvision",
+    "sklearn", "timm", "torch", "torchvision",
 })
 # fmt: on
 

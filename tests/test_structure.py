@@ -26,7 +26,7 @@ ARROWS: dict[str, frozenset[str]] = {
     "cli": frozenset({"spaces", "evaluators", "search", "reports", "export"}),
 }
 SPACES_MAY_IMPORT = sys.stdlib_module_names | {"numpy"}
-REPORTS_MAY_NOT_IMPORT = frozenset({"torch", "torchvision", "torch_pruning", "optuna"})
+REPORTS_MAY_NOT_IMPORT = frozenset({"torch", "torchvision", "optuna"})
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60  # the docstring does not count
