@@ -81,8 +81,10 @@ def _norm(norm: nn.BatchNorm2d) -> tuple[Array, Array, Array, Array]:
 
 
 def _layer_norm(norm: nn.LayerNorm, channels: int) -> tuple[Array, ...]:
-    values = ((norm.weight, torch.ones), (norm.bias, torch.zeros))
-    return tuple((v if v is not None else fill(channels)).detach().float().numpy() for v, fill in values)
+    values: list[tuple[Tensor | None, Tensor]] = [
+        (norm.weight, torch.ones(channels)), (norm.bias, torch.zeros(channels)),
+    ]  # fmt: skip
+    return tuple((fill if value is None else value).detach().float().numpy() for value, fill in values)
 
 
 def _per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.node import map_arg
 
 from ..spaces.errors import InputError
 
@@ -71,25 +72,26 @@ def _check_output(program: ExportedProgram, name: str) -> None:
     """Raises InputError for anything but one tensor with the examples along its first axis."""
     nodes = list(program.graph.nodes)[-1].args[0]
     whole = program.call_spec.out_spec
-    if whole is None or not whole.is_leaf() or len(program.graph_signature.user_outputs) != 1:
+    count = len(program.graph_signature.user_outputs)
+    if whole is None or not whole.is_leaf() or count != 1:
         kind = whole.type.__name__ if whole is not None and whole.type is not None else "nothing"
         raise InputError(
-            f"The model must return one tensor, but {name} returns a {kind} of {len(program.graph_signature.user_outputs)}"
-            "; Task.output picks the one that counts: Task(output=lambda outputs: outputs['out'], …)."
+            f"The model must return one tensor, but {name} returns a {kind} of {count}; Task.output picks the one that "
+            "counts: Task(output=lambda outputs: outputs['out'], …)."
         )
     value = nodes[-1].meta.get("val") if isinstance(nodes[-1], fx.Node) else nodes[-1]
     if not isinstance(value, Tensor):
         raise InputError(f"The model must return one tensor, but {name} returns {value!r}.")
     if value.dim() == 0 or not isinstance(value.shape[0], torch.SymInt) or _of_one(value.shape[0]) != 1:
         raise InputError(
-            f"The model must return a row for each example, but what {name} returns has not the size of the batch along "
-            "its first axis."
+            f"The model must return a row for each example, but what {name} returns has not the size of the batch "
+            "along its first axis."
         )
 
 
-def _of_one(size: torch.SymInt) -> int:
+def _of_one(size: Any) -> int:
     """A size for a batch of one."""
-    expression: Any = size.node.expr
+    expression = size.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
 
 
@@ -160,7 +162,9 @@ def _culprit(error: BaseException, model: nn.Module) -> str:
 def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captured:
     signature = program.graph_signature
     program.graph.eliminate_dead_code()  # what only the outputs need that a task does not pick
-    everywhere = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    everywhere = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     first = {id(value): name for name, value in reversed(everywhere.items())}  # what is shared goes by its first name
     names = {
         key: first.get(id(everywhere.get(value.removeprefix(prefix))), value.removeprefix(prefix))
@@ -170,7 +174,7 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
     lifted = signature.inputs_to_lifted_tensor_constants
     names |= {key: CONSTANT + value.removeprefix(prefix) for key, value in lifted.items()}
     state = {name: value.detach() for name, value in (*model.named_parameters(), *model.named_buffers())}
-    stored: dict[str, Tensor] = program.state_dict | program.constants
+    stored: dict[str, Any] = {**program.state_dict, **program.constants}
     for name in names.values():
         if name not in state:
             state[name] = stored[prefix + name.removeprefix(CONSTANT)].detach()
@@ -215,7 +219,7 @@ def _constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 
 def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values.get(n, torch.zeros(())))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: values.get(n, torch.zeros(())))
     return cast("Callable[..., Any]", node.target)(*args, **kwargs)
 
 

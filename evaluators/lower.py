@@ -223,8 +223,8 @@ class _Lowering:
     # Activations with arguments
 
     def _gelu(self, node: fx.Node) -> None:
-        approximate = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        self._put(node, "gelu", (node.args[0],), attrs={"approximate": approximate})
+        given = _arguments(node, ("input", "approximate"))
+        self._put(node, "gelu", (given["input"],), attrs={"approximate": given.get("approximate", "none")})
 
     def _hardtanh(self, node: fx.Node) -> None:
         given = _arguments(node, ("input", "low", "high"))

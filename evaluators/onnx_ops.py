@@ -205,7 +205,9 @@ def _gathered(builder: "Builder", name: str, value: str, pixels: "list[Array]") 
     """Pixels by their numbers, for sizes where the runtime's resize would round to a neighbour of torch's."""
     rows = builder.constant(f"{name}.rows", pixels[0])
     columns = builder.constant(f"{name}.columns", pixels[1])
-    return builder.node("Gather", [builder.node("Gather", [value, rows], f"{name}.picked", axis=2), columns], name, axis=3)
+    return builder.node(
+        "Gather", [builder.node("Gather", [value, rows], f"{name}.picked", axis=2), columns], name, axis=3
+    )
 
 
 def _attention(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:

@@ -206,7 +206,8 @@ def anatomy_from_json(text: str) -> Anatomy:
 
 def _op(item: Mapping[str, Any]) -> Op:
     attrs = {key: _tuple(value) for key, value in item["attrs"].items()}
-    return Op(**{**_tuples(item, ("inputs", "shape", "lost")), "attrs": attrs})
+    fields: dict[str, Any] = {**_tuples(item, ("inputs", "shape", "lost")), "attrs": attrs}
+    return Op(**fields)
 
 
 def _group(item: Mapping[str, Any]) -> Group:
@@ -214,7 +215,8 @@ def _group(item: Mapping[str, Any]) -> Group:
         Slice(parameter=s["parameter"], axis=s["axis"], indices=tuple(tuple(i) for i in s["indices"]))
         for s in item["slices"]
     )
-    return Group(**{**_tuples(item, ("layers",)), "slices": slices})
+    fields: dict[str, Any] = {**_tuples(item, ("layers",)), "slices": slices}
+    return Group(**fields)
 
 
 def _tuples(item: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

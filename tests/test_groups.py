@@ -136,7 +136,9 @@ def test_attention_loses_whole_heads_however_it_is_written(name: str) -> None:
     assert owned[projection] == of_head
     if name == "q, k, v":
         assert heads[0].unit == 2
-        assert all(owned[f"inner.attention.{part}.{role}", 0] == of_head for part in "qkv" for role in ("weight", "bias"))
+        assert all(
+            owned[f"inner.attention.{part}.{role}", 0] == of_head for part in "qkv" for role in ("weight", "bias")
+        )
     else:
         assert heads[0].unit == 6
         [source] = [indices for (entry, axis), indices in owned.items() if axis == 0 and entry.endswith(".weight")]

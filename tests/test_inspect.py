@@ -214,9 +214,10 @@ def test_a_group_that_forgets_a_parameter_fails_alone() -> None:
 
 def test_a_group_whose_tensor_has_another_shape_than_planned_fails() -> None:
     anatomy, shapes = anatomy_of(lambda: Between(Residual(8, 6)))
+    twice: tuple[dict[str, int], ...] = ({}, {"inner.conv1": 2}, {}, {})
     wrong = replace(
         anatomy,
-        ops=tuple(replace(op, lost=({}, {"inner.conv1": 2}, {}, {})) if op.name == "relu_1" else op for op in anatomy.ops),
+        ops=tuple(replace(op, lost=twice) if op.name == "relu_1" else op for op in anatomy.ops),
     )  # fmt: skip
 
     failed = verify_groups(wrong, shapes)
@@ -265,7 +266,6 @@ def test_groups_that_take_longer_than_the_cap_are_left_out_with_it() -> None:
 
 def test_a_group_that_is_left_out_keeps_its_width_everywhere() -> None:
     anatomy, _ = anatomy_of(lambda: Between(Residual(8, 6)))
-
 
     smaller = without_groups(anatomy, [LeftOut(name="inner.conv1", reason="a reason")])
 

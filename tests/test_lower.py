@@ -1,4 +1,4 @@
-"""What an exported graph becomes: operations with names, shapes of one example, and the state that each of them reads."""
+"""What an exported graph becomes: operations with names, shapes of one example, and the state that each reads."""
 
 import math
 from collections.abc import Callable
@@ -90,7 +90,9 @@ def test_what_does_nothing_at_inference_is_no_operation(nothing: nn.Module) -> N
 
 class Idle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(F.adaptive_avg_pool2d(x, x.shape[-2:]).contiguous().clone().float()[:, :], (0, 0)).reshape(x.shape)
+        return F.pad(
+            F.adaptive_avg_pool2d(x, (x.shape[-2], x.shape[-1])).contiguous().clone().float()[:, :], (0, 0)
+        ).reshape(x.shape)
 
 
 def test_what_changes_nothing_here_is_no_operation() -> None:
@@ -121,7 +123,7 @@ class Named(nn.Module):
         self.filter, self.relu = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
         self.parts = nn.ModuleList([nn.Conv2d(8, 5, 3)])
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  the name is the point
+    def forward(self, input: Tensor) -> Tensor:
         return self.parts[0](F.relu(self.relu(F.relu(self.filter(input)))))
 
 

@@ -12,7 +12,20 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from networks import DIM, TOKENS, Chunked, Dense, Encoder, Excited, OfTorch, OverTokens, Shrunk, Vision, Windowed, tokens
+from networks import (
+    DIM,
+    TOKENS,
+    Chunked,
+    Dense,
+    Encoder,
+    Excited,
+    OfTorch,
+    OverTokens,
+    Shrunk,
+    Vision,
+    Windowed,
+    tokens,
+)
 from nightpress.evaluators.apply import Compressor
 from nightpress.evaluators.bake import bake
 from nightpress.evaluators.compute import Compute
@@ -71,7 +84,9 @@ def whole(model: nn.Module, inputs: Tensor) -> Compressor:
     return compressor_of(task_of(model, inputs), step=10_000)
 
 
-def write(made: Compressor, path: Path, policy: Policy | None = None, inputs: Tensor | None = None) -> tuple[nn.Module, Path]:
+def write(
+    made: Compressor, path: Path, policy: Policy | None = None, inputs: Tensor | None = None
+) -> tuple[nn.Module, Path]:
     module, planned = made.apply(policy or Policy(model=made.anatomy.digest))
     if inputs is not None:
         data = Arrays(inputs, torch.zeros(len(inputs), dtype=torch.int64))
@@ -216,7 +231,10 @@ FUNCTIONS: list[tuple[str, Forward]] = [
     ("matmul", lambda x: x @ x.transpose(-1, -2)),
     ("matmul", lambda x: torch.bmm(x.flatten(2), x.flatten(2).transpose(1, 2))),
     ("attention", lambda x: F.scaled_dot_product_attention(x, x.exp(), x.abs())),
-    ("attention", lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3, attn_mask=torch.ones(8, 8).tril().log())),
+    (
+        "attention",
+        lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3, attn_mask=torch.ones(8, 8).tril().log()),
+    ),
     ("attention", lambda x: F.scaled_dot_product_attention(x[:, :, :5], x, x[..., :3])),
     ("roll", lambda x: torch.roll(x, (1, -3), (2, 3))),
     ("roll", lambda x: x.roll(2, 1)),
@@ -327,7 +345,7 @@ def test_weights_of_16_bits_halve_the_file_and_run(tmp_path: Path) -> None:
     _, full = write(made, tmp_path / "full.onnx")
     _, half = write(made, tmp_path / "half.onnx", Policy(model=made.anatomy.digest, bits=halves))
 
-    weights = sum(layer.get_parameter("weight").numel() for layer in model if isinstance(layer, nn.Linear))
+    weights = sum(value.numel() for name, value in model.named_parameters() if name.endswith("weight"))
     assert abs(full.stat().st_size - half.stat().st_size - 2 * weights) < 200
     kinds = {i.name: i.data_type for i in onnx.load(str(half)).graph.initializer if ".weight" in i.name}
     assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
