@@ -135,12 +135,12 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     return data
 
 
-# Keys that schema 2 added, with the value that says nothing.
+# Keys that schema 2 added, with the value that says nothing. These values are part of the file format.
 _SINCE_2: tuple[tuple[str, str, object], ...] = (
     ("", "sparsity", {}),
     ("", "ranges", "minmax"),
     ("", "scales", "fixed"),
-    ("distill", "feature_weight", Distill().feature_weight),
+    ("distill", "feature_weight", 0.3),
     ("finetune", "stages", 1),
 )
 
