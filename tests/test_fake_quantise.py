@@ -52,7 +52,7 @@ def test_the_scales_of_channels_learn_as_in_torch() -> None:
 
     factor = (27 * 7) ** -0.5
     torchs = gradients(
-        lambda w, s: torch._fake_quantize_learnable_per_channel_affine(w, s, torch.zeros(6), 0, -7, 7, factor),
+        lambda w, s: torch.ops.aten._fake_quantize_learnable_per_channel_affine(w, s, torch.zeros(6), 0, -7, 7, factor),
         weight, upstream, scales,
     )  # fmt: skip
     for given_, expected in zip(ours, torchs, strict=True):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,7 @@ from nightpress.evaluators.quantise import (
     weight_grid,
     weight_integers,
 )
+from nightpress.evaluators.quantised_layers import with_quantised_weight
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import LayerBits, Policy
@@ -41,9 +43,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def planned(weights: int = 8, activations: int = 8, **layers: LayerBits) -> Plan:
+def planned(weights: int = 8, activations: int = 8, layers: Mapping[str, LayerBits] | None = None) -> Plan:
     policy = uniform(ANATOMY, width=1, bits=LayerBits(weights=weights, activations=activations))
-    return plan(ANATOMY, replace(policy, bits={**policy.bits, **layers}))
+    return plan(ANATOMY, replace(policy, bits={**policy.bits, **(layers or {})}))
 
 
 def quantised(chosen: Plan, ranges: str = "minmax", scales: str = "fixed") -> fx.GraphModule:
@@ -297,8 +299,8 @@ def test_without_observation_the_first_batch_is_observed() -> None:
 
 
 def test_the_width_of_a_tensor_is_the_widest_that_reads_it() -> None:
-    bits = activation_bits(planned(activations=4, **{"one.conv1": LayerBits(weights=8, activations=6)}))
-    chosen = planned(activations=4, **{"one.conv1": LayerBits(weights=8, activations=6)})
+    chosen = planned(activations=4, layers={"one.conv1": LayerBits(weights=8, activations=6)})
+    bits = activation_bits(chosen)
     readers = {p.op.module: chosen.quantised[p.inputs[0]] for p in chosen.ops if p.weight_count}
 
     assert bits[readers["one.conv1"] or ""] == 6
@@ -360,14 +362,13 @@ def test_modules_pickle_and_copy(ranges: str, scales: str) -> None:
 
 
 def test_quantising_leaves_the_given_layers_alone() -> None:
-    original = nn.Module()
-    original.conv = nn.Conv2d(3, 4, 1)
-    before, keys = original.conv, list(original.conv.state_dict())
-    quantised(planned(), "mse", "learned")
+    layer = nn.Conv2d(3, 4, 1)
 
-    assert original.conv is before
-    assert list(before.state_dict()) == keys
-    assert not any(isinstance(module, QuantisedWeight) for module in tiny().traced.modules())
+    quantised_layer = with_quantised_weight(layer, 4, ranges="mse", scales="learned")
+
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    assert list(quantised_layer.state_dict()) == ["weight", "bias", "weight_scale", "weight_share"]
+    assert quantised_layer.weight is layer.weight
 
 
 # What is refused
@@ -399,5 +400,5 @@ def test_a_layer_that_has_no_quantiser_is_named() -> None:
     module = copy.deepcopy(tiny().traced)
     module.hidden = nn.Bilinear(2, 2, 16)
 
-    with pytest.raises(InputError, match=r"^The layer hidden is a Bilinear, and only Conv2d and Linear can be quant"):
+    with pytest.raises(InputError, match=r"^The layer hidden is a Bilinear; only Conv2d and Linear can be quantised"):
         quantise(module, planned())

@@ -90,7 +90,7 @@ def test_ranges_cover_all_batches_and_hold_none_of_them(ranges: str) -> None:
 
     assert float(quantiser.high) == pytest.approx(2, rel=0.06)
     assert int(quantiser.seen) == 2
-    assert quantiser._samples == []
+    assert vars(quantiser)["_samples"] == []
     assert not quantiser.observing
 
 
