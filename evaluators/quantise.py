@@ -110,7 +110,7 @@ class ActivationQuantiser(nn.Module):
         self._move((low, high), 1.0)
         self.seen.add_(1)
         if self.ranges in FINDERS:
-            self._samples.append(sample(value, SAMPLE))
+            self._samples.append(sample(value, SAMPLE[self.ranges]))
 
     def _follow(self, value: Tensor) -> None:
         """Move the range some way to that of the value; all the way if it is the first."""
