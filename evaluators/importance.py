@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -234,9 +234,8 @@ def _mean_squared_gradients(module: nn.Module, data: _Data, batch: int) -> dict[
         for inputs, targets in data.batches(module, batch, labelled=True):
             with torch.enable_grad():
                 value = data.loss(module(inputs), targets)
-                gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
-                    value, list(named.values()), allow_unused=True
-                )
+                found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+                gradients = cast("tuple[Tensor | None, ...]", found)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient.detach() ** 2
