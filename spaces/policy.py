@@ -52,7 +52,7 @@ class Distill:
     alpha: float = 0.7
     temperature: float = 3.0
     schedule: str = "constant"
-    feature_weight: float = 0.3
+    feature_weight: float = 1.0
 
     @property
     def logit(self) -> bool:
@@ -140,7 +140,7 @@ _SINCE_2: tuple[tuple[str, str, object], ...] = (
     ("", "sparsity", {}),
     ("", "ranges", "minmax"),
     ("", "scales", "fixed"),
-    ("distill", "feature_weight", 0.3),
+    ("distill", "feature_weight", 1.0),
     ("finetune", "stages", 1),
 )
 
