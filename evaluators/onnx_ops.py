@@ -58,6 +58,9 @@ def _cat(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
 
 
 def _relu6(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+    if builder.plan.activation_bits.get(planned.op.name, 8) < 8:
+        # The grid ends at 6 before the byte does: the runtime absorbs the lower limit, the integers keep the upper.
+        return builder.node("Relu", inputs, planned.op.name)
     low = builder.constant(f"{planned.op.name}.low", np.array(0, np.float32))
     high = builder.constant(f"{planned.op.name}.high", np.array(6, np.float32))
     return builder.node("Clip", [*inputs, low, high], planned.op.name)
