@@ -147,8 +147,11 @@ class Evaluator:
     def _settle(self, module: fx.GraphModule, policy: Policy) -> None:
         """Masks, and batch norms and ranges that fit the compressed module."""
         sparsify(module, policy.sparsity)
-        if digest(policy) != digest(replace(policy, prune={}, bits={}, sparsity={}, removed_blocks=())):
-            self.trainer.reestimate(module)  # the untouched model keeps the statistics it came with
+        few_bits = any(pair.weights < 8 for pair in policy.bits.values())
+        if policy.prune or policy.removed_blocks or policy.sparsity or few_bits:
+            self.trainer.reestimate(module)
+        else:  # the statistics that the model came with fit it better than those of a few items
+            self.trainer.observe(module)
 
     def train(
         self, job: Job, progress: Callable[[float], None] | None = None

@@ -30,6 +30,7 @@ from .rebuild import rebuild
 from .task import Task, device_of, evaluating, picked, task_digest
 
 log = logging.getLogger("nightpress")
+_CODE = ("capture", "nodes", "lowering", "lower_shapes", "lower", "labels", "groups", "blocks", "inspect", "dryrun")
 REPRODUCED = 1e-3
 """Largest difference between the outputs of the model and of the module rebuilt from its anatomy, relative to the
 largest output."""
@@ -188,7 +189,7 @@ def _cache_path(digest: str, task: Task, step_of: Callable[[int], int]) -> Path:
     parts = [digest, tuple(task.example_input.shape), [step_of(width) for width in (4, 8, 16, 32, 64, 128, 256, 512)]]
     code = hashlib.sha256()
     here = Path(__file__).parent
-    for name in ("capture", "lower", "labels", "groups", "blocks", "inspect", "dryrun"):
+    for name in _CODE:
         code.update((here / f"{name}.py").read_bytes())
     code.update((here.parent / "spaces" / "anatomy.py").read_bytes())
     key = hashlib.sha256(json.dumps([*parts, version("torch"), code.hexdigest()]).encode()).hexdigest()[:24]

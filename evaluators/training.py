@@ -24,8 +24,8 @@ from .sparsity import hold, masks
 from .taps import Tapped, find_taps, tapped
 from .task import Task, picked
 
-REESTIMATION_ITEMS = 256
-RANGE_ITEMS = 128
+REESTIMATION_ITEMS = 1024
+RANGE_ITEMS = 256
 VIEW_BYTES = 1 << 30
 ANSWER_BYTES = 1 << 29
 MAX_VIEWS = 8

@@ -11,7 +11,8 @@ from torchvision.ops import StochasticDepth
 
 from networks import Between, Shrunk, Vision, Windowed, tokens
 from nightpress.evaluators.capture import capture
-from nightpress.evaluators.lower import lower, module_of, pair
+from nightpress.evaluators.lower import lower
+from nightpress.evaluators.nodes import module_of, pair
 from nightpress.evaluators.task import task_digest
 from nightpress.spaces.anatomy import Op
 from nightpress.spaces.plan import plan

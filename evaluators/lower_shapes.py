@@ -1,0 +1,202 @@
+"""Lowering of what moves, cuts, joins, pools and resizes tensors."""
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import CONSTANT, scope_of
+from .lowering import Lowering
+from .nodes import arguments, dims, pair, plain_argument, shape_of, target_name, unsupported
+
+_POOLS = {
+    "max_pool2d": ("kernel", "stride", "padding", "dilation", "ceil"),
+    "avg_pool2d": ("kernel", "stride", "padding", "ceil", "count_include_pad", "divisor"),
+}
+
+
+class ShapeLowering(Lowering):
+    """The operations that compute nothing new, or only means and maxima."""
+
+    # Channels and positions
+
+    def _cat(self, node: fx.Node) -> None:
+        joined: Any = node.args[0]
+        self._put(node, "cat", joined, attrs={"axis": int(plain_argument(node, "dim", 1, 0)) % len(shape_of(node)[0])})
+
+    def _slice(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dim", "start", "end", "step"))
+        source = shape_of(given["input"])[0]
+        axis = int(given.get("dim", 0)) % len(source)
+        if shape_of(node)[0] == source:
+            self.alias[node.name] = self._input(given["input"])
+            return
+        start, step = given.get("start"), int(given.get("step", 1))
+        start = max(0, int(start) + source[axis]) if start is not None and int(start) < 0 else int(start or 0)
+        self._put(node, "slice", (given["input"],), attrs={"axis": axis, "start": start, "step": step})
+
+    def _narrow(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dim", "start", "length"))
+        attrs = {"axis": int(given["dim"]) % len(shape_of(node)[0]), "start": int(given["start"]), "step": 1}
+        self._put(node, "slice", (given["input"],), attrs=attrs)
+
+    def _select(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dim", "index"))
+        self._pick(node, given["input"], int(given["dim"]), int(given["index"]))
+
+    def _pick(self, node: fx.Node, source: fx.Node, axis: int, index: int) -> None:
+        shape = shape_of(source)[0]
+        axis %= len(shape)
+        self._put(node, "select", (source,), attrs={"axis": axis, "index": index % shape[axis]})
+
+    def _getitem(self, node: fx.Node) -> None:
+        """One part of a chunk, split or unbind."""
+        whole, number = node.args
+        if not isinstance(whole, fx.Node) or not isinstance(number, int):
+            raise unsupported(node)
+        source: Any = whole.args[0]
+        axis = int(plain_argument(whole, "dim", 1 if target_name(whole) == "unbind" else 2, 0))
+        if target_name(whole) == "unbind":
+            self._pick(node, source, axis, number)
+            return
+        if target_name(whole) not in {"chunk", "split", "split_with_sizes"}:
+            raise unsupported(whole)
+        axis %= len(shape_of(source)[0])
+        sizes = [dims(part)[0][axis] for part in whole.meta["val"]]
+        attrs = {"axis": axis, "start": sum(sizes[:number]), "step": 1}
+        self._put(node, "slice", (source,), attrs=attrs)
+
+    def _reshaped(self, node: fx.Node) -> None:
+        if shape_of(node) == shape_of(node.args[0]):
+            self.alias[node.name] = self._input(node.args[0])
+            return
+        shape, axis = shape_of(node)
+        flat = len(shape) == 2 and axis == 0 and shape[0] == 1 and shape_of(node.args[0])[1] == 0
+        self._put(node, "flatten" if flat else "reshape", (node.args[0],))
+
+    def _permute(self, node: fx.Node) -> None:
+        order: Any = node.args[1]
+        self._put(node, "permute", (node.args[0],), attrs={"order": tuple(int(i) % len(order) for i in order)})
+
+    def _transpose(self, node: fx.Node) -> None:
+        order = list(range(len(shape_of(node)[0])))
+        one, other = (int(i) % len(order) for i in node.args[1:3])  # type: ignore[arg-type]
+        order[one], order[other] = order[other], order[one]
+        self._put(node, "permute", (node.args[0],), attrs={"order": tuple(order)})
+
+    def _expand(self, node: fx.Node) -> None:
+        if shape_of(node) == shape_of(node.args[0]):
+            self.alias[node.name] = self._input(node.args[0])
+            return
+        self._put(node, "expand", (node.args[0],))
+
+    def _roll(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "shifts", "dims"))
+        if len(given.get("dims", ())) != len(given["shifts"]):
+            raise unsupported(node, "roll over all axes at once")
+        count = len(shape_of(node)[0])
+        attrs = {"shifts": tuple(int(s) for s in given["shifts"]), "axes": tuple(int(d) % count for d in given["dims"])}
+        self._put(node, "roll", (given["input"],), attrs=attrs)
+
+    def _pad(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "pad", "mode", "value"))
+        amounts = [int(a) for a in given["pad"]]
+        if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
+            raise unsupported(node, f"padding with {given.get('mode')!r}, {given.get('value')}")
+        if not any(amounts):
+            self.alias[node.name] = self._input(given["input"])
+            return
+        rank = len(shape_of(node)[0])
+        before, after = [0] * rank, [0] * rank
+        for i, (low, high) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
+            before[rank - 1 - i], after[rank - 1 - i] = low, high
+        if rank == 4 and (before[1] or after[1]) and before[0] == after[0] == 0 and not any(before[2:] + after[2:]):
+            self._padded_shortcut(node, given["input"], before[1])
+            return
+        self._put(node, "pad", (given["input"],), attrs={"before": tuple(before), "after": tuple(after)})
+
+    _constant_pad_nd = _pad
+
+    def _padded_shortcut(self, node: fx.Node, source: fx.Node, before: int) -> None:
+        """Every n-th pixel with channels of zeros around it (the option-A shortcut of He et al. 2016): exactly a 1×1
+        convolution with a stride and a frozen identity, which can be pruned and quantised like any other."""
+        stride, reader = [1, 1], source
+        while target_name(reader) in {"slice", "alias"} and reader.op == "call_function":
+            given = arguments(reader, ("input", "dim", "start", "end", "step"))
+            inner, outer = shape_of(given["input"])[0], shape_of(reader)[0]
+            axis, step = int(given.get("dim", 0)) % 4, int(given.get("step", 1))
+            if inner != outer:
+                if axis < 2 or int(given.get("start") or 0) != 0 or outer[axis] != -(-inner[axis] // step):
+                    break
+                stride[axis - 2] *= step
+            reader = given["input"]
+        wide, narrow = shape_of(node)[0][1], shape_of(reader)[0][1]
+        weight = torch.zeros(wide, narrow, 1, 1)
+        weight[torch.arange(narrow) + before, torch.arange(narrow)] = 1.0
+        module = f"{scope_of(node)}.as_conv".lstrip(".")
+        while f"{module}.weight" in self.captured.state:
+            module += "_"
+        self.captured.state[f"{module}.weight"] = weight
+        self.captured.renamed[f"{module}.weight"] = CONSTANT + module
+        attrs = {"kernel": (1, 1), "stride": tuple(stride), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        self._put(node, "conv", (reader,), name=module, module=module,
+                  params={"weight": f"{module}.weight"}, attrs=attrs)  # fmt: skip
+
+    # Pooling and resizing
+
+    def _pool(self, node: fx.Node, kind: str) -> None:
+        given = arguments(node, ("input", *_POOLS[kind]))
+        if pair(given.get("dilation", 1)) != (1, 1) or given.get("divisor") is not None:
+            raise unsupported(node, f"{kind} with dilation or a divisor")
+        attrs: dict[str, Any] = {
+            "kernel": pair(given["kernel"]), "stride": pair(given.get("stride") or given["kernel"]),
+            "padding": pair(given.get("padding", 0)), "ceil": int(given.get("ceil", False)),
+        }  # fmt: skip
+        if kind == "avg_pool2d":
+            attrs["count_include_pad"] = int(given.get("count_include_pad", True))
+        self._put(node, kind.removesuffix("2d"), (given["input"],), attrs=attrs)
+
+    def _adaptive_avg_pool2d(self, node: fx.Node) -> None:
+        """Adaptive pooling to 1×1 is a global pool; to the size that is there already, nothing."""
+        source: Any = node.args[0]
+        before, after = shape_of(source)[0], shape_of(node)[0]
+        if before == after and after[2:] != (1, 1):
+            self.alias[node.name] = self._input(source)
+        elif after[2:] == (1, 1):
+            self._put(node, "global_pool", (source,), attrs={"keepdim": True})
+        elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
+            kernel = (before[2] // after[2], before[3] // after[3])
+            attrs = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0, "count_include_pad": 1}
+            self._put(node, "avg_pool", (source,), attrs=attrs)
+        else:
+            raise unsupported(node, f"adaptive pooling from {before[2:]} to {after[2:]}")
+
+    def _mean(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dims", "keepdim"))
+        rank = len(shape_of(given["input"])[0])
+        if not given.get("dims"):
+            raise unsupported(node, "a mean over all axes")
+        dims = tuple(sorted(int(d) % rank for d in given["dims"]))
+        keepdim = bool(given.get("keepdim", False))
+        if rank == 4 and dims == (2, 3):
+            self._put(node, "global_pool", (given["input"],), attrs={"keepdim": keepdim})
+        else:
+            self._put(node, "mean", (given["input"],), attrs={"axes": dims, "keepdim": keepdim})
+
+    def _upsample_nearest2d(self, node: fx.Node) -> None:
+        self._resize(node, "nearest", None)
+
+    def _upsample_bilinear2d(self, node: fx.Node) -> None:
+        self._resize(node, "linear", bool(arguments(node, ("input", "size", "align_corners"))["align_corners"]))
+
+    def _resize(self, node: fx.Node, mode: str, align_corners: bool | None) -> None:
+        source: Any = node.args[0]
+        before, after = shape_of(source)[0], shape_of(node)[0]
+        factors: Any = node.args[-1] if isinstance(node.args[-1], list | tuple) else ()
+        if len(node.args) > 2 and any(of * f != to for of, f, to in zip(before[2:], factors, after[2:], strict=False)):
+            raise unsupported(node, f"resizing by {tuple(factors)} to a rounded size")
+        if before == after:
+            self.alias[node.name] = self._input(source)
+            return
+        attrs = {"mode": mode, "align_corners": align_corners, "size": after[2:]}
+        self._put(node, "resize", (source,), attrs=attrs)

@@ -1,0 +1,107 @@
+"""What every part of lowering needs: the operations so far, and the tensors and state entries that they read."""
+
+import builtins
+import keyword
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from ..spaces.anatomy import Op
+from ..spaces.errors import InputError
+from .capture import CONSTANT, Captured, scope_of
+from .nodes import count_users, module_of, shape_of, unsupported
+
+
+class Lowering:
+    """Goes through the nodes once. ``alias`` says which operation makes a node's tensor."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.ops: dict[str, Op] = {}
+        self.alias: dict[str, str] = {}
+        self._users = count_users(captured)
+        self._readers = {captured.names[name]: count for name, count in self._users.items() if name in captured.names}
+        self._parts: dict[str, list[tuple[int, int]]] = {}
+
+    # What an operation reads and makes
+
+    def _put(self, node: fx.Node, kind: str, inputs: Sequence[Any], name: str | None = None, **fields: Any) -> None:
+        shape, batch_axis = shape_of(node)
+        name = self._unused(name or node.name)
+        self.alias[node.name] = name
+        self.ops[name] = Op(
+            name=name, kind=kind, inputs=tuple(self._input(i) for i in inputs), shape=shape, batch_axis=batch_axis,
+            **fields,
+        )  # fmt: skip
+
+    def _unused(self, name: str) -> str:
+        name = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "op"
+        if name[0].isdigit() or keyword.iskeyword(name) or hasattr(builtins, name):
+            name = f"op_{name}"  # a graph of torch would not take it as it is
+        if name not in self.ops:
+            return name
+        return next(f"{name}_{i}" for i in range(1, len(self.ops) + 2) if f"{name}_{i}" not in self.ops)
+
+    def _input(self, value: Any) -> str:
+        """The operation that makes a tensor; a parameter or constant becomes one of its own."""
+        if value.name in self.alias:
+            return self.alias[value.name]
+        state = self.captured.names[value.name]
+        shape = tuple(self.captured.state[state].shape)
+        name = self._unused(state.removeprefix(CONSTANT))
+        self.ops[name] = Op(name=name, kind="param", inputs=(), shape=shape, batch_axis=None, params={"value": state})
+        self.alias[value.name] = name
+        return name
+
+    def _state(self, value: Any) -> str | None:
+        """The state entry that an argument stands for; None for an argument that is None."""
+        if value is None:
+            return None
+        name = self.captured.names.get(value.name)
+        if name is None:
+            raise InputError(f"The weights {value.name} are computed from the input, which nightpress cannot compress.")
+        return name
+
+    def _entries(self, module: str, given: Mapping[str, str]) -> dict[str, str]:
+        """A layer's state by role, under the names that its entries have in a layer of torch: ``a.in_proj_weight``
+        becomes ``a.in_proj.weight``."""
+        found: dict[str, str] = {}
+        for role, name in given.items():
+            entry = f"{module}.{role}"
+            if entry != name:
+                self.captured.state[entry] = self.captured.state[name]
+                self.captured.renamed[entry] = name
+            found[role] = entry
+        return found
+
+    def _weights(self, node: fx.Node, value: Any) -> str:
+        name = self._state(value)
+        if name is None:
+            raise unsupported(node)
+        return name
+
+    def _layer(self, node: fx.Node, kind: str, given: Mapping[str, Any], attrs: dict[str, Any]) -> None:
+        params = {"weight": self._weights(node, given["weight"])}
+        bias = self._state(given.get("bias"))
+        if bias is not None:
+            params["bias"] = bias
+        module = module_of(params["weight"])
+        if self._free(module, params):
+            params = self._entries(module, params)
+        else:  # the weights of another layer, with a bias of its own or none: they stay shared
+            names = (scope_of(node), *(f"{module}_{number}" for number in range(1, len(self.ops) + 2)))
+            module = next(name for name in names if name and self._free(name, params))
+        self._put(node, kind, (given["input"],), name=module, module=module, params=params, attrs=attrs)
+
+    def _free(self, module: str, params: Mapping[str, str]) -> bool:
+        """Whether a layer of that name with these entries would be no other layer than those so far and to come."""
+        renamed = self.captured.renamed
+        others = (op.params for op in self.ops.values() if op.module == module)
+        same = all(
+            {role: renamed.get(entry, entry) for role, entry in other.items() if role in ("weight", "bias")} == params
+            for other in others
+        )
+        entries = {f"{module}.{role}" for role in ("weight", "bias")}
+        taken = {entry for entry in entries & self.captured.state.keys() if entry not in renamed}
+        return same and taken <= set(params.values())
