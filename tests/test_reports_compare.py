@@ -81,7 +81,6 @@ def test_differences_say_what_they_are_of() -> None:
         "data": "data",
         "device.cpu": "device",
         "environment.python": "code",
-        "target": "device",
         "target.threads": "device",
     }
     said = " ".join(sentences([FAST, other], compare_runs([FAST, other])))
