@@ -179,8 +179,9 @@ def test_the_answer_repeats_the_limits_and_names_the_default_choice() -> None:
     assert said[:2] == [
         "Your limits: latency of at most 0.500 ms, size of at most 300 kB; 1 point that nothing beats is within them.",
         (
-            "The fastest within 1.0 point of the uncompressed model's accuracy: trial 1 runs in 0.400 ms (2.5× as fast as "
-            "the original) at 89.5 % ± 0.7 accuracy, 0.5 points below the uncompressed model, in 250 kB (4.0× smaller)."
+            "The fastest within 1.0 point of the uncompressed model's accuracy: trial 1 runs in 0.400 ms (2.5× as fast"
+            " as the original) at 89.5 % ± 0.7 accuracy, 0.5 points below the uncompressed model, in 250 kB"
+            " (4.0× smaller)."
         ),
     ]
     assert answer(run([original(0.9), trial(1, 0.895, 0.4)]))[0] == "You set no limits; 2 points are beaten by nothing."
