@@ -2,8 +2,9 @@
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -12,6 +13,8 @@ from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
     from ..search.records import RunRecord
+
+T = TypeVar("T")
 
 
 def run(
@@ -66,52 +69,77 @@ def status(folder: RunDir, json: Json = False) -> None:
 
 def report(
     folder: RunDir,
-    out: Annotated[Path | None, typer.Option("--out", metavar="report.html", help="Where to write it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; a folder for png and svg.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="html, md, csv, parquet, png or svg.")
+    ] = "html",
     json: Json = False,
 ) -> None:
-    """Write the report of a run. Example: nightpress report runs/plates --out report.html"""
-    from ..reports import summary
+    """Write the report of a run. Example: nightpress report runs/plates --format md --out report.md"""
+    from ..reports import FORMATS, summary
     from ..search.folder import read_run
+    from ..spaces.errors import InputError
 
-    page = _write_report(folder, out or folder / "report.html")
-    if json:
-        emit({**summary(read_run(folder)), "report": str(page)})
+    if form not in FORMATS:
+        raise InputError(f"--format must be one of {', '.join(FORMATS)}, but got {form!r}.")
+    wanted = out or folder / FORMATS[form].default
+    if form == "html":
+        files = [_write_report(folder, wanted)]
     else:
-        say(f"wrote {page}")
+        files = _writing(wanted, lambda: FORMATS[form].write(read_run(folder), wanted))
+    if json:
+        emit({**summary(read_run(folder)), "report": str(files[0]), "files": [str(file) for file in files]})
+    else:
+        say(f"wrote {', '.join(str(file) for file in files)}")
 
 
 def compare(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Two or more run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="compare.html", help="Write it as a page, too.")] = None,
     json: Json = False,
 ) -> None:
-    """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b"""
-    from ..reports.compare import compare_runs
+    """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b --out compare.html"""
+    from ..reports import compare_runs, write_comparison
     from ..search.folder import read_run
     from ..spaces.errors import InputError
 
     if len(folders) < 2:
         raise InputError("compare needs at least two run folders.")
-    data = compare_runs([read_run(folder) for folder in folders])
+    runs = [read_run(folder) for folder in folders]
+    data = compare_runs(runs)
+    if out is not None:
+        _writing(out, lambda: write_comparison(runs, out))
     if json:
-        emit(data)
+        emit({**data, **({"page": str(out)} if out is not None else {})})
         return
-    table("Runs", data["runs"], ["run", "state", "hypervolume", "trials", "front"])
+    table("Runs", data["runs"], ["run", "state", "hypervolume_common", "hypervolume_common_se", "trials", "front"])
     table("What differs", data["differences"])
+    table("Which points dominate which", data["dominance"])
     table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])
+    if out is not None:
+        say(f"wrote {out}")
 
 
 def _write_report(folder: Path, out: Path) -> Path:
     from ..reports import write_report, write_tables
     from ..search.folder import read_run
-    from ..spaces.errors import InputError
 
     record = read_run(folder)
+    _writing(out, lambda: write_report(record, out))
+    _writing(folder, lambda: write_tables(record, folder))
+    return out
+
+
+def _writing(out: Path, write: Callable[[], T]) -> T:
+    """What ``write`` returns. Raises InputError when the file cannot be written."""
+    from ..spaces.errors import InputError
+
     try:
-        write_report(record, out)
-        write_tables(record, folder)
+        return write()
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
-    return out
 
 
 def _add_seconds(folder: Path, phase: str, seconds: float) -> None:

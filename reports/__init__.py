@@ -1,5 +1,8 @@
 """What a person reads: the front, its figures, tables and the report page, from a run's records."""
 
+from .compare import compare_runs
+from .compare_page import write_comparison
+from .formats import FORMATS
 from .front import (
     Limits,
     Point,
@@ -19,10 +22,12 @@ from .tables import write_tables
 from .verdict import verdict
 
 __all__ = [
+    "FORMATS",
     "Limits",
     "Point",
     "ReviewLinks",
     "candidates",
+    "compare_runs",
     "feasible",
     "front",
     "hypervolume_over_time",
@@ -35,6 +40,7 @@ __all__ = [
     "summary_table",
     "uncompressed",
     "verdict",
+    "write_comparison",
     "write_report",
     "write_tables",
 ]

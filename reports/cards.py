@@ -1,7 +1,9 @@
 """What the page's script reads of each trial, packed so that thousands of trials fit into one small file."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from ..search.records import Quality, RunRecord, TrialRecord, row
@@ -23,7 +25,8 @@ class Column(NamedTuple):
     """One mapping of the policies: every name that occurs in it, and every value, each once."""
 
     names: dict[str, int]
-    values: dict[str, int]
+    values: dict[Any, int]
+    """By a key that can be hashed, whose first part is the value itself."""
 
     def pack(self, mapping: Mapping[str, Any]) -> list[int]:
         """For each known name the position of its value, -1 where the mapping has none."""
@@ -31,12 +34,21 @@ class Column(NamedTuple):
             self.names.setdefault(name, len(self.names))
         positions = [-1] * len(self.names)
         for name, value in mapping.items():
-            text = json.dumps(value, sort_keys=True)
-            positions[self.names[name]] = self.values.setdefault(text, len(self.values))
+            positions[self.names[name]] = self.values.setdefault(_key(value), len(self.values))
         return positions
 
     def data(self) -> dict[str, Any]:
-        return {"names": list(self.names), "values": [json.loads(text) for text in self.values]}
+        values = [json.loads(key[1]) if key[0] is None else key[0] for key in self.values]
+        return {"names": list(self.names), "values": values}
+
+
+def _key(value: Any) -> tuple[Any, Any]:
+    """A scalar with its type, since 1, 1.0 and true are equal; anything else as its text."""
+    if value is not None and isinstance(value, str | int | float | bool):
+        return value, type(value)
+    if isinstance(value, dict) and value.keys() == {"weights", "activations"}:  # most values by far
+        return None, f'{{"weights":{value["weights"]},"activations":{value["activations"]}}}'
+    return None, json.dumps(value, sort_keys=True)
 
 
 class Packed(NamedTuple):
@@ -59,10 +71,11 @@ def packed(run: RunRecord) -> Packed:
     shown = most_interesting(run, MOST_TRIALS)
     for trial in sorted(shown, key=lambda t: (t.number not in on_front, t.verified is None, t.number)):
         card = _card(trial, allowed) | ({"candidate": True} if trial.number in comparable else {})
+        brief = {key: card[key] for key in BRIEF if key in card} | {"brief": True}
         if left > 0:
-            full = card | {"policy": _pack(trial.policy, columns)}
-            left -= len(json.dumps(full, separators=(",", ":")))
-        cards.append(full if left > 0 else {key: card[key] for key in BRIEF if key in card} | {"brief": True})
+            card["policy"] = _pack(trial.policy, columns)
+            left -= len(json.dumps(card, separators=(",", ":")))
+        cards.append(card if left > 0 else brief)
     cards.sort(key=lambda card: card["trial"])
     return Packed(cards, {key: column.data() for key, column in columns.items()})
 
@@ -74,9 +87,10 @@ def _numbers(trials: Iterable[TrialRecord]) -> set[int]:
 def _pack(policy: Mapping[str, Any], columns: dict[str, Column]) -> dict[str, Any]:
     """The policy with its mappings as positions; anything else of it as it is, whatever its schema."""
     found: dict[str, Any] = {}
-    for key, value in rounded(plain(policy)).items():
+    for key, given in policy.items():
         if key in {"schema", "model"}:
             continue
+        value = rounded(given)
         if isinstance(value, dict):
             found[key] = columns.setdefault(key, Column({}, {})).pack(cast("dict[str, Any]", value))
         else:
@@ -85,14 +99,15 @@ def _pack(policy: Mapping[str, Any], columns: dict[str, Column]) -> dict[str, An
 
 
 def rounded(value: Any, significant: int = 6) -> Any:
-    """JSON-ready data whose floats have at most so many digits: no card shows more."""
+    """A value as :func:`plain` makes it, floats with at most so many digits: no card shows more."""
     if isinstance(value, float):
-        return float(f"{value:.{significant}g}")
-    if isinstance(value, dict):
-        return {key: rounded(item, significant) for key, item in cast("dict[str, Any]", value).items()}
-    if isinstance(value, list):
+        return float(f"{value:.{significant}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        pairs = cast("Mapping[object, Any]", value).items()
+        return {str(key): rounded(item, significant) for key, item in pairs}
+    if isinstance(value, list | tuple):
         return [rounded(item, significant) for item in cast("list[Any]", value)]
-    return value
+    return plain(value)
 
 
 def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
             _stage("quantisation simulated", verified.simulated),
             _stage("exported file", verified.quality),
         ]
-    card = {key: value for key, value in row(trial).items() if key not in UNUSED}
+    card = {key: value for key, value in row(replace(trial, policy={})).items() if key not in UNUSED}
     card |= {
         "title": cut(title(trial)),
         "name": cut(trial.name) if trial.name else None,
@@ -122,7 +137,7 @@ def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
             "bits_used": verified.bits_used,
         },
     }
-    return {key: value for key, value in rounded(plain(card)).items() if value is not None and value != []}
+    return {key: value for key, value in rounded(card).items() if value is not None and value != []}
 
 
 def _stage(name: str, quality: Quality) -> dict[str, Any]:

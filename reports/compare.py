@@ -1,33 +1,120 @@
 """Several runs beside each other: what differs between them, and which of their points are still on the front."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..search import pareto
 from ..search.pareto import losses, non_dominated
-from ..search.records import RunRecord, row
-from .front import front, hypervolumes
+from ..search.records import RunRecord, TrialRecord, row
+from .front import Losses, Point, front, hypervolumes, point, reference
+from .noise import hypervolume_error, hypervolume_errors
+from .text import plain
+
+KINDS = {
+    "config": "config",
+    "data": "data",
+    "model": "data",
+    "given": "data",
+    "device": "device",
+    "target": "device",
+    "host": "device",
+    "code": "code",
+    "environment": "code",
+    "rungs": "config",
+}
+"""What a difference belongs to, by the first part of its name."""
+
+
+class Covered(NamedTuple):
+    """Hypervolume of a run's front as a share of a box that all runs share, with its standard error."""
+
+    share: float
+    error: float
 
 
 def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The ``compare`` command's JSON: ``runs``, ``differences`` in config, model and device, and the common ``front``.
+    """The ``compare`` command's JSON: ``runs``, ``differences`` in config, data, device and code, the common ``front``,
+    and ``dominance``: which point of one run's front is better than which of another's.
 
-    The common front holds the points of all runs that no point of any run dominates; accuracies on different
+    ``hypervolume`` is each run's own figure; ``hypervolume_common`` measures all fronts in the same box and can be
+    compared. The common front holds the points of all runs that no point of any run dominates; accuracies on different
     splits or of different models are compared as they are, so look at ``differences`` first.
     """
-    return {
+    common = in_common_box(runs)
+    data = {
         "runs": [
             {
                 "run": str(run.path),
                 "state": run.state.get("state"),
                 "hypervolume": hypervolumes(run).get("search"),
+                "hypervolume_se": hypervolume_errors(run).get("search"),
+                "hypervolume_common": covered.share if covered else None,
+                "hypervolume_common_se": covered.error if covered else None,
                 "trials": len(run.trials),
                 "front": len(front(run)),
             }
-            for run in runs
+            for run, covered in zip(runs, common, strict=True)
         ],
-        "differences": _differences(runs),
+        "differences": differences(runs),
         "front": _common_front(runs),
+        "dominance": dominance(runs),
     }
+    return plain(data)
+
+
+def in_common_box(runs: Sequence[RunRecord]) -> list[Covered | None]:
+    """Hypervolume of each run's whole front, baselines included, up to the worst of all runs' reference points.
+
+    None for a run without a front, and for all when no run has a reference point.
+    """
+    corners = [corner for run in runs if (corner := reference(run)) is not None]
+    if not corners:
+        return [None] * len(runs)
+    corner: Losses = (max(c[0] for c in corners), max(c[1] for c in corners), max(c[2] for c in corners))
+    covered: list[Covered | None] = []
+    for run in runs:
+        pairs = _points(run)
+        error = hypervolume_error(pairs, corner)
+        share = pareto.relative_hypervolume([found.losses for _, found in pairs], corner) if pairs else None
+        covered.append(Covered(share, error or 0.0) if share is not None else None)
+    return covered
+
+
+def beyond_noise(one: Covered, other: Covered) -> bool:
+    """Whether two hypervolumes differ by more than two standard errors of their difference."""
+    return abs(one.share - other.share) > 2 * math.hypot(one.error, other.error)
+
+
+def _points(run: RunRecord) -> list[tuple[TrialRecord, Point]]:
+    return [(trial, found) for trial in front(run) if (found := point(trial)) is not None]
+
+
+def dominance(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """For each front point that another run's front point dominates, the one that does so by most of the box."""
+    fronts = [_points(run) for run in runs]
+    rows: list[dict[str, Any]] = []
+    for i, (run, points) in enumerate(zip(runs, fronts, strict=True)):
+        for trial, found in points:
+            better = [
+                (other.accuracy - found.accuracy, j, rival)
+                for j, rivals in enumerate(fronts)
+                if j != i
+                for rival, other in rivals
+                if other.losses != found.losses and all(a <= b for a, b in zip(other.losses, found.losses, strict=True))
+            ]
+            if better:
+                _, j, rival = max(better, key=lambda item: item[0])
+                rows.append(
+                    {
+                        "run": str(run.path),
+                        "trial": trial.number,
+                        "by_run": str(runs[j].path),
+                        "by_trial": rival.number,
+                        "others": len(better) - 1,
+                    }
+                )
+    return rows
 
 
 def _common_front(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -36,7 +123,7 @@ def _common_front(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     return [rows[i] for i in non_dominated(points)]
 
 
-def _differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     """Rows of ``what`` and the value in each run, for everything that is not the same in all of them."""
     flat = [_flat({"config": run.config, **_circumstances(run)}) for run in runs]
     names = [str(run.path) for run in runs]
@@ -47,11 +134,21 @@ def _differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     ]
 
 
+def kind_of(what: str) -> str:
+    """Whether a difference is one of config, data, device or code."""
+    return KINDS.get(what.split(".", 1)[0], "config")
+
+
 def _circumstances(run: RunRecord) -> dict[str, Any]:
+    target: Mapping[str, Any] = run.target or {}
     return {
         "model": run.state.get("model"),
+        "data": run.state.get("data"),
+        "code": run.state.get("code"),
         "environment": run.state.get("environment"),
-        "device": (run.target or {}).get("device"),
+        "host": run.state.get("host"),
+        "device": target.get("device"),
+        "target": target.get("target"),
         "rungs": run.state.get("rungs"),
     }
 

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 BLUE = "#3f7ae0"
 AMBER = "#d98324"
-RED = "#d4485e"
-GREEN = "#2f9e74"
+RED = "#c9364f"
+GREEN = "#009e73"
 GREY = "#8b95a7"
 PALE_GREY = "rgba(139, 149, 167, 0.35)"
 PALE_RED = "rgba(212, 72, 94, 0.09)"
@@ -24,8 +24,12 @@ LOG_FROM = 5.0
 """Latencies that differ by more than this factor are drawn on a logarithmic axis."""
 
 MOST_TICKS = 9
+MOST_LETTERS = 48
+"""Of a name in a picture."""
+MOST_DOTS = 1000
+"""Trials in a picture, which more would only blacken."""
 MOST_TRIALS = 2500
-"""Trials that the report shows one by one; all are in the tables beside it."""
+"""Trials that can be looked at one by one; all are in the tables beside the report."""
 
 
 class Panel(NamedTuple):
@@ -40,9 +44,10 @@ class Panel(NamedTuple):
     wide: bool = False
 
 
-def no_markup(text: str) -> str:
-    """Names and reasons are the user's, and Plotly reads markup in labels and hover texts."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def no_markup(text: str, most: int = MOST_LETTERS) -> str:
+    """Names and reasons are the user's, and Plotly reads markup in labels and hover texts, and gives them all room."""
+    short = text if len(text) <= most else f"{text[: most - 1]}…"
+    return short.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def blank(x_title: str, y_title: str, *, height: int = 340, **layout: Any) -> "Figure":

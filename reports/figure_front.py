@@ -9,7 +9,7 @@ from ..search.records import RunRecord, TrialRecord, TrialState
 from .figure_base import (
     GREY,
     LOG_FROM,
-    MOST_TRIALS,
+    MOST_DOTS,
     PALE_GREY,
     PALE_RED,
     RED,
@@ -75,7 +75,7 @@ def front_info(run: RunRecord) -> FrontInfo:
     allowed = limits(run)
     dots = tuple(
         dot
-        for trial in most_interesting(run, MOST_TRIALS)
+        for trial in most_interesting(run, MOST_DOTS)
         if trial.state is TrialState.COMPLETE or trial.verified
         if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
     )
@@ -93,7 +93,7 @@ def front_info(run: RunRecord) -> FrontInfo:
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
         logarithmic=logarithmic,
         outside=len(dots) - len(shown),
-        left_out=max(0, len(run.trials) - MOST_TRIALS),
+        left_out=max(0, len(run.trials) - MOST_DOTS),
     )
 
 
@@ -204,7 +204,7 @@ def front_text(info: FrontInfo) -> str:
     if info.outside:
         said.append(f"Outside the picture, far below: {counted(info.outside, 'point')} (double-click to see all).")
     if info.left_out:
-        said.append(f"{counted(info.left_out, 'trial')} more: in trials.csv.")
+        said.append(f"{counted(info.left_out, 'trial')} more are not drawn.")
     return " ".join(said)
 
 
@@ -296,7 +296,7 @@ def _interval(dots: Sequence[Dot]) -> dict[str, object]:
 
 
 def _hover(dot: Dot) -> list[int | str]:
-    note = f"<br>{no_markup(dot.note)}" if dot.note else ""
+    note = f"<br>{no_markup(dot.note, 160)}" if dot.note else ""
     return [dot.trial, no_markup(dot.name), no_markup(dot.split), size(dot.size_bytes), note]
 
 
@@ -334,7 +334,8 @@ def _draw_scale(figure: "Figure", scale: tuple[float, float]) -> None:
 
 
 def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
-    """Names beside their points, on the side of faster and more accurate, where no points are."""
+    """Names beside their points: of the front on the side of faster and more accurate, where no points are; of others
+    below, clear of the line."""
     dots = {dot.trial: dot for dot in info.dots}
     named = sorted(((dots[n], words) for n, words in info.labels if n in dots), key=lambda pair: -pair[0].accuracy)
     for i, (dot, words) in enumerate(named):
@@ -345,9 +346,9 @@ def _draw_labels(figure: "Figure", info: FrontInfo) -> None:
             text=words,
             name=str(dot.trial),
             font={"size": 12},
-            ax=0 if i == 0 else -36,
-            ay=-26 if i == 0 else -12,
-            xanchor="center" if i == 0 else "right",
+            ax=0 if i == 0 and dot.on_front else -36,
+            ay=(-26 if i == 0 else -12) if dot.on_front else 18,
+            xanchor="center" if i == 0 and dot.on_front else "right",
             showarrow=True,
             arrowhead=0,
             arrowwidth=1,

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search.records import RunRecord
-from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
-from .front import HypervolumeStep, baseline_level, hypervolume_over_time, started
+from .figure_base import AMBER, BLUE, GREEN, GREY, PALE_GREY, RED, blank, no_markup
+from .front import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain, started
 from .text import counted, digits, duration, local_time, percent, seconds_since_epoch
-from .verdict import NOISY
+from .verdict import NOISY, STILL_GROWING
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,14 +39,11 @@ def hypervolume_text(info: HypervolumeInfo) -> str:
             if passed is not None
             else f"It never passed the uniform baselines ({percent(info.baselines)})."
         )
-    begin = info.steps[0].seconds
-    quarter = begin + 0.75 * (last.seconds - begin)
-    before = max((s.hypervolume for s in info.steps if s.seconds <= quarter), default=0.0)
-    if len(info.steps) >= 8 and last.hypervolume > 0:
-        gain = (last.hypervolume - before) / last.hypervolume
+    gain = late_gain(info.steps)
+    if gain is not None:
         said.append(
             f"The last quarter of the time still added {percent(gain)}: a longer night would pay."
-            if gain > 0.01
+            if gain > STILL_GROWING
             else "The last quarter of the time added next to nothing."
         )
     return " ".join(said)
@@ -179,9 +176,10 @@ def noise_figure(info: NoiseInfo) -> "Figure":
 
 
 class PhasesInfo(NamedTuple):
-    """Seconds of each phase, in the order in which they ran."""
+    """Seconds of each phase, in the order in which they ran, and those that were planned for it, where known."""
 
     phases: tuple[tuple[str, float], ...]
+    planned: Mapping[str, float] = {}
 
     @property
     def total(self) -> float:
@@ -190,31 +188,50 @@ class PhasesInfo(NamedTuple):
 
 def phases_info(run: RunRecord) -> PhasesInfo:
     seconds: Mapping[str, Any] = run.state.get("seconds") or {}
-    return PhasesInfo(tuple((str(name), float(value)) for name, value in seconds.items() if value is not None))
+    phases = tuple((str(name), float(value)) for name, value in seconds.items() if value is not None)
+    begin, end = seconds_since_epoch(run.state.get("started")), seconds_since_epoch(run.state.get("deadline"))
+    shares: Mapping[str, Any] = run.state.get("shares") or {}
+    if begin is None or end is None or not shares:
+        return PhasesInfo(phases)
+    return PhasesInfo(phases, {str(name): float(share) * (end - begin) for name, share in shares.items()})
 
 
 def phases_text(info: PhasesInfo) -> str:
-    """Where the time went."""
+    """Where the time went, and which phase took most beyond its plan."""
     if not info.total:
         return "No time was recorded."
     name, longest = max(info.phases, key=lambda phase: phase[1])
-    return f"The night took {duration(info.total)}; {percent(longest / info.total)} of it went to {name}."
+    said = [f"The night took {duration(info.total)}; {percent(longest / info.total)} of it went to {name}."]
+    if info.planned:
+        planned = sum(info.planned.values())
+        said.append(f"{duration(planned)} were planned; what a phase does not use goes to the search.")
+        over = [(spent - info.planned[n], n) for n, spent in info.phases if n in info.planned and n != "search"]
+        most, which = max(over, default=(0.0, ""))
+        if most > 0.02 * planned:
+            said.append(f"{which[:1].upper()}{which[1:]} took {duration(most)} longer than planned.")
+    return " ".join(said)
 
 
 def phases_figure(info: PhasesInfo) -> "Figure":
-    """Draw a bar for each phase, the first on top."""
-    unit, factor = _time_unit(info.total)
-    figure = blank(unit, "", height=80 + 30 * max(3, len(info.phases)), margin_b=52)
-    figure.add_bar(
-        orientation="h",
-        y=[no_markup(name) for name, _ in info.phases],
-        x=[seconds / factor for _, seconds in info.phases],
-        text=[duration(seconds) for _, seconds in info.phases],
-        textposition="auto",
-        cliponaxis=False,
-        marker={"color": GREEN},
-        hovertemplate="%{y}: %{text}<extra></extra>",
-    )
+    """Draw a bar for each phase, the first on top, with the planned time below it."""
+    unit, factor = _time_unit(max(info.total, *info.planned.values()) if info.planned else info.total)
+    figure = blank(unit, "", height=100 + 38 * max(3, len(info.phases)), margin_b=84)
+    names = [no_markup(name) for name, _ in info.phases]
+    bars = [("used", GREEN, [seconds for _, seconds in info.phases])]
+    if info.planned:
+        bars.append(("planned", PALE_GREY, [info.planned.get(name, 0.0) for name, _ in info.phases]))
+    for name, colour, values in bars:
+        figure.add_bar(
+            orientation="h",
+            y=names,
+            x=[seconds / factor for seconds in values],
+            text=[duration(seconds) for seconds in values],
+            textposition="auto",
+            cliponaxis=False,
+            name=name,
+            marker={"color": colour},
+            hovertemplate="%{y}, " + name + ": %{text}<extra></extra>",
+        )
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_layout(bargap=0.35)
+    figure.update_layout(bargap=0.3, barmode="group", legend={"traceorder": "normal"}, showlegend=bool(info.planned))
     return figure

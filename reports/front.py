@@ -16,6 +16,9 @@ PICK_NAMES = {"best": "best", "fastest": "fastest", "knee": "knee", "accurate": 
 MAX_DROP = 0.01
 """How much accuracy the default choice may lose where the config sets no min_accuracy: 1.0 point."""
 
+LEAST_STEPS = 8
+"""Complete trials below which a growing hypervolume says nothing about its end."""
+
 Losses = tuple[float, float, float]
 
 
@@ -244,26 +247,35 @@ def all_baselines_verified(run: RunRecord) -> bool:
     return all(t.verified is not None for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE)
 
 
-def hypervolumes(run: RunRecord) -> dict[str, float | None]:
-    """Relative hypervolume of the feasible trials of the ``search`` and of the ``baselines`` alone.
+class Sides(NamedTuple):
+    """Trials of the search and baselines that may be compared, and what is known of each."""
 
-    Of the verified ones when all baselines are among them, else of all complete ones as the search saw them: both
-    sides stand on the same split and rung.
-    """
-    corner, allowed = reference(run), limits(run)
+    search: tuple[tuple[TrialRecord, Point], ...]
+    baselines: tuple[tuple[TrialRecord, Point], ...]
+
+
+def sides(run: RunRecord) -> Sides:
+    """The verified ones when all baselines are among them, else all complete ones as the search saw them: both sides
+    stand on the same split and rung."""
     verified = verified_any(run) and all_baselines_verified(run)
     known = candidates(run) if verified else [t for t in run.trials if t.state is TrialState.COMPLETE]
+    pairs = [(trial, found) for trial in known if (found := (point if verified else search_point)(trial))]
+    return Sides(
+        tuple(pair for pair in pairs if pair[0].role != "baseline"),
+        tuple(pair for pair in pairs if pair[0].role == "baseline"),
+    )
 
-    def covered(trials: Sequence[TrialRecord]) -> float | None:
-        if corner is None or not trials:
+
+def hypervolumes(run: RunRecord) -> dict[str, float | None]:
+    """Relative hypervolume of the feasible trials of the ``search`` and of the ``baselines``, by :func:`sides`."""
+    corner, allowed = reference(run), limits(run)
+
+    def covered(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
+        if corner is None or not pairs:
             return None
-        points = [found for trial in trials if (found := (point if verified else search_point)(trial))]
-        return pareto.relative_hypervolume([p.losses for p in points if not breaches(allowed, p)], corner)
+        return pareto.relative_hypervolume([p.losses for _, p in pairs if not breaches(allowed, p)], corner)
 
-    return {
-        "search": covered([trial for trial in known if trial.role != "baseline"]),
-        "baselines": covered([trial for trial in known if trial.role == "baseline"]),
-    }
+    return {name: covered(pairs) for name, pairs in sides(run)._asdict().items()}
 
 
 def started(run: RunRecord) -> float | None:
@@ -298,6 +310,15 @@ def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
             value = pareto.relative_hypervolume(kept, corner)
         steps.append(HypervolumeStep(finished - start, value))
     return steps
+
+
+def late_gain(steps: Sequence[HypervolumeStep]) -> float | None:
+    """What the last quarter of the time added, as a share of the whole; None where there is too little to say."""
+    if len(steps) < LEAST_STEPS or steps[-1].hypervolume <= 0:
+        return None
+    begin, end = steps[0].seconds, steps[-1].seconds
+    before = max((s.hypervolume for s in steps if s.seconds <= begin + 0.75 * (end - begin)), default=0.0)
+    return 1 - before / steps[-1].hypervolume
 
 
 def _no_worse(one: Losses, other: Losses) -> bool:

@@ -50,9 +50,7 @@ def page_html(run: RunRecord, *, review: ReviewLinks | None = None) -> str:
     shown = panels(run)
     scripts = SCRIPTS if review is None else ("elements.js", "review.js", *SCRIPTS[1:])
     data = script_data(run, shown) | ({"review": asdict(review)} if review is not None else {})
-    return fill(
-        "report.html.j2", **context(run, shown), review=review is not None, data=data, scripts=scripts
-    )  # fmt: skip
+    return fill("report.html.j2", **context(run, shown), review=review is not None, data=data, scripts=scripts)
 
 
 def fill(template: str, *, data: Any, scripts: tuple[str, ...], **values: Any) -> str:

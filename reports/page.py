@@ -11,8 +11,15 @@ from .figure_base import PALE_RED, SIZES, Panel
 from .figure_front import across_axes, front_info
 from .front import breaches, front, limits, picked, point, shrinkage, speedup, uncompressed, verified_any
 from .text import UNKNOWN, accuracy, counted, cut, digits, local_time, milliseconds, plain, size, times, title
-from .verdict import doubts, findings, finished
+from .verdict import answer, doubts, drop_points, finished
 
+WHY = {
+    "best": "the fastest within the limits",
+    "fastest": "the fastest within the limits",
+    "knee": "the best balance of the three",
+    "most accurate": "the most accurate within the limits",
+}
+"""What each pick's name means."""
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
@@ -23,7 +30,9 @@ class TableRow(NamedTuple):
     trial: int
     name: str
     labels: str
+    why: str
     accuracy: str
+    drop: str
     latency: str
     interval: str
     ratio: str
@@ -45,23 +54,18 @@ class Unfinished(NamedTuple):
 def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
     """What the template prints without the script."""
     best, chosen = front(run), picked(run)
-    on_front = {trial.number for trial in best}
-    labels = {trial.number: ", ".join(names) for trial, names in chosen}
-
-    def rows(trials: Sequence[TrialRecord]) -> list[TableRow]:
-        return [table_row(run, t, labels.get(t.number, ""), t.number in on_front) for t in trials]
-
+    baselines = [trial for trial in run.trials if trial.role == "baseline"]
     return {
         "name": run.path.name or str(run.path),
         "facts": facts(run),
         "unknown": UNKNOWN,
         "state": str(run.state.get("state") or "unknown"),
         "finished": finished(run),
-        "findings": findings(run),
+        "answer": answer(run),
         "doubts": doubts(run),
-        "picks": rows([trial for trial, _ in chosen]),
-        "front_rows": rows(best),
-        "baseline_rows": rows([trial for trial in run.trials if trial.role == "baseline"]),
+        "picks": rows_of(run, [trial for trial, _ in chosen]),
+        "front_rows": rows_of(run, best),
+        "baseline_rows": rows_of(run, baselines),
         "panels": panels,
         "limits": _limit_fields(run),
         "has_macs": all(t.macs for t in run.trials if t.quality is not None),
@@ -100,7 +104,14 @@ def facts(run: RunRecord) -> list[str]:
     return [*said, counted(len(run.trials), "trial")]
 
 
-def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -> TableRow:
+def rows_of(run: RunRecord, trials: Sequence[TrialRecord]) -> list[TableRow]:
+    """Trials as lines of a table."""
+    on_front = {trial.number for trial in front(run)}
+    labels = {trial.number: names for trial, names in picked(run)}
+    return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
+
+
+def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
     """A trial in words; what is not known is a dash."""
     found, values = point(trial), row(trial)
     struck = trial.verified.struck_out if trial.verified else None
@@ -112,8 +123,10 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
     return TableRow(
         trial=trial.number,
         name=title(trial),
-        labels=labels,
+        labels=", ".join(labels),
+        why="; ".join(WHY[label] for label in labels),
         accuracy=accuracy(values["accuracy"], values["accuracy_se"]),
+        drop=_signed(drop_points(run, trial)),
         latency=milliseconds(values["latency_ms"]),
         interval=_interval(values["low_ms"], values["high_ms"]),
         ratio=times(speedup(run, trial)),
@@ -121,8 +134,12 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: str, on_front: bool) -
         size_ratio=times(shrinkage(run, trial)),
         measured=bool(values["measured"]),
         on_front=on_front,
-        note=note,
+        note=cut(note),
     )
+
+
+def _signed(points: float | None) -> str:
+    return "" if points is None else f"{'−' if points < 0 else '+'}{abs(points):.1f} points"
 
 
 def _interval(low_ms: float | None, high_ms: float | None) -> str:
@@ -142,10 +159,10 @@ def decision_row(entry: Mapping[str, Any]) -> dict[str, str]:
     else:
         words = "" if evidence is None else _short(evidence)
     return {
-        "time": local_time(entry.get("time")),
-        "phase": str(entry.get("phase") or ""),
-        "decision": _short(entry.get("decision") or ""),
-        "reason": str(entry.get("reason") or ""),
+        "time": cut(local_time(entry.get("time"))),
+        "phase": cut(str(entry.get("phase") or "")),
+        "decision": cut(_short(entry.get("decision") or "")),
+        "reason": cut(str(entry.get("reason") or "")),
         "evidence": words,
     }
 
@@ -207,8 +224,8 @@ def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "labels": {str(trial.number): names for trial, names in chosen},
         "origin": plain({key: value for key, value in row(origin).items() if key != "policy"}) if origin else None,
         "anatomy": plain(anatomy(run)),
-        "layers": rounded(plain(layer_costs(run))),
-        "sensitivity": {key: rounded(plain((run.sensitivity or {}).get(key) or {})) for key in ("groups", "bits")},
+        "layers": rounded(layer_costs(run)),
+        "sensitivity": {key: rounded((run.sensitivity or {}).get(key) or {}) for key in ("groups", "bits")},
         "trials": trials.cards,
         "packed": trials.columns,
         "reviews": [plain(entry) for entry in run.approvals],

@@ -59,12 +59,22 @@ def _cells(trial: TrialRecord) -> dict[str, Any]:
 
 def write_tables(run: RunRecord, folder: Path) -> list[Path]:
     """Write trials.csv, trials.parquet, front.csv and baselines.csv; each is replaced in one step."""
-    trials = frame(run.trials)
-    _write_csv(trials, folder / "trials.csv")
-    replace(folder / "trials.parquet", lambda beside: trials.to_parquet(beside, index=False))
+    write_csv(run, folder / "trials.csv")
+    write_parquet(run, folder / "trials.parquet")
     _write_csv(frame(front(run)), folder / "front.csv")
     _write_csv(frame([t for t in run.trials if t.role == "baseline"]), folder / "baselines.csv")
     return [folder / name for name in ("trials.csv", "trials.parquet", "front.csv", "baselines.csv")]
+
+
+def write_csv(run: RunRecord, out: Path) -> None:
+    """Write all trials as CSV."""
+    _write_csv(frame(run.trials), out)
+
+
+def write_parquet(run: RunRecord, out: Path) -> None:
+    """Write all trials as Parquet."""
+    trials = frame(run.trials)
+    replace(out, lambda beside: trials.to_parquet(beside, index=False))
 
 
 def _write_csv(table: "pandas.DataFrame", path: Path) -> None:

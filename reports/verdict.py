@@ -1,7 +1,9 @@
 """The night in plain sentences: what you get, whether the search was worth it, what to distrust."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from ..search.records import RunRecord, TrialRecord, TrialState, row
@@ -11,7 +13,9 @@ from .front import (
     candidates,
     feasible,
     front,
+    hypervolume_over_time,
     hypervolumes,
+    late_gain,
     limits,
     picked,
     picks,
@@ -22,6 +26,7 @@ from .front import (
     uncompressed,
     verified_any,
 )
+from .noise import hypervolume_errors
 from .text import accuracy, counted, digits, milliseconds, percent, size, times, title
 
 FINISHED = frozenset({"done", "finished", "complete", "completed"})
@@ -31,6 +36,12 @@ NOISY = 0.05
 """Repeat error of the uncompressed model above which a latency is doubtful."""
 IMPRECISE = 0.10
 """Held-out error of the latency predictor above which the search was steered by guesses."""
+DRIFT = 0.10
+"""Share by which the uncompressed model's latency may wander over the night."""
+STILL_GROWING = 0.01
+"""Share of the hypervolume that the last quarter of the search may add, were it converged."""
+STILL_FALLING = 0.05
+"""Share by which a converged fine-tune's loss may fall from its last tenth but one to its last."""
 
 
 def finished(run: RunRecord) -> bool:
@@ -44,16 +55,48 @@ def verdict(run: RunRecord) -> list[str]:
 
 
 def findings(run: RunRecord) -> list[str]:
-    """What you get, and whether the search beat the uniform baselines."""
+    """What you get, pick by pick, and whether the search beat the uniform baselines."""
+    chosen = picked(run)
+    if not chosen:
+        return answer(run)
+    said = [_pick_sentence(run, trial, labels) for trial, labels in chosen]
+    if "best" not in picks(run):
+        said.append(f"No point of the front is {rule(run).words}; there is no default choice.")
+    return [*said, *_against_baselines(run)]
+
+
+def answer(run: RunRecord) -> list[str]:
+    """What you get for the limits that you set, in the shortest words, and whether it was worth the search."""
     if not run.trials:
         return ["No trial was recorded."]
     chosen = picked(run)
     if not chosen:
         return [_no_front(run)]
-    said = [_pick_sentence(run, trial, labels) for trial, labels in chosen]
-    if "best" not in picks(run):
-        said.append(f"No point of the front is {rule(run).words}; there is no default choice.")
-    return [*said, *_against_baselines(run)]
+    best = picks(run).get("best")
+    if best is None:
+        trial = chosen[0][0]
+        said = [f"No point of the front is {rule(run).words}.", _pick_sentence(run, trial, ["the nearest"])]
+    else:
+        said = [_pick_sentence(run, best, [f"the fastest {rule(run).words}"])]
+    return [_asked(run), *said, *_against_baselines(run)]
+
+
+def _asked(run: RunRecord) -> str:
+    allowed = limits(run)
+    words = [
+        f"{name} {words(value)}"
+        for name, words, value in (
+            ("latency of at most", milliseconds, allowed.max_latency_ms),
+            ("accuracy of at least", percent, allowed.min_accuracy),
+            ("size of at most", size, allowed.max_size_bytes),
+        )
+        if value is not None
+    ]
+    within = counted(len(front(run)), "point")
+    standing = f"{within} that nothing beats {'is' if within.startswith('1 ') else 'are'} within them"
+    if not words:
+        return f"You set no limits; {within} {'is' if within.startswith('1 ') else 'are'} beaten by nothing."
+    return f"Your limits: {', '.join(words)}; {standing}."
 
 
 def _no_front(run: RunRecord) -> str:
@@ -103,12 +146,19 @@ def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str
     )
 
 
-def _drop(run: RunRecord, trial: TrialRecord) -> str:
+def drop_points(run: RunRecord, trial: TrialRecord) -> float | None:
+    """Points of accuracy above the uncompressed model's (below: negative); None for itself and the unknown."""
     origin = uncompressed(run)
     before, after = point(origin) if origin else None, point(trial)
     if origin is None or before is None or after is None or origin is trial:
+        return None
+    return 100 * (after.accuracy - before.accuracy)
+
+
+def _drop(run: RunRecord, trial: TrialRecord) -> str:
+    points = drop_points(run, trial)
+    if points is None:
         return ""
-    points = 100 * (after.accuracy - before.accuracy)
     if abs(points) < 0.05:
         return ", that of the uncompressed model"
     return f", {abs(points):.1f} points {'above' if points > 0 else 'below'} the uncompressed model"
@@ -116,14 +166,15 @@ def _drop(run: RunRecord, trial: TrialRecord) -> str:
 
 def _against_baselines(run: RunRecord) -> list[str]:
     said: list[str] = []
-    covered = hypervolumes(run)
+    covered, errors = hypervolumes(run), hypervolume_errors(run)
     search, uniform = covered["search"], covered["baselines"]
     if search is not None and uniform is not None:
+        noise = math.hypot(errors["search"] or 0.0, errors["baselines"] or 0.0)
         basis = "" if all_baselines_verified(run) else ", both before the long fine-tune, which not all baselines got"
         numbers = f"{percent(search)} of the objective box against {percent(uniform)}{basis}"
         if search > uniform and uniform > 0:
             gain = f"{100 * (search / uniform - 1):.1f} % more hypervolume ({numbers})"
-            said.append(f"The search beat the uniform baselines: {gain}.")
+            said.append(f"The search beat the uniform baselines: {gain}{_beside_noise(search - uniform, noise)}.")
         elif search > uniform:
             said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
         elif search == uniform == 0:
@@ -131,6 +182,14 @@ def _against_baselines(run: RunRecord) -> list[str]:
         else:
             said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")
     return [*said, *_best_against_baseline(run)]
+
+
+def _beside_noise(gain: float, noise: float) -> str:
+    """Two standard errors are what chance alone does in one of twenty nights."""
+    if noise <= 0:
+        return ""
+    points = f"{digits(200 * noise, 2)} points of noise (two standard errors)"
+    return f", more than the {points}" if gain > 2 * noise else f", but no more than the {points}"
 
 
 def _best_against_baseline(run: RunRecord) -> list[str]:
@@ -162,7 +221,13 @@ def _best_against_baseline(run: RunRecord) -> list[str]:
 
 def doubts(run: RunRecord) -> list[str]:
     """What to distrust tonight; empty when nothing speaks against the figures."""
-    return [*_unfinished(run), *_doubtful_latency(run), *_doubtful_accuracy(run), *_doubtful_trials(run)]
+    return [
+        *_unfinished(run),
+        *_doubtful_latency(run),
+        *_doubtful_accuracy(run),
+        *_unconverged(run),
+        *_doubtful_trials(run),
+    ]
 
 
 def _unfinished(run: RunRecord) -> list[str]:
@@ -192,6 +257,12 @@ def _doubtful_latency(run: RunRecord) -> list[str]:
             f"The machine was noisy: the uncompressed model's repeat error was over {percent(NOISY)} in "
             f"{len(noisy)} of {counted(len(errors), 'measurement')} (worst {percent(max(noisy))})."
         )
+    levels = [float(n["reference_ms"]) for n in noise if n.get("reference_ms")]
+    if len(levels) > 1 and max(levels) / min(levels) - 1 > DRIFT:
+        said.append(
+            f"The machine drifted: the uncompressed model took between {digits(min(levels))} and "
+            f"{milliseconds(max(levels))} over the night, so trust ratios more than milliseconds."
+        )
     unsteady = [t for t in front(run) if t.latency and (t.latency.repeat_error or 0) > NOISY]
     if unsteady:
         said.append(f"Latencies on the front that did not repeat within {percent(NOISY)}: {_list(unsteady)}.")
@@ -215,6 +286,25 @@ def _doubtful_accuracy(run: RunRecord) -> list[str]:
     moves = f"± {digits(200 * error, 2)} points (two standard errors)"
     examples = counted(values["samples"], "example")
     return [f"Accuracies rest on {examples}: chance alone moves them by {moves}, as much as many differences."]
+
+
+def _unconverged(run: RunRecord) -> list[str]:
+    """A search or a training that was cut off while it still gained."""
+    said: list[str] = []
+    gain = late_gain(hypervolume_over_time(run))
+    if gain is not None and gain > STILL_GROWING:
+        said.append(
+            f"The search had not converged: the last quarter of its time still added {percent(gain)} of hypervolume."
+        )
+    curves = [t.verified.quality.losses for t in run.trials if t.verified and len(t.verified.quality.losses) >= 4]
+    falls = [1 - after / before for *_, before, after in curves if before > 0]
+    falling = median(falls) if falls else 0.0
+    if falling > STILL_FALLING:
+        said.append(
+            f"The long fine-tunes had not converged: their loss still fell by {percent(falling)} in the last tenth "
+            f"(median of {len(falls)}), so training longer would gain accuracy."
+        )
+    return said
 
 
 def _doubtful_trials(run: RunRecord) -> list[str]:

@@ -12,9 +12,10 @@ from typing import IO, Any
 
 from ..spaces.errors import InputError
 from .records import RunRecord
-from .store import read_trials
+from .store import read_study
 
 CONFIG, STATE, TARGET, DECISIONS = "config.yaml", "state.json", "target.json", "decisions.jsonl"
+LAYERS = "layers.json"
 SENSITIVITY, LOG, REPORT, ARTIFACTS, LOCK = (
     "sensitivity.json",
     "log.jsonl",
@@ -120,30 +121,58 @@ def read_run(path: Path) -> RunRecord:
     missing = next((name for name in (CONFIG, STATE) if not (path / name).is_file()), None)
     if missing is not None:
         raise InputError(f"{path}: not a run folder: it has no {missing}.")
-    import yaml
-
-    config = yaml.safe_load((path / CONFIG).read_text())
-    trials, approvals = read_trials(path, (config.get("search") or {}).get("storage"))
-    state = folder.read_json(STATE) or {"state": "new", "phase": None}
+    config = _read_config(path / CONFIG)
+    study = read_study(path, (config.get("search") or {}).get("storage"))
+    state = _read_state(folder)
     if state["state"] == "running" and not folder.held():
         state = {**state, "state": "interrupted", "reason": "its driver ended without a word"}
+    parts: dict[str, Any] = {}
+    unreadable = list(study.unreadable)
+    for key, name in {"target": TARGET, "sensitivity": SENSITIVITY, "layers": LAYERS}.items():
+        try:
+            parts[key] = folder.read_json(name)
+        except ValueError:  # the report goes without
+            parts[key] = None
+            unreadable.append(f"{name} (it is not JSON)")
     return RunRecord(
         path=path,
         config=config,
         state=state,
-        trials=trials,
+        trials=study.trials,
         decisions=tuple(_lines(path / DECISIONS)),
-        target=folder.read_json(TARGET),
-        sensitivity=folder.read_json(SENSITIVITY),
-        approvals=approvals,
+        approvals=study.approvals,
+        unreadable=tuple(unreadable),
+        **parts,
     )
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text(errors="replace"))
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: the run's config must be a YAML mapping, but the file is damaged.")
+    return config
+
+
+def _read_state(folder: RunFolder) -> Mapping[str, Any]:
+    try:
+        state = folder.read_json(STATE)
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or "state" not in state:
+        raise InputError(f"{folder.path / STATE}: the run's state must be a JSON object, but the file is damaged.")
+    return state
 
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
     if not path.is_file():
         return []
     entries: list[Mapping[str, Any]] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entries.append(json.loads(line))
         except ValueError:

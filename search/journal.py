@@ -15,6 +15,8 @@ from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
 
+from ..spaces.errors import InputError
+
 
 class JournalFile(BaseJournalBackend):
     """One JSON entry a line. Several processes of one machine may share it."""
@@ -28,7 +30,7 @@ class JournalFile(BaseJournalBackend):
         self._read_count = 0  # entries
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
-        """Entries from number ``log_number_from`` on."""
+        """Entries from number ``log_number_from`` on. Raises InputError naming the line that is damaged."""
         with self._path.open("rb") as file:
             if log_number_from >= self._read_count:
                 skip = log_number_from - self._read_count
@@ -44,8 +46,17 @@ class JournalFile(BaseJournalBackend):
                 if skip:
                     skip -= 1
                 else:
-                    entries.append(json.loads(line))
+                    entries.append(self._entry(line))
         return entries
+
+    def _entry(self, line: bytes) -> dict[str, Any]:
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise InputError(
+                f"{self._path}: line {self._read_count} is damaged, so the run cannot be gone on with or added to; "
+                "report and status still read the rest."
+            ) from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries. They survive the death of the process at once, and a power cut when this returns, but for a

@@ -18,6 +18,7 @@ from . import finalists, prepare
 from .clock import SHARES, Clock
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run
+from .layer_costs import record_layers
 from .pareto import losses, non_dominated
 from .proposals import baselines, greedy_walk
 from .records import TrialState
@@ -103,6 +104,7 @@ def _phases(session: Session) -> None:
         finalists.train_long(session)
     with session.phase("verify"):
         finalists.verify(session)
+        record_layers(session)
 
 
 def _open_study(session: Session) -> Trials:

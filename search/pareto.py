@@ -24,14 +24,17 @@ def non_dominated(points: Sequence[Sequence[float]] | Array) -> list[int]:
     Of equal points the first stays.
     """
     losses = as_losses(points)
+    if not len(losses):
+        return []
+    # In lexicographic order a point is dominated only by points before it, and then also by a kept one.
+    order = np.lexsort(losses.T[::-1])
+    kept = np.empty_like(losses)
     keep: list[int] = []
-    for i, point in enumerate(losses):
-        no_worse = (losses <= point).all(axis=1)
-        better = (losses < point).any(axis=1)
-        equal_before = (losses[:i] == point).all(axis=1).any()
-        if not (no_worse & better).any() and not equal_before:
-            keep.append(i)
-    return keep
+    for i in order:
+        if not (kept[: len(keep)] <= losses[i]).all(axis=1).any():
+            kept[len(keep)] = losses[i]
+            keep.append(int(i))
+    return sorted(keep)
 
 
 def dominated_by(point: Sequence[float] | Array, front: Array) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.trial import FrozenTrial, Trial
@@ -19,6 +19,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .journal import JournalFile
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
+from .salvage import read_journal, unreadable
 
 STUDY = "nightpress"
 SCHEMA = 1
@@ -113,10 +114,8 @@ class Store:
         self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
-        """All words that people have given, in order; those of the first version stood in one list."""
-        attrs = self.study.user_attrs
-        words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
-        return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
+        """All words that people have given, in order."""
+        return approvals_in(self.study.user_attrs)
 
     def trial(self, number: int) -> TrialRecord:
         return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
@@ -153,41 +152,74 @@ class Store:
         return self._storage.get_trial(self._id(number)).user_attrs
 
     def _record(self, frozen: FrozenTrial, extra: Mapping[str, Any]) -> TrialRecord:
-        attrs = frozen.user_attrs
-        return TrialRecord(
-            number=frozen.number,
-            state=TrialState(attrs.get("state", "RUNNING")),
-            role=attrs.get("role", "search"),
-            name=attrs.get("name"),
-            digest=attrs.get("digest", ""),
-            policy=attrs.get("policy", {}),
-            qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
-            predicted=_latency(attrs.get("predicted")),
-            measured=_latency(extra.get(f"measured:{frozen.number}") or attrs.get("measured")),
-            size_bytes=attrs.get("size_bytes"),
-            macs=attrs.get("macs"),
-            params=attrs.get("params"),
-            reason=attrs.get("reason"),
-            reused_from=attrs.get("reused_from"),
-            started=attrs.get("started"),
-            finished=attrs.get("finished"),
-            verified=_verified(extra.get(f"verified:{frozen.number}")),
-        )
+        return record_of(frozen.number, frozen.user_attrs, extra)
+
+
+def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -> TrialRecord:
+    """A trial from its attributes and the study's. Raises KeyError, TypeError or ValueError when they are damaged."""
+    return TrialRecord(
+        number=number,
+        state=TrialState(attrs.get("state", "RUNNING")),
+        role=attrs.get("role", "search"),
+        name=attrs.get("name"),
+        digest=attrs.get("digest", ""),
+        policy=attrs.get("policy", {}),
+        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
+        predicted=_latency(attrs.get("predicted")),
+        measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
+        size_bytes=attrs.get("size_bytes"),
+        macs=attrs.get("macs"),
+        params=attrs.get("params"),
+        reason=attrs.get("reason"),
+        reused_from=attrs.get("reused_from"),
+        started=attrs.get("started"),
+        finished=attrs.get("finished"),
+        verified=_verified(extra.get(f"verified:{number}")),
+    )
+
+
+def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """What people said of trials, from the study's attributes, in order; in the first version it was one list."""
+    words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
+    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
 
 def _has_study(storage: optuna.storages.BaseStorage) -> bool:
     return STUDY in [study.study_name for study in storage.get_all_studies()]
 
 
-def read_trials(run: Path, url: str | None) -> tuple[tuple[TrialRecord, ...], tuple[Mapping[str, Any], ...]]:
-    """Trials and approvals of a run, for readers that do not search; empty where there is no study yet."""
-    if url is None and not (run / JOURNAL).is_file():
-        return (), ()
-    storage = open_storage(run, url)
-    if not _has_study(storage):
-        return (), ()
-    store = Store(storage)
-    return store.trials(), store.approvals()
+class StudyRecord(NamedTuple):
+    """What readers learn of a study; ``unreadable`` names the trials that are damaged."""
+
+    trials: tuple[TrialRecord, ...] = ()
+    approvals: tuple[Mapping[str, Any], ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+def read_study(run: Path, url: str | None) -> StudyRecord:
+    """A run's study, for readers that do not search; empty where there is none yet.
+
+    The journal in a run's folder is read as far as it is whole; a trial that is damaged is named and left out.
+    """
+    if url is not None:
+        storage = open_storage(run, url)
+        if not _has_study(storage):
+            return StudyRecord()
+        store = Store(storage)
+        return StudyRecord(store.trials(), store.approvals())
+    if not (run / JOURNAL).is_file():
+        return StudyRecord()
+    journal = read_journal(run / JOURNAL)
+    trials: list[TrialRecord] = []
+    complaints = list(journal.complaints)
+    for number, attrs in journal.trials.items():
+        if "policy" not in attrs:
+            continue
+        try:
+            trials.append(record_of(number, attrs, journal.study))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            complaints.append(f"trial {number} (its record is damaged: {type(error).__name__}: {error})")
+    return StudyRecord(tuple(trials), approvals_in(journal.study), unreadable(complaints))
 
 
 def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None) -> None:

@@ -370,6 +370,28 @@ def full_run(count: int = 58, **fields: Any) -> RunRecord:
     return run([*_baselines(parts), *_finalists(_searched(parts, count))], **{**known, **fields})
 
 
+def big_run(count: int = 2000, dimensions: int = 120) -> RunRecord:
+    """A long night in a large space: half of the dimensions are prune ratios, half are bits of layers."""
+    rng = np.random.default_rng(5)
+    names = [f"backbone.stage{i // 15}.block{i // 3 % 5}.conv{i % 3}" for i in range(dimensions // 2)]
+    parts = {
+        "groups": [{"name": name, "channels": 64, "layers": [name]} for name in names],
+        "layers": [{"name": name, "kind": "conv", "macs": 1, "params": 1} for name in names],
+        "blocks": [],
+    }
+    records: list[TrialRecord] = []
+    for number in range(count):
+        how, kept, share = _random_policy(rng, parts)
+        accuracy, latency_ms, size = _worth(rng, kept, share)
+        record = trial(number, accuracy, latency_ms, size, policy=how, macs=int(4e7 * kept), params=int(2.7e5 * kept))
+        record = replace(record, qualities=(quality(accuracy - 0.06, rung="bn", losses=0), quality(accuracy)))
+        if number % 3 == 1:
+            reason = f"even {accuracy:.4f} would be dominated"
+            record = replace(record, state=TrialState.STOPPED, qualities=record.qualities[:1], reason=reason)
+        records.append(record)
+    return run(_finalists(records), state={**full_run().state, "anatomy": parts}, target=_target(rng))
+
+
 def hostile_run(attack: str) -> RunRecord:
     """A full night in which every name, reason and note is the attack."""
     night = full_run(24)

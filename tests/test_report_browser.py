@@ -1,13 +1,17 @@
 """The report page in a real browser: it draws, answers clicks, and asks the network for nothing."""
 
+import json
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from fakes_run import SAMPLES, full_run, hostile_run
-from nightpress.reports import write_report
+from nightpress.reports import ReviewLinks, candidates, page_html, point, write_comparison, write_report
 from nightpress.reports.front import front, picks
 from nightpress.search.records import RunRecord
 
@@ -17,7 +21,16 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow  # a page with its 5 MB of script takes a second or more to open
 
 CHROMIUM = Path("/usr/bin/chromium")
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 NIGHT = full_run()
+DRAWN = 8
+"""Figures of that night: all but the staircase, which its target did not measure."""
 
 
 class Opened(NamedTuple):
@@ -29,13 +42,20 @@ class Opened(NamedTuple):
     dialogs: list[str]
 
 
+class Served(NamedTuple):
+    """A server's address, and what pages told it."""
+
+    url: str
+    told: list[dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not installed: apt-get install chromium")
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra 'test'")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGUMENTS))
         yield chromium
         chromium.close()
 
@@ -82,8 +102,8 @@ def test_page_draws_without_a_complaint_or_a_request(browser: "Browser", report:
     it = open_page(browser, report)
     assert (it.complaints, it.requests) == ([], [report.as_uri()])
     # The first figure stands at once, the others follow.
-    it.page.locator(".js-plotly-plot").nth(5).wait_for()
-    assert it.page.locator(".js-plotly-plot").count() == 6
+    it.page.locator(".js-plotly-plot").nth(DRAWN - 1).wait_for()
+    assert it.page.locator(".js-plotly-plot").count() == DRAWN
     # The default choice is what one sees first.
     best = picks(NIGHT)["best"]
     assert f"Trial {best.number}" in card(it.page)
@@ -147,6 +167,83 @@ def test_the_arrows_walk_along_the_front(opened: Opened) -> None:
     assert opened.page.locator("#choose").input_value() == str(numbers[-1])
 
 
+def test_arrow_keys_walk_along_the_front_in_the_picture(opened: Opened) -> None:
+    numbers = [trial.number for trial in front(NIGHT)]
+    opened.page.locator("#plot-front").focus()
+    opened.page.keyboard.press("End")
+    assert opened.page.locator("#choose").input_value() == str(numbers[-1])
+    opened.page.keyboard.press("Home")
+    opened.page.keyboard.press("ArrowRight")
+    assert opened.page.locator("#choose").input_value() == str(numbers[1])
+    opened.page.keyboard.press("ArrowLeft")
+    assert opened.page.locator("#choose").input_value() == str(numbers[0])
+
+
+def test_every_control_is_reached_and_named_by_the_keyboard(opened: Opened) -> None:
+    nameless = opened.page.evaluate(
+        """() => [...document.querySelectorAll("button, select, input, a[href], [tabindex='0']")]
+            .filter((part) => !part.closest("[hidden]") && !part.closest(".modebar"))
+            .filter((part) => part.tabIndex < 0 || !(part.textContent.trim() || part.getAttribute("aria-label")
+                || (part.labels && part.labels.length)))
+            .map((part) => part.outerHTML.slice(0, 80))"""
+    )
+    assert nameless == []
+
+
+def points_of(page: "Page") -> dict[str, list[float]]:
+    """What the front's picture shows of each trial: across, accuracy in %, opacity."""
+    return page.evaluate(
+        """() => Object.fromEntries(document.getElementById("plot-front").data
+            .filter((trace) => trace.customdata)
+            .flatMap((trace) => trace.customdata.map((custom, i) =>
+                [custom[0], [trace.x[i], trace.y[i], trace.marker.opacity[i]]])))"""
+    )
+
+
+def test_limits_can_be_tried_and_reset(opened: Opened) -> None:
+    page = opened.page
+    page.locator("#max-latency").fill("0.3")
+    page.locator("#min-accuracy").fill("80")
+    shown = points_of(page)
+    assert {tuple(opacity for *_, opacity in shown.values() if opacity not in {1, 0.3})} == {()}
+    for ms, percent, opacity in shown.values():
+        assert (opacity == 1) is (ms <= 0.3 and percent >= 80 - 1e-7)
+    allowed = [
+        t for t in candidates(NIGHT) if (found := point(t)) and found.latency_ms <= 0.3 and found.accuracy >= 0.8 - 1e-9
+    ]
+    assert f"{len(allowed)} of {len(candidates(NIGHT))} comparable points" in page.locator("#within").inner_text()
+    shapes = page.evaluate("document.getElementById('plot-front').layout.shapes.map((s) => [s.x0, s.y1])")
+    assert shapes == [[0.3, 1], [0, 80]]
+    page.locator("#max-latency").fill("0.0001")
+    assert page.locator("#within").inner_text().startswith("0 of ")
+    page.get_by_role("button", name="Reset", exact=True).click()
+    # The config's own limit is what the picture started with.
+    assert page.locator("#max-latency").input_value() == "0.8"
+    page.wait_for_timeout(50)
+    assert not page.locator("#within").inner_text().startswith("0 of ")
+    assert opened.complaints == []
+
+
+def test_what_stands_across_and_the_third_value_can_be_switched(opened: Opened) -> None:
+    page = opened.page
+    sizes = {str(t.number): found.size_bytes for t in NIGHT.trials if (found := point(t))}
+    page.locator("#across").select_option("size_bytes")
+    assert {n: x for n, (x, *_) in points_of(page).items()} == pytest.approx(
+        {n: sizes[n] / 1000 for n in points_of(page)}, rel=1e-5
+    )
+    assert page.evaluate("document.getElementById('plot-front').layout.xaxis.title.text") == "size, kB"
+    page.locator("#third").select_option("area")
+    widths = page.evaluate(
+        "document.getElementById('plot-front').data.find((t) => t.name === 'predicted' && t.customdata).marker.size"
+    )
+    assert len(set(widths)) > 3
+    page.locator("#across").select_option("macs")
+    page.get_by_role("button", name="Reset", exact=True).click()
+    page.wait_for_timeout(50)
+    assert page.evaluate("document.getElementById('plot-front').layout.xaxis.title.text") == "latency, ms"
+    assert opened.complaints == []
+
+
 def test_layers_show_what_the_policy_keeps(opened: Opened) -> None:
     page = opened.page
     trial = next(t for t in NIGHT.trials if t.policy["removed_blocks"] and t.policy["prune"]["stem"] > 0)
@@ -203,7 +300,10 @@ def test_theme_follows_the_system_and_is_light_on_paper(browser: "Browser", repo
     it.page.close()
 
 
-@pytest.mark.parametrize("attack", ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>"])
+@pytest.mark.parametrize(
+    "attack",
+    ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\"'><b onclick='alert(1)'>", "א ‮ ب"],
+)
 def test_hostile_names_do_nothing(browser: "Browser", tmp_path: Path, attack: str) -> None:
     night: RunRecord = hostile_run(attack)
     write_report(night, tmp_path / "report.html")
@@ -213,4 +313,140 @@ def test_hostile_names_do_nothing(browser: "Browser", tmp_path: Path, attack: st
     it.page.locator("#plot-front .nsewdrag").first.hover()
     assert (it.dialogs, it.complaints, len(it.requests)) == ([], [], 1)
     assert attack in it.page.locator("#trial-title").inner_text()
+    it.page.close()
+
+
+def test_a_name_of_ten_thousand_letters_does_not_widen_the_page(browser: "Browser", tmp_path: Path) -> None:
+    write_report(hostile_run("long" * 2500), tmp_path / "report.html")
+    it = open_page(browser, tmp_path / "report.html")
+    it.page.set_viewport_size({"width": 390, "height": 844})
+    it.page.locator(".js-plotly-plot").nth(DRAWN - 2).wait_for()
+    assert it.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert it.complaints == []
+    it.page.close()
+
+
+def test_the_page_prints_to_pdf(browser: "Browser", report: Path) -> None:
+    it = open_page(browser, report, scheme="dark")
+    it.page.locator(".js-plotly-plot").nth(DRAWN - 1).wait_for()
+    assert it.page.pdf(format="A4").startswith(b"%PDF")
+    assert it.complaints == []
+    it.page.close()
+
+
+def contrast(page: "Page", selector: str) -> float:
+    """WCAG contrast of an element's text with the nearest opaque background behind it."""
+    return page.evaluate(
+        """(selector) => {
+            const channels = (text) => text.match(/[\\d.]+/g).map(Number);
+            const light = (text) => {
+                const [r, g, b] = channels(text).map((v) => v / 255)
+                    .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+                return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+            };
+            const part = document.querySelector(selector);
+            let behind = part;
+            const clear = (at) => channels(getComputedStyle(at).backgroundColor)[3] === 0;
+            while (behind.parentElement && clear(behind)) behind = behind.parentElement;
+            const [a, b] = [getComputedStyle(part).color, getComputedStyle(behind).backgroundColor].map(light);
+            return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        }""",
+        selector,
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_have_enough_contrast(browser: "Browser", report: Path, scheme: str) -> None:
+    it = open_page(browser, report, scheme=scheme)
+    parts = ["h1", ".facts", ".findings li", ".doubts li", ".doubts h2", ".label", ".tag", "#theme", ".contents a"]
+    parts += [".how", ".controls label", ".layers .bits.low", ".layers .count", "code", "footer", ".state"]
+    assert {part: contrast(it.page, part) for part in parts if contrast(it.page, part) < 4.5} == {}
+    it.page.close()
+
+
+# Review
+
+
+@pytest.fixture
+def server() -> Iterator[Served]:
+    """A server of the review page on loopback, which keeps what it is told."""
+    told: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            links = ReviewLinks(url="/review", token="secret", who="ann")
+            self.answer(200, page_html(NIGHT, review=links).encode(), "text/html; charset=utf-8")
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            told.append({**body, "token": self.headers["X-Nightpress-Token"]})
+            if body["note"] == "refuse":
+                self.answer(409, b'{"error": "Trial 7 has another digest by now."}', "application/json")
+            else:
+                self.answer(200, json.dumps({**body, "who": "ann", "time": 0}).encode(), "application/json")
+
+        def answer(self, status: int, body: bytes, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: a test's output is its own."""
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield Served(f"http://127.0.0.1:{httpd.server_port}/", told)
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_a_word_is_sent_to_the_server_and_shown(browser: "Browser", server: Served) -> None:
+    page = browser.new_page()
+    complaints: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(server.url)
+    best = picks(NIGHT)["best"]
+    for action, name, shown in [
+        ("pick", "Pick", "Approved by ann: looks right"),
+        ("reject", "Reject", "Rejected by ann: looks right"),
+        ("note", "Keep note", "Note by ann: looks right"),
+    ]:
+        page.locator("#review-note").fill("looks right")
+        page.get_by_role("button", name=name, exact=True).click()
+        page.locator(f".said-{action}").wait_for()
+        assert page.locator(f".said-{action}").inner_text() == shown
+        sent = {"trial": best.number, "digest": best.digest, "action": action, "note": "looks right", "token": "secret"}
+        assert server.told[-1] == sent
+    page.locator("#review-note").fill("refuse")
+    page.get_by_role("button", name="Pick", exact=True).click()
+    page.get_by_text("Trial 7 has another digest by now.").wait_for()
+    assert complaints == []
+    page.close()
+
+
+def test_a_report_without_review_has_no_button_and_may_not_connect(opened: Opened, report: Path) -> None:
+    assert opened.page.locator("[data-review]").count() == 0
+    text = report.read_text(encoding="utf-8")
+    assert "connect-src" not in text.split("</head>")[0]
+    assert "reviewControls(trial)" not in text.replace("data.review ? reviewControls(trial) : null", "")
+
+
+# Comparison
+
+
+def test_the_comparison_opens_and_draws(browser: "Browser", tmp_path: Path) -> None:
+    other = replace(hostile_run("</script><script>alert(1)</script>"), path=Path("runs/<b>other"))
+    write_comparison([NIGHT, other], tmp_path / "compare.html")
+    it = open_page(browser, tmp_path / "compare.html")
+    it.page.locator(".js-plotly-plot").wait_for()
+    assert (it.complaints, it.dialogs, len(it.requests)) == ([], [], 1)
+    for width in (390, 1440):
+        it.page.set_viewport_size({"width": width, "height": 900})
+        assert it.page.evaluate("document.documentElement.scrollWidth") == width
+    it.page.locator("#theme").click()
+    assert it.page.locator("#theme").inner_text() == "Light"
     it.page.close()

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
 from hypothesis import given, settings
 
@@ -16,39 +18,37 @@ from fakes_run import (
     limited,
     one_trial_run,
     original,
+    policy,
+    quality,
     run,
     runs,
     trial,
     verify,
 )
 from nightpress.reports.figure_base import logarithmic
-from nightpress.reports.figure_latency import Pair, heldout_title
-from nightpress.reports.figure_night import NoiseSample
-from nightpress.reports.figure_sensitivity import Bar
-from nightpress.reports.figures import (
+from nightpress.reports.figure_front import front_figure, front_info, front_text
+from nightpress.reports.figure_latency import Pair, heldout_title, latency_figure, latency_info, latency_text
+from nightpress.reports.figure_night import (
     HypervolumeInfo,
     NoiseInfo,
+    NoiseSample,
     PhasesInfo,
-    SensitivityInfo,
-    front_figure,
-    front_info,
-    front_text,
     hypervolume_info,
     hypervolume_text,
-    latency_figure,
-    latency_info,
-    latency_text,
     noise_info,
     noise_text,
-    panels,
+    phases_figure,
     phases_info,
     phases_text,
-    sensitivity_info,
-    sensitivity_text,
 )
+from nightpress.reports.figure_search import Stage, importances_text, rungs_info, rungs_text, words_of
+from nightpress.reports.figure_sensitivity import Cell, SensitivityInfo, sensitivity_info, sensitivity_text
+from nightpress.reports.figure_staircase import Stair, staircase_figure, staircase_info, staircase_text
+from nightpress.reports.figures import panels
 from nightpress.reports.front import HypervolumeStep, Limits
+from nightpress.reports.importances import Importances, divergence, flatten, importances
 from nightpress.reports.text import local_time
-from nightpress.search.records import RunRecord, TrialState
+from nightpress.search.records import RunRecord, TrialRecord, TrialState
 
 
 def layout(figure: Any) -> Any:
@@ -170,17 +170,36 @@ def test_without_a_target_the_predictors_error_is_unknown() -> None:
     assert heldout_title({}) == "no held-out error known"
 
 
-def test_sensitivity_takes_the_worst_choice_and_the_worst_parts_first() -> None:
+def test_sensitivity_is_a_map_in_the_order_of_the_network() -> None:
     data = {
-        "groups": {"a": 0.1, "b": {"0.25": 0.2, "0.5": 0.4}},
-        "blocks": {"c": 0.3, "d": None},
+        "groups": {"b": 0.1, "a": 0.2},
+        "blocks": {"first": 0.3, "d": None},
+        "bits": {"a": {"4/8": 0.5, "2/8": 0.9}},
         "seconds": 3,
+        "probes": [[["group", "a", ""], 0.2]],
     }
-    info = sensitivity_info(run(sensitivity=data))
-    bars = (Bar("groups", "b", 0.4), Bar("blocks", "c", 0.3), Bar("groups", "a", 0.1))
-    assert info == SensitivityInfo(bars, 3, bars[-1])
-    assert sensitivity_text(info) == ("Of 3 parts compressed one at a time, b hurts most (0.400) and a least (0.100).")
+    known = {"layers": [{"name": "a"}, {"name": "b"}], "blocks": [{"name": "first", "layers": ["b"]}]}
+    info = sensitivity_info(run(sensitivity=data, state={"anatomy": known}))
+    worst, least = Cell("a", "2/8", 0.9), Cell("b", "half the width", 0.1)
+    cells = (
+        Cell("a", "half the width", 0.2),
+        Cell("a", "4/8", 0.5),
+        worst,
+        Cell("first", "removed", 0.3),
+        least,
+    )
+    assert info == SensitivityInfo(cells, 3, worst, least)
+    assert sensitivity_text(info) == (
+        "Of 3 parts compressed one at a time, a (2/8: 0.900) hurts most and b (half the width: 0.100) least."
+    )
     assert sensitivity_text(sensitivity_info(empty_run())) == "Sensitivity was not measured in this run."
+
+
+def test_a_large_network_shows_its_most_sensitive_parts() -> None:
+    info = sensitivity_info(run(sensitivity={"groups": {f"layer{i:03}": i / 100 for i in range(100)}}))
+    assert len(info.cells) == 60
+    assert (info.cells[0].name, info.parts) == ("layer040", 100)
+    assert "The 60 worst are shown." in sensitivity_text(info)
 
 
 def test_noise_of_the_night() -> None:
@@ -208,26 +227,179 @@ def test_seconds_by_phase_keep_their_order() -> None:
     assert phases_text(info) == "The night took 1 min 40 s; 90.0 % of it went to search."
 
 
+def test_the_budget_stands_beside_what_was_used() -> None:
+    state = {
+        "started": START.isoformat(),
+        "deadline": START.timestamp() + 1000,
+        "shares": {"search": 0.8, "inspect": 0.2},
+        "seconds": {"inspect": 260, "search": 700},
+    }
+    info = phases_info(run(state=state))
+    assert info.planned == {"search": pytest.approx(800), "inspect": pytest.approx(200)}
+    assert "16 min 40 s were planned" in phases_text(info)
+    assert "Inspect took 1 min 0 s longer than planned." in phases_text(info)
+    assert [trace.name for trace in phases_figure(info).data] == ["used", "planned"]
+
+
+# The search
+
+
+def test_rungs_tell_how_far_the_trials_came() -> None:
+    low, high = quality(0.5, rung="bn"), quality(0.8)
+    records = [
+        original(),
+        trial(1, qualities=(low, high)),
+        verify(trial(2, qualities=(low, high))),
+        verify(trial(3, qualities=(low, high)), struck_out="slower"),
+        trial(4, state=TrialState.STOPPED, qualities=(low,)),
+        trial(5, state=TrialState.FAILED, qualities=(low,)),
+        trial(6, state=TrialState.FAILED, qualities=()),
+        trial(7, state=TrialState.INFEASIBLE, qualities=()),
+        trial(8, qualities=(low, high), reused_from=1),
+        trial(9, state=TrialState.RUNNING, qualities=()),
+    ]
+    info = rungs_info(run(records))
+    assert info.stages == (
+        Stage("proposed", (("went on", 5), ("known already", 1), ("beyond the limits", 1), ("failed", 1))),
+        Stage("batch-norm re-estimation", (("went on", 3), ("stopped", 1), ("failed", 1))),
+        Stage("short fine-tune", (("went on", 3),)),
+        Stage("exported and re-measured", (("went on", 1), ("struck out", 1))),
+    )
+    assert rungs_text(info) == (
+        "The search proposed 8 policies (1 known already, 1 beyond the limits, 1 failed). 5 trials had the batch-norm "
+        "re-estimation (1 stopped, 1 failed). 3 trials had the short fine-tune. 2 trials of the search were exported "
+        "and re-measured; 1 of them stood."
+    )
+    assert rungs_text(rungs_info(empty_run())) == "The search has finished no trial."
+
+
+@given(runs())
+def test_no_trial_is_lost_between_the_stages(record: RunRecord) -> None:
+    stages = rungs_info(record).stages
+    searched = [t for t in record.trials if t.role != "baseline" and t.state is not TrialState.RUNNING]
+    assert (stages[0].number if stages else 0) == len(searched)
+    assert all(stage.number <= stages[0].number for stage in stages)
+
+
+def test_importances_find_what_decides() -> None:
+    rng = np.random.default_rng(0)
+    records: list[TrialRecord] = []
+    for number in range(200):
+        a, b, c = rng.uniform(0, 0.8, 3)
+        how = policy({"a": a, "b": b, "c": c}, {"a": (8, 8)} if rng.random() < 0.5 else {})
+        records.append(trial(number, 0.9 - 0.5 * a, 1 - 0.5 * b, policy=how))
+    found = importances(run(records))
+    shares = {p.name: p.shares for p in found.parameters}
+    assert max(shares, key=lambda name: shares[name]["accuracy"]) == "prune:a"
+    assert max(shares, key=lambda name: shares[name]["latency"]) == "prune:b"
+    assert min(shares["prune:a"]["accuracy"], shares["prune:b"]["latency"]) > 0.8
+    assert sum(share["accuracy"] for share in shares.values()) == pytest.approx(1)
+    assert "a good accuracy depended most on width of a" in importances_text(found)
+
+
+def test_importances_need_enough_trials_and_choices_that_differ() -> None:
+    assert importances(run([trial(n) for n in range(19)])) == Importances((), 19)
+    same = importances(run([trial(n) for n in range(30)]))
+    assert same.parameters == ()
+    assert "cannot be said" in importances_text(same)
+
+
+def test_importances_agree_with_optunas_on_sampled_trials() -> None:
+    """The same estimator on the same trials, but for the kernels' tails."""
+    from optuna.distributions import FloatDistribution
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    rng = np.random.default_rng(1)
+    weights = {"a": 1.0, "b": 0.5, "c": 0.2, "d": 0.0}
+    study = optuna.create_study()
+    records: list[TrialRecord] = []
+    for number in range(300):
+        values = {name: float(rng.uniform(0, 0.8)) for name in weights}
+        loss = sum(weights[name] * value for name, value in values.items())
+        ranges: Any = dict.fromkeys(weights, FloatDistribution(0, 0.8))
+        study.add_trial(optuna.trial.create_trial(params=values, distributions=ranges, value=loss))
+        records.append(trial(number, 0.9 - 0.1 * loss, policy={"prune": values}))
+    theirs = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
+    ours = {p.name.removeprefix("prune:"): p.shares["accuracy"] for p in importances(run(records)).parameters}
+    assert sorted(ours, key=lambda name: -ours[name]) == sorted(theirs, key=lambda name: -theirs[name])
+    assert all(abs(ours[name] - theirs[name]) < 0.05 for name in weights)
+
+
+def test_equal_samples_do_not_diverge() -> None:
+    cells = np.array([0.0, 1, 2, 3] * 10)
+    assert divergence(cells, cells) == pytest.approx(0)
+    assert divergence(np.zeros(10), cells) > 1
+
+
+def test_policies_of_any_schema_become_parameters() -> None:
+    how = {
+        "schema": 2,
+        "prune": {"a": 0.5},
+        "bits": {"a": {"weights": 4, "activations": 8}},
+        "removed_blocks": ["b1"],
+        "finetune": {"stages": 2},
+        "importance": "taylor",
+    }
+    assert flatten(how) == {
+        "prune:a": 0.5,
+        "bits:a": '{"activations": 8, "weights": 4}',
+        "block:b1": 1.0,
+        "finetune:stages": 2.0,
+        "importance": "taylor",
+    }
+    assert [words_of(name) for name in flatten(how)] == [
+        "width of a",
+        "bits of a",
+        "block b1",
+        "finetune stages",
+        "importance",
+    ]
+
+
+# The device
+
+
+def test_a_staircase_is_drawn_from_measured_points_alone() -> None:
+    points = [{"channels": 16, "latency_ms": 0.3}, {"channels": 8, "latency_ms": 0.1}, {"channels": None}]
+    info = staircase_info(run(target={"staircases": [{"name": "conv <3>", "points": points}, {"points": []}, 7]}))
+    assert info.stairs == (Stair("conv <3>", ((8, 0.1), (16, 0.3))),)
+    assert staircase_text(info) == (
+        "2 measurements of 1 kind of layer at different widths. "
+        "The highest step: conv <3> takes 0.200 ms more with 16 channels than with 8."
+    )
+    assert staircase_figure(info).data[0].name == "conv &lt;3&gt;"
+
+
+@pytest.mark.parametrize("target", [None, {}, {"staircases": []}, {"staircases": "none"}])
+def test_a_device_without_a_staircase_says_so(target: Any) -> None:
+    assert "holds no measured staircase" in staircase_text(staircase_info(run(target=target)))
+
+
 @pytest.mark.parametrize("night", SAMPLES.values(), ids=SAMPLES)
 def test_every_panel_says_something_and_its_figure_is_json(night: RunRecord) -> None:
     shown = panels(night)
     assert [panel.key for panel in shown] == [
         "front",
         "hypervolume",
+        "rungs",
+        "importances",
         "latency",
         "sensitivity",
+        "staircase",
         "noise",
         "seconds",
     ]
     for panel in shown:
         assert panel.text.endswith(".")
+        assert panel.how.endswith(".")
         assert panel.figure is None or json.loads(str(panel.figure.to_json()))["data"]
 
 
 @settings(max_examples=25)
 @given(runs())
 def test_panels_cope_with_any_run(record: RunRecord) -> None:
-    assert len(panels(record)) == 6
+    assert len(panels(record)) == 9
 
 
 def test_markup_in_names_does_not_reach_plotly() -> None:

@@ -241,7 +241,7 @@ def test_many_trials_fit_into_the_page(tmp_path: Path) -> None:
     cards = packed(night).cards
     assert len(cards) == MOST_TRIALS
     assert (cards[0]["trial"], "brief" in cards[0], "brief" in cards[-1]) == (0, False, True)
-    assert "200 trials more: in trials.csv." in front_text(front_info(night))
+    assert "1,700 trials more are not drawn." in front_text(front_info(night))
 
 
 def test_export_command_quotes_the_folder() -> None:

@@ -10,7 +10,7 @@ from nightpress.search.pareto import hypervolume, losses
 from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, probes, sensitivity_of
 from nightpress.search.records import Latency, Quality, TrialState
 from nightpress.search.sampler import NightpressSampler, TrialSuggest, distributions, make_sampler
-from nightpress.search.store import Store, open_storage, policy_of, read_trials
+from nightpress.search.store import Store, open_storage, policy_of, read_study
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
@@ -154,9 +154,10 @@ def test_trials_read_back_from_the_folder_equal_those_written(tmp_path: Path, sp
     )
     store.approve({"trial": 1, "who": "me"})
 
-    trials, approvals = read_trials(tmp_path, None)
+    trials, approvals, unreadable = read_study(tmp_path, None)
 
     assert trials == store.trials()
+    assert unreadable == ()
     assert trials[1].latency is not None
     assert trials[1].latency.measured
     assert trials[1].latency.ratio == 2.0

@@ -108,6 +108,7 @@ function afterPrint() {
 function startFigures() {
   labelToggle();
   if (waiting.length) draw(...waiting.shift());
+  performance.mark("first picture");
   setTimeout(drawNext, 50);
   document.getElementById("theme").addEventListener("click", toggleTheme);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {

@@ -1,0 +1,92 @@
+"""The staircase of the device: how its latency steps with the number of channels."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from ..search.records import RunRecord
+from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
+from .text import counted, digits
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+COLOURS = (BLUE, AMBER, GREEN, RED, GREY)
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+"""With the colours: a line is told from another without seeing its hue."""
+
+
+class Stair(NamedTuple):
+    """One kind of layer measured at several widths: (channels, milliseconds), by channels."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+
+
+class StaircaseInfo(NamedTuple):
+    """All stairs that the target's profile holds."""
+
+    stairs: tuple[Stair, ...]
+
+
+def staircase_info(run: RunRecord) -> StaircaseInfo:
+    """Stairs from ``staircases`` of the target: ``[{name, points: [{channels, latency_ms}]}]``, measured alone."""
+    known: object = (run.target or {}).get("staircases")
+    if not isinstance(known, list):
+        return StaircaseInfo(())
+    stairs: list[Stair] = []
+    for entry in cast("list[object]", known):
+        if not isinstance(entry, Mapping):
+            continue
+        stair = cast("Mapping[str, Any]", entry)
+        points = [(p.get("channels"), p.get("latency_ms")) for p in stair.get("points") or [] if isinstance(p, Mapping)]
+        numbers = sorted((float(x), float(y)) for x, y in points if _number(x) and _number(y))
+        if numbers:
+            stairs.append(Stair(str(stair.get("name") or "layer"), tuple(numbers)))
+    return StaircaseInfo(tuple(stairs))
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def staircase_text(info: StaircaseInfo) -> str:
+    """What was measured, and the widest tread of it; says so when nothing was."""
+    if not info.stairs:
+        return (
+            "This target's profile holds no measured staircase: how latency steps with single channels was not "
+            "measured on this device, and nothing is drawn in its place."
+        )
+    points = sum(len(stair.points) for stair in info.stairs)
+    stairs = counted(len(info.stairs), "kind of layer", "kinds of layers")
+    said = [f"{counted(points, 'measurement')} of {stairs} at different widths."]
+    found = [(gain, stair, a, b) for stair in info.stairs if (step := _riser(stair)) for gain, a, b in [step]]
+    if found:
+        gain, stair, a, b = max(found, key=lambda item: item[0])
+        said.append(
+            f"The highest step: {stair.name} takes {digits(gain)} ms more with {b:.0f} channels than with {a:.0f}."
+        )
+    return " ".join(said)
+
+
+def _riser(stair: Stair) -> tuple[float, float, float] | None:
+    """The largest rise between neighbouring widths: (ms, from channels, to channels)."""
+    pairs = zip(stair.points, stair.points[1:], strict=False)
+    return max(((second[1] - first[1], first[0], second[0]) for first, second in pairs), default=None)
+
+
+def staircase_figure(info: StaircaseInfo) -> "Figure":
+    """Draw a line of steps for each kind of layer, with its measured points."""
+    figure = blank("channels", "latency, ms", height=380)
+    for i, stair in enumerate(info.stairs):
+        colour = COLOURS[i % len(COLOURS)]
+        figure.add_scatter(
+            x=[x for x, _ in stair.points],
+            y=[y for _, y in stair.points],
+            mode="lines+markers",
+            name=no_markup(stair.name),
+            line={"shape": "hv", "color": colour, "dash": DASHES[i // len(COLOURS) % len(DASHES)], "width": 1.5},
+            marker={"size": 6, "color": colour},
+            hovertemplate="%{x} channels: %{y:.4~g} ms<extra>" + no_markup(stair.name) + "</extra>",
+        )
+    figure.update_yaxes(rangemode="tozero")
+    return figure

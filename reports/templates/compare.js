@@ -1,0 +1,3 @@
+// The comparison has one figure and nothing to choose.
+
+startFigures();

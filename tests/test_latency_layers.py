@@ -1,0 +1,41 @@
+"""Time and bytes of an exported file, layer by layer, from real ONNX Runtime."""
+
+from pathlib import Path
+
+import pytest
+
+from nightpress.evaluators.latency.layers import layer_costs
+from nightpress.evaluators.latency.measure import write_random
+from nightpress.evaluators.latency.target import Target
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import INT8, Policy
+from nightpress.spaces.space import uniform
+from strategies import toy_anatomy
+
+ANATOMY = toy_anatomy()
+POLICIES = {
+    "uncompressed": Policy(model=ANATOMY.digest),
+    "INT8": uniform(ANATOMY, width=1, bits=INT8),
+    "half of it": uniform(ANATOMY, width=0.5, bits=INT8),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_every_layer_has_its_time_and_its_bytes(tmp_path: Path, policy: Policy) -> None:
+    planned = plan(ANATOMY, policy)
+    size_bytes = write_random(planned, tmp_path / "model.onnx")
+    costs = layer_costs(tmp_path / "model.onnx", ANATOMY, Target(), pass_seconds=0.01)
+    assert set(costs.layers) == {layer.name for layer in ANATOMY.layers}
+    assert all(layer["ms"] > 0 for layer in costs.layers.values())
+    assert costs.other_ms >= 0
+    weights = {op.op.module: op.weight_count * (1 if op.bits.weights < 32 else 4) for op in planned.ops}
+    # Biases and scales come on top of the weights, and the graph itself on top of all layers.
+    assert all(layer["bytes"] > weights[name] for name, layer in costs.layers.items())
+    assert sum(layer["bytes"] for layer in costs.layers.values()) < size_bytes
+
+
+def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"garbage")
+    with pytest.raises(RuntimeError, match=r"ONNX Runtime cannot profile model\.onnx: ") as caught:
+        layer_costs(tmp_path / "model.onnx", ANATOMY, Target())
+    assert "\n" not in str(caught.value)
