@@ -143,11 +143,13 @@ def test_a_trial_that_does_not_exist(run: Path, cli: Cli, command: str) -> None:
 @contextmanager
 def serving(run: Path) -> Generator[ReviewServer]:
     with ReviewServer(run, 0) as found:
-        thread = threading.Thread(target=found.serve_forever, args=(0.02,))
+        thread = threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True)
         thread.start()
-        yield found
-        found.shutdown()
-        thread.join()
+        try:
+            yield found
+        finally:
+            found.shutdown()
+            thread.join()
 
 
 @pytest.fixture
@@ -286,6 +288,14 @@ def test_a_body_without_a_bearable_length(untouched: ReviewServer, length: str) 
 def test_nothing_else_is_served(untouched: ReviewServer, method: str, path: str) -> None:
     headers = {"X-Nightpress-Token": untouched.token, "Content-Type": "application/json"}
     assert ask(untouched, method, path, b"{}" if method == "POST" else None, headers)[0] == 404
+
+
+def test_a_run_that_is_gone_ends_one_request_and_not_the_server(run: Path) -> None:
+    with serving(run) as server:
+        (run / "state.json").unlink()
+        status, text, _ = ask(server, "GET", f"/?token={server.token}")
+        assert (status, json.loads(text)["error"]) == (400, f"{run}: not a run folder: it has no state.json.")
+        assert ask(server, "GET", "/elsewhere")[0] == 404
 
 
 def test_a_port_that_is_taken(untouched: ReviewServer, cli: Cli) -> None:
