@@ -68,10 +68,11 @@ def in_common_box(runs: Sequence[RunRecord]) -> list[Covered | None]:
 
     None for a run without a front, and for all when no run has a reference point.
     """
-    corners = [corner for run in runs if (corner := reference(run)) is not None]
+    corners = [known for run in runs if (known := reference(run)) is not None]
     if not corners:
         return [None] * len(runs)
-    corner: Losses = (max(c[0] for c in corners), max(c[1] for c in corners), max(c[2] for c in corners))
+    worst = [max(values) for values in zip(*corners, strict=True)]
+    corner: Losses = (worst[0], worst[1], worst[2])
     covered: list[Covered | None] = []
     for run in runs:
         pairs = _points(run)

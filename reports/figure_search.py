@@ -1,6 +1,7 @@
 """What the search did: how far its trials came, and which choices mattered."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..search.records import Rung, RunRecord, TrialRecord, TrialState
@@ -12,7 +13,11 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_PARAMETERS = 12
-RUNG_WORDS = {Rung.BN: "batch-norm re-estimation", Rung.SHORT: "short fine-tune", Rung.LONG: "long fine-tune"}
+RUNG_WORDS: Mapping[str, str] = {
+    Rung.BN: "batch-norm re-estimation",
+    Rung.SHORT: "short fine-tune",
+    Rung.LONG: "long fine-tune",
+}
 ENDS = {
     "went on": BLUE,
     "known already": GREY,

@@ -1,7 +1,7 @@
 """The staircase of the device: how its latency steps with the number of channels."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 from ..search.records import RunRecord
 from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
@@ -38,14 +38,15 @@ def staircase_info(run: RunRecord) -> StaircaseInfo:
         if not isinstance(entry, Mapping):
             continue
         stair = cast("Mapping[str, Any]", entry)
-        points = [(p.get("channels"), p.get("latency_ms")) for p in stair.get("points") or [] if isinstance(p, Mapping)]
-        numbers = sorted((float(x), float(y)) for x, y in points if _number(x) and _number(y))
+        points: list[Any] = [p for p in stair.get("points") or [] if isinstance(p, Mapping)]
+        pairs = [(p.get("channels"), p.get("latency_ms")) for p in points]
+        numbers = sorted((float(x), float(y)) for x, y in pairs if _number(x) and _number(y))
         if numbers:
             stairs.append(Stair(str(stair.get("name") or "layer"), tuple(numbers)))
     return StaircaseInfo(tuple(stairs))
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -90,7 +90,8 @@ def _limit_fields(run: RunRecord) -> dict[str, str]:
 
 def facts(run: RunRecord) -> list[str]:
     """The line below the title."""
-    said = [str(run.config["task"])] if run.config.get("task") else []
+    task = run.state.get("task") or run.config.get("task")
+    said = [str(task)] if task else []
     target: Mapping[str, Any] = run.target or {}
     device: Mapping[str, Any] = target.get("target") or target
     if device.get("runtime"):

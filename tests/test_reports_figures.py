@@ -238,7 +238,8 @@ def test_the_budget_stands_beside_what_was_used() -> None:
     assert info.planned == {"search": pytest.approx(800), "inspect": pytest.approx(200)}
     assert "16 min 40 s were planned" in phases_text(info)
     assert "Inspect took 1 min 0 s longer than planned." in phases_text(info)
-    assert [trace.name for trace in phases_figure(info).data] == ["used", "planned"]
+    data: Any = phases_figure(info).data
+    assert [trace.name for trace in data] == ["used", "planned"]
 
 
 # The search
@@ -368,7 +369,8 @@ def test_a_staircase_is_drawn_from_measured_points_alone() -> None:
         "2 measurements of 1 kind of layer at different widths. "
         "The highest step: conv <3> takes 0.200 ms more with 16 channels than with 8."
     )
-    assert staircase_figure(info).data[0].name == "conv &lt;3&gt;"
+    data: Any = staircase_figure(info).data
+    assert data[0].name == "conv &lt;3&gt;"
 
 
 @pytest.mark.parametrize("target", [None, {}, {"staircases": []}, {"staircases": "none"}])

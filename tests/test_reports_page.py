@@ -14,6 +14,7 @@ import pytest
 from fakes_run import (
     SAMPLES,
     START,
+    big_run,
     hostile_run,
     original,
     policy,
@@ -231,8 +232,18 @@ def test_a_name_that_is_no_unicode_does_not_stop_the_page(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_long_night_in_a_large_space_fits_with_every_detail(tmp_path: Path) -> None:
+    night = big_run(2000, 120)
+    write_report(night, tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size <= 6_000_000
+    cards = packed(night).cards
+    assert len(cards) == 2000
+    assert not any("brief" in card for card in cards)
+
+
+@pytest.mark.slow
 def test_many_trials_fit_into_the_page(tmp_path: Path) -> None:
-    how = policy({f"layer{i}": 0.25 for i in range(400)})
+    how = policy({f"layer{i}": 0.25 for i in range(300)})
     night = run(
         [trial(n, 0.9 - n / 1e5, 0.4 + n / 1e4, reason="x" * 3000, policy=how) for n in range(MOST_TRIALS + 200)]
     )

@@ -8,9 +8,21 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-from fakes_run import INT8, empty_run, full_run, limited, one_trial_run, original, run, runs, trial, verify
+from fakes_run import (
+    INT8,
+    empty_run,
+    full_run,
+    limited,
+    one_trial_run,
+    original,
+    quality,
+    run,
+    runs,
+    trial,
+    verify,
+)
 from nightpress.reports.summary import summary, summary_table
-from nightpress.reports.verdict import doubts, findings, verdict
+from nightpress.reports.verdict import answer, doubts, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 
 
@@ -161,6 +173,30 @@ def with_state(**state: Any) -> RunRecord:
     return run(records, state={**run().state, **state}, target={"heldout": {"mape": 0.03, "n": 25}})
 
 
+def test_the_answer_repeats_the_limits_and_names_the_default_choice() -> None:
+    night = limited([original(0.9), trial(1, 0.895, 0.4, 250_000)], max_latency_ms=0.5, max_size_bytes=300_000)
+    said = answer(night)
+    assert said[:2] == [
+        "Your limits: latency of at most 0.500 ms, size of at most 300 kB; 1 point that nothing beats is within them.",
+        (
+            "The fastest within 1.0 point of the uncompressed model's accuracy: trial 1 runs in 0.400 ms (2.5× as fast"
+            " as the original) at 89.5 % ± 0.7 accuracy, 0.5 points below the uncompressed model, in 250 kB"
+            " (4.0× smaller)."
+        ),
+    ]
+    assert answer(run([original(0.9), trial(1, 0.895, 0.4)]))[0] == "You set no limits; 2 points are beaten by nothing."
+    # Nothing keeps the accuracy: the answer says so first, and then what there is.
+    lossy = run([verify(original(0.9), struck_out="slower"), verify(trial(1, 0.5, 0.4))])
+    assert answer(lossy)[1].startswith("The fastest within 1.0 point of the most accurate trial: trial 1")
+
+
+def test_a_gain_is_judged_by_its_noise() -> None:
+    int8 = trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8)
+    near, far = (run([original(0.9), trial(1, 0.9, ms, 200_000), int8]) for ms in (0.49, 0.05))
+    assert "but no more than the " in " ".join(findings(near))
+    assert ", more than the " in " ".join(findings(far))
+
+
 def test_a_night_without_a_fault_raises_no_doubt() -> None:
     assert doubts(with_state(noise=[{"repeat_error": 0.05}, {"repeat_error": None}])) == []
 
@@ -183,6 +219,18 @@ def test_a_night_without_a_fault_raises_no_doubt() -> None:
             "11.0 % off on 25 models that it had not seen",
         ),
         (replace(with_state(), unreadable=("line 7",)), "1 record could not be read: line 7."),
+        (
+            with_state(noise=[{"reference_ms": 1.0}, {"reference_ms": 1.11}]),
+            "The machine drifted: the uncompressed model took between 1.00 and 1.11 ms over the night",
+        ),
+        (
+            run([trial(n, 0.6 + n / 100, 0.5 - n / 100) for n in range(20)]),
+            "The search had not converged: the last quarter of its time still added",
+        ),
+        (
+            run([verify(trial(0), quality=quality(0.9, rung="long", split="test", losses=4))]),
+            "The long fine-tunes had not converged: their loss still fell by",
+        ),
         (
             one_trial_run(),
             "No trial of the search was exported and re-measured; the front rests on the search split.",

@@ -1,0 +1,152 @@
+"""Several runs beside each other, and how much of a hypervolume is noise."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fakes_run import empty_run, full_run, hostile_run, limited, original, run, runs, trial, verify
+from nightpress.reports.compare import beyond_noise, compare_runs, in_common_box, kind_of
+from nightpress.reports.compare_page import comparison_html, fronts_figure, run_names, sentences
+from nightpress.reports.front import front, hypervolumes, point
+from nightpress.reports.noise import hypervolume_errors
+from nightpress.search.records import RunRecord
+
+
+def named(record: RunRecord, path: str, **state: Any) -> RunRecord:
+    return replace(record, path=Path(path), state={**record.state, **state})
+
+
+FAST = named(run([original(0.9), trial(1, 0.89, 0.2, 200_000)]), "runs/fast")
+SLOW = named(run([original(0.9), trial(1, 0.89, 0.4, 200_000)]), "runs/slow")
+
+
+def test_the_answer_has_the_keys_that_scripts_rely_on() -> None:
+    data = compare_runs([FAST, SLOW])
+    assert list(data) == ["runs", "differences", "front", "dominance"]
+    assert [entry["run"] for entry in data["runs"]] == ["runs/fast", "runs/slow"]
+    assert {"run", "state", "hypervolume", "trials", "front"} <= set(data["runs"][0])
+    assert data["runs"][0]["hypervolume"] == hypervolumes(FAST)["search"]
+    # A verified twin of the uncompressed model in both: of equal points the first run's stays.
+    assert [(row["run"], row["trial"]) for row in data["front"]] == [("runs/fast", 1), ("runs/fast", 0)]
+
+
+def test_what_dominates_what_is_named() -> None:
+    assert compare_runs([FAST, SLOW])["dominance"] == [
+        {"run": "runs/slow", "trial": 1, "by_run": "runs/fast", "by_trial": 1, "others": 0}
+    ]
+    assert compare_runs([FAST, FAST])["dominance"] == []
+
+
+@given(st.lists(runs(), min_size=2, max_size=3))
+def test_a_point_is_on_the_common_front_or_dominated_or_a_twin(records: list[RunRecord]) -> None:
+    night = [replace(record, path=Path(f"runs/{i}")) for i, record in enumerate(records)]
+    data = compare_runs(night)
+    json.dumps(data, allow_nan=False)
+    kept = {(entry["run"], entry["trial"]) for entry in data["front"]}
+    beaten = {(entry["run"], entry["trial"]) for entry in data["dominance"]}
+    assert not kept & beaten
+    values = {(str(r.path), t.number): point(t) for r in night for t in front(r)}
+    for key, found in values.items():
+        assert key in kept or key in beaten or found in [values[other] for other in kept]
+
+
+def test_every_run_is_measured_in_the_same_box() -> None:
+    small = named(SLOW, "runs/small", reference={"accuracy": 0.85, "latency_ms": 0.5, "size_bytes": 300_000})
+    one, other = in_common_box([FAST, small])
+    assert one is not None
+    assert other is not None
+    assert other == in_common_box([FAST, SLOW])[1]
+    assert one.share > other.share
+    assert hypervolumes(small)["search"] != pytest.approx(other.share)
+    assert in_common_box([FAST, empty_run()])[1] is None
+    assert in_common_box([empty_run(), empty_run()]) == [None, None]
+
+
+def test_differences_say_what_they_are_of() -> None:
+    other = replace(
+        named(FAST, "runs/other", data="d1", code="c1", environment={"python": "3.12"}),
+        config={**FAST.config, "seed": 1},
+        target={"device": {"cpu": "B"}, "target": {"threads": 2}},
+    )
+    found = compare_runs([FAST, other])["differences"]
+    kinds = {entry["what"]: kind_of(entry["what"]) for entry in found}
+    assert kinds == {
+        "code": "code",
+        "config.seed": "config",
+        "data": "data",
+        "device.cpu": "device",
+        "environment.python": "code",
+        "target.threads": "device",
+    }
+    said = " ".join(sentences([FAST, other], compare_runs([FAST, other])))
+    for words in ("model or data", "device or runtime", "code or libraries"):
+        assert f"The runs differ in {words}: compare with care." in said
+
+
+def test_a_difference_within_noise_is_called_so() -> None:
+    near = named(run([original(0.9), trial(1, 0.889, 0.2, 200_000)]), "runs/near")
+    assert "fast and near cover the same within noise" in sentences([FAST, near], compare_runs([FAST, near]))[0]
+    far = named(run([original(0.6), trial(1, 0.6, 0.9, 900_000)]), "runs/far")
+    assert "fast covers more than far, by more than noise" in sentences([far, FAST], compare_runs([far, FAST]))[0]
+    lonely = sentences([FAST, empty_run()], compare_runs([FAST, empty_run()]))
+    assert lonely[0] == "There are not two fronts whose hypervolumes could be compared."
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    def names(*paths: str) -> list[str]:
+        return run_names([replace(FAST, path=Path(path)) for path in paths])
+
+    assert names("a/x", "b/y") == ["x", "y"]
+    assert names("a/x", "b/x") == ["a/x", "b/x"]
+    assert names("a/x", "a/x") == ["a/x (1)", "a/x (2)"]
+    assert names(".", "a") == [".", "a"]
+
+
+def test_fronts_are_told_apart_without_their_colour() -> None:
+    data: Any = fronts_figure([FAST, SLOW]).data
+    lines = [trace for trace in data if trace.mode == "lines"]
+    points = [trace for trace in data if trace.mode == "markers"]
+    assert len({trace.line.dash for trace in lines}) == len({trace.marker.symbol for trace in points}) == 2
+    assert [trace.name for trace in points] == ["fast", "slow"]
+
+
+@pytest.mark.parametrize("other", [empty_run(), full_run(24), hostile_run("</script>"), limited([trial(0)])])
+def test_every_pair_of_runs_makes_a_page(other: RunRecord) -> None:
+    page = comparison_html([FAST, other])
+    assert page.count("</script>") == 3
+    assert "What changed" in page
+
+
+# Noise
+
+
+def test_a_hypervolume_wavers_as_its_points_do() -> None:
+    def error(samples: int, repeat_error: float) -> float:
+        record = verify(trial(1, 0.8, 0.4))
+        assert record.verified is not None
+        quality = replace(record.verified.quality, accuracy_se=(0.8 * 0.2 / samples) ** 0.5)
+        latency = replace(record.verified.latency, repeat_error=repeat_error)
+        verified = replace(record.verified, quality=quality, latency=latency)
+        found = hypervolume_errors(run([replace(record, verified=verified)]))["search"]
+        assert found is not None
+        return found
+
+    exact = error(10**12, 0.0)
+    assert exact == pytest.approx(0, abs=1e-5)
+    # One point covers (a − a₀)(t₀ − t)(s₀ − s) of (1 − a₀)·t₀·s₀: its derivative by a is known.
+    by_accuracy = 1 / 0.5 * (1 - 0.408) * (1 - 500_000 / 1_200_000)
+    assert error(1600, 0.0) == pytest.approx(0.01 * by_accuracy, rel=0.25)
+    assert error(10**12, 0.05) == pytest.approx(0.05 * 0.408 * 0.3 / 0.5 * (1 - 5 / 12), rel=0.25)
+
+
+def test_what_is_not_known_has_no_noise() -> None:
+    assert hypervolume_errors(empty_run()) == {"search": None, "baselines": None}
+    one, other = in_common_box([FAST, FAST])
+    assert one is not None
+    assert other is not None
+    assert not beyond_noise(one, other)
