@@ -329,6 +329,7 @@ def test_the_command_prints_its_address_and_ends_with_ctrl_c(run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(150)
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
 def test_a_click_in_the_browser_reaches_the_record(server: ReviewServer) -> None:
     from playwright.sync_api import sync_playwright
@@ -336,6 +337,7 @@ def test_a_click_in_the_browser_reaches_the_record(server: ReviewServer) -> None
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page()
+        page.set_default_timeout(100_000)  # the machine may be busy; pytest's own limit bounds the test
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -345,7 +347,7 @@ def test_a_click_in_the_browser_reaches_the_record(server: ReviewServer) -> None
         card = page.get_by_role("button", name="Reject").first
         card.scroll_into_view_if_needed()
         card.click()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not server.words and time.monotonic() < deadline:
             page.wait_for_timeout(50)
         browser.close()
