@@ -11,6 +11,7 @@ import http.server
 import json
 import logging
 import secrets
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ class ReviewServer(http.server.ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise InputError(f"--port: cannot listen on 127.0.0.1:{port}: {error.strerror}.") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that went away, a run folder that is gone: a line for whoever sits here, and the server goes on."""
+        error = sys.exc_info()[1]
+        log.warning("a request could not be answered: %s: %s", type(error).__name__, error)
 
     @property
     def url(self) -> str:

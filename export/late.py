@@ -2,6 +2,7 @@
 exported, compared on the test split and timed beside the original."""
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,9 +69,10 @@ def measure_weights(weights: Weights, folder: Path, whose: str, model: str) -> V
     anatomy, _ = inspect(task, step_of=weights.target.channel_step)
     if anatomy.digest != model:
         raise InputError(f"{whose} model {model}, but the task's model is {anatomy.digest} now.")
+    threads = len(os.sched_getaffinity(0)) if weights.epochs else 1
     recipe = Recipe(
         task=weights.task, base=None, anatomy=anatomy, seed=weights.seed, compute=Compute(),
-        batch_size=weights.batch_size, threads=1, disabled_optimizers=weights.target.disabled_optimizers,
+        batch_size=weights.batch_size, threads=threads, disabled_optimizers=weights.target.disabled_optimizers,
     )  # fmt: skip
     evaluator = Evaluator(recipe, task)
     epoch = max(1, len(evaluator.trainer.train) // weights.batch_size)

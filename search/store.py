@@ -114,6 +114,7 @@ class Store:
         self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
+        """All words that people have given, in order."""
         return approvals_in(self.study.user_attrs)
 
     def trial(self, number: int) -> TrialRecord:

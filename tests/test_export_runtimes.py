@@ -202,6 +202,16 @@ def test_openvino_s_files_are_the_same_each_time(run: RunRecord, tmp_path: Path)
     np.testing.assert_allclose(theirs, outputs(tmp_path / "one" / "model.onnx"), atol=1e-3)  # fp32 on both sides
 
 
+@pytest.mark.slow
+def test_an_openvino_target_needs_no_option(run: RunRecord, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    config = {**run.config, "target": {**run.config["target"], "runtime": "openvino"}}
+    data = export_trial(replace(run, config=config), run.trials[2], tmp_path / "out")
+    assert "openvino/model.xml" in data["files"]
+    checks = verify.verify(tmp_path / "out", verify.Options(), Path())
+    assert checks[-1].text == "it was measured in openvino, which this check does not run"
+
+
 @pytest.mark.skipif(find_spec("openvino") is not None, reason="openvino is installed")
 def test_without_openvino_its_files_are_left_out_with_a_sentence(
     run: RunRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
