@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nightpress.evaluators.quantise import ActivationQuantiser, LearnedActivationQuantiser, QuantConv2d, QuantLinear
-from nightpress.evaluators.quantised_layers import QuantisedWeight
+from nightpress.evaluators.quantise import ActivationQuantiser, LearnedActivationQuantiser
+from nightpress.evaluators.quantised_layers import with_quantised_weight
 
 PERIOD = 8
 Site = Callable[[], nn.Module]
@@ -59,11 +59,11 @@ def quantised(ranges: str, scales: str) -> nn.Module:
     """8-bit weights and activations everywhere."""
     site = LearnedActivationQuantiser if scales == "learned" else ActivationQuantiser
     network = resnet20(partial(site, ranges=ranges))
-    for layer in network.modules():
+    for path, layer in list(network.named_modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.__class__ = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
-            if isinstance(layer, QuantisedWeight):
-                layer.prepare(8, ranges=ranges, scales=scales)
+            parent, _, name = path.rpartition(".")
+            quantised_layer = with_quantised_weight(layer, 8, ranges=ranges, scales=scales)
+            setattr(network.get_submodule(parent), name, quantised_layer)
     return network
 
 

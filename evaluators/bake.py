@@ -50,10 +50,12 @@ def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensor
     if planned.op.norm is not None:
         norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm))
         factor, bias = _fold(norm, bias)
-    if planned.bits.weights > 8:
-        folded = _finite(weight * _per_channel(factor, weight), name)
-        kept = folded.astype(np.float16) if planned.bits.weights == 16 else folded
-        return LayerTensors(weight=kept, scales=None, bias=_finite(bias, name))
+    if planned.bits.weights == 32:
+        folded = weight * _per_channel(factor, weight)
+        return LayerTensors(weight=_finite(folded, name), scales=None, bias=_finite(bias, name))
+    if planned.bits.weights == 16:  # rounded as training rounds them, before the batch norm's factor
+        halves = _finite(weight_integers(layer), name).astype(np.float16)
+        return LayerTensors(weight=halves, scales=_finite(factor, name), bias=_finite(bias, name))
     scales, _ = weight_grid(layer)
     integers = weight_integers(layer) * _per_channel(torch.where(factor < 0, -1.0, 1.0), weight)
     return LayerTensors(

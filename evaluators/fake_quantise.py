@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Number = float | Tensor
 """A Python number on a CPU, where reading one costs nothing and every operation is quicker with it; else a tensor,
@@ -82,7 +81,6 @@ class _Fixed(torch.autograd.Function):
         return integers(value, grid).mul_(grid.scale).to(value.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         inside = _where_it_reaches(grads[0], ctx.saved_tensors[0], ctx.grid) if ctx.saved_tensors else grads[0]
         return inside, None, None
@@ -97,7 +95,6 @@ class _Learned(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None]:
         value, result, scale = ctx.saved_tensors
         grid, grad = ctx.grid, grads[0]
@@ -118,7 +115,6 @@ class _Half(torch.autograd.Function):
         return as_half(value)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,11 +153,9 @@ def _norm_magnitude(module: nn.Module, data: _Data) -> Saliency:
 
 
 def _norm_scales(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.weight": norm.weight
-        for name, norm in module.named_modules()
-        if isinstance(norm, _NORMS) and isinstance(norm.weight, Tensor)
-    }
+    named = dict(module.named_parameters())
+    scales = (f"{name}.weight" for name, norm in module.named_modules() if isinstance(norm, _NORMS))
+    return {name: named[name] for name in scales if name in named}  # norms without parameters have none
 
 
 def _activation(module: nn.Module, data: _Data) -> Saliency:
@@ -236,7 +234,8 @@ def _mean_squared_gradients(module: nn.Module, data: _Data, batch: int) -> dict[
         for inputs, targets in data.batches(module, batch, labelled=True):
             with torch.enable_grad():
                 value = data.loss(module(inputs), targets)
-                gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+                found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+                gradients = cast("tuple[Tensor | None, ...]", found)
             for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient.detach() ** 2

@@ -23,10 +23,8 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTensors:
-    """What one layer needs at inference. Integer layers: ``weight`` int8, ``scales`` fp32 (cout,).
-
-    Other layers: ``weight`` fp32, or fp16 where it is stored in 16 bits, ``scales`` None. ``bias`` is fp32 (cout,).
-    """
+    """What one layer needs at inference: ``weight`` int8 or, stored in 16 bits, fp16, with ``scales`` fp32 (cout,);
+    or ``weight`` fp32 with ``scales`` None. ``bias`` is fp32 (cout,)."""
 
     weight: Array
     scales: Array | None
@@ -90,9 +88,11 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
             top = 2 ** (planned.bits.weights - 1) - 1
             weight: Array = generator.integers(-top, top + 1, size=shape).astype(np.int8)
             scales = np.full(cout, 0.05 / top, np.float32)
+        elif planned.bits.weights == 16:
+            weight = generator.normal(0, 0.05, size=shape).astype(np.float16)
+            scales = np.ones(cout, np.float32)
         else:
-            kind = np.float16 if planned.bits.weights == 16 else np.float32
-            weight, scales = generator.normal(0, 0.05, size=shape).astype(kind), None
+            weight, scales = generator.normal(0, 0.05, size=shape).astype(np.float32), None
         layers[planned.op.module] = LayerTensors(weight=weight, scales=scales, bias=np.full(cout, 0.01, np.float32))
     norms: dict[str, tuple[Array, ...]] = {
         op.op.module: tuple(np.full(op.channels, fill, np.float32) for fill in _NORM_FILLS[op.op.kind])
@@ -167,10 +167,9 @@ class Builder:
         values = tensors.weight if axis == 0 else np.ascontiguousarray(tensors.weight.T)
         bias = tensors.bias
         if tensors.scales is None:
-            weight = self.constant(f"{name}.weight" + (".half" if values.dtype == np.float16 else ""), values)
-            if values.dtype == np.float16:  # stored in 16 bits, computed in 32
-                weight = self.node("Cast", [weight], f"{name}.weight", to=TensorProto.FLOAT)
-            return [weight, self.constant(f"{name}.bias", bias)]
+            return [self.constant(f"{name}.weight", values), self.constant(f"{name}.bias", bias)]
+        if values.dtype == np.float16:
+            return [self._widened(f"{name}.weight", values, tensors.scales, axis), self.constant(f"{name}.bias", bias)]
         if not planned.int8 or axis:  # the integers' sum is not requantised, so the bias is added in fp32
             weight = self._dequantise(f"{name}.weight", values, tensors.scales, axis)
             return [weight, self.constant(f"{name}.bias", bias)]
@@ -181,6 +180,14 @@ class Builder:
             self._dequantise(f"{name}.weight", integers, scales),
             self._dequantise(f"{name}.bias", biases, scales * step),
         ]
+
+    def _widened(self, name: str, halves: Array, scales: Array, axis: int) -> str:
+        """Weights stored in 16 bits; the runtime computes with 32 and widens them when it loads the file."""
+        whole = self.node("Cast", [self.constant(f"{name}.half", halves)], f"{name}.wide", to=TensorProto.FLOAT)
+        shape = [1] * halves.ndim
+        shape[axis] = -1
+        factor = self.constant(f"{name}.factor", scales.astype(np.float32).reshape(shape))
+        return self.node("Mul", [whole, factor], name)
 
     def _dequantise(self, name: str, integers: Array, scales: Array, axis: int = 0) -> str:
         inputs = [

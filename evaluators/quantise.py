@@ -12,7 +12,15 @@ from torch import Tensor, fx, nn
 from ..spaces.errors import InputError
 from ..spaces.plan import Plan, PlannedOp
 from .fake_quantise import LEAST_SCALE, Grid, fake_quantise, learned_quantise, number
-from .quantised_layers import QuantConv2d, QuantisedWeight, QuantLinear, weight_grid, weight_integers, weight_scales
+from .quantised_layers import (
+    QuantConv2d,
+    QuantisedWeight,
+    QuantLinear,
+    weight_grid,
+    weight_integers,
+    weight_scales,
+    with_quantised_weight,
+)
 from .ranges import FINDERS, QUICK_SAMPLE, RANGES, SAMPLE, Range, edges, sample
 
 __all__ = [
@@ -102,7 +110,7 @@ class ActivationQuantiser(nn.Module):
         self._move((low, high), 1.0)
         self.seen.add_(1)
         if self.ranges in FINDERS:
-            self._samples.append(sample(value, SAMPLE))
+            self._samples.append(sample(value, SAMPLE[self.ranges]))
 
     def _follow(self, value: Tensor) -> None:
         """Move the range some way to that of the value; all the way if it is the first."""
@@ -218,22 +226,12 @@ def _swap_layer(root: nn.Module, planned: PlannedOp, ranges: str, scales: str) -
     if bits.weights == 32:
         return
     layer = root.get_submodule(path)
-    copy = _empty_copy_of(layer, path)
-    copy.__dict__.update(layer.__dict__)  # same parameters, same hyperparameters
-    copy._parameters, copy._buffers = dict(layer._parameters), dict(layer._buffers)
-    copy.prepare(bits.weights, ranges=ranges, scales=scales)
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        kind = type(layer).__name__
+        raise InputError(f"The layer {path} is a {kind}; only Conv2d and Linear can be quantised: set its bits to 32.")
     parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, copy)
-
-
-def _empty_copy_of(layer: nn.Module, path: str) -> QuantisedWeight:
-    for plain, quantised in ((nn.Conv2d, QuantConv2d), (nn.Linear, QuantLinear)):
-        if isinstance(layer, plain):
-            copy = quantised.__new__(quantised)
-            nn.Module.__init__(copy)
-            return copy
-    kind = type(layer).__name__
-    raise InputError(f"The layer {path} is a {kind}, and only Conv2d and Linear can be quantised; set its bits to 32.")
+    quantised = with_quantised_weight(layer, bits.weights, ranges=ranges, scales=scales)
+    setattr(root.get_submodule(parent), name, quantised)
 
 
 def _check(key: str, value: object, allowed: Iterable[object]) -> None:

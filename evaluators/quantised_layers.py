@@ -1,5 +1,7 @@
 """Layers whose weights lie on grids, symmetric per output channel, and the one place that says which grid it is."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,18 @@ class QuantLinear(QuantisedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return nn.functional.linear(input, self.quantised_weight(), self.bias)
+
+
+def with_quantised_weight(
+    layer: nn.Conv2d | nn.Linear, bits: int, *, ranges: str, scales: str
+) -> QuantConv2d | QuantLinear:
+    """A layer with the same parameters and hyperparameters, whose weight is on a grid."""
+    kind = QuantConv2d if isinstance(layer, nn.Conv2d) else QuantLinear
+    twin = kind.__new__(kind)
+    # Dictionaries are copied: what the twin registers does not appear in the layer.
+    vars(twin).update({k: copy.copy(value) if isinstance(value, dict) else value for k, value in vars(layer).items()})
+    twin.prepare(bits, ranges=ranges, scales=scales)
+    return twin
 
 
 def weight_grid(layer: QuantisedWeight) -> tuple[Tensor, int]:

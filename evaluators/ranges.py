@@ -16,8 +16,8 @@ from .fake_quantise import LEAST_SCALE
 RANGES = ("minmax", "percentile", "mse")
 PERCENTILE = 99.99
 """Per cent of the values that a percentile range leaves unclipped at each of its two ends."""
-SAMPLE = 1 << 17
-"""Most values of one batch that percentile and MSE look at; min-max sees all."""
+SAMPLE = {"percentile": 1 << 17, "mse": 1 << 15}
+"""Most values of one batch that a range is found from; min-max sees all."""
 QUICK_SAMPLE = 1 << 13
 """The same while training, when ranges are followed and not found once."""
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -52,7 +52,7 @@ class Distill:
     alpha: float = 0.7
     temperature: float = 3.0
     schedule: str = "constant"
-    feature_weight: float = 0.3
+    feature_weight: float = 1.0
 
     @property
     def logit(self) -> bool:
@@ -135,12 +135,12 @@ def policy_to_dict(policy: Policy) -> dict[str, Any]:
     return data
 
 
-# Keys that schema 2 added, with the value that says nothing.
+# Keys that schema 2 added, with the value that says nothing. These values are part of the file format.
 _SINCE_2: tuple[tuple[str, str, object], ...] = (
     ("", "sparsity", {}),
     ("", "ranges", "minmax"),
     ("", "scales", "fixed"),
-    ("distill", "feature_weight", Distill().feature_weight),
+    ("distill", "feature_weight", 1.0),
     ("finetune", "stages", 1),
 )
 

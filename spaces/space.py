@@ -15,7 +15,7 @@ from .stages import useful_stages
 LEARNING_RATE = (0.003, 0.1)
 ALPHA = (0.0, 0.95)
 TEMPERATURE = (1.0, 6.0)
-FEATURE_WEIGHT = (0.03, 3.0)
+FEATURE_WEIGHT = (0.1, 10.0)
 MOST_SPARSE_TENTHS = 9
 NO_DISTILL = Distill(method="none", alpha=0.0)
 _UNSAID = Policy(model="")

@@ -50,7 +50,7 @@ def payload_bytes(plan: Plan) -> int:
         stored = planned.bits.weights <= 8
         bytes_each = 1 if stored else 2 if planned.bits.weights == 16 else 4
         total += planned.weight_count * bytes_each + 4 * cout  # the bias
-        total += 5 * cout if stored else 0  # scale and zero point of each channel
+        total += 5 * cout if stored else 4 * cout if planned.bits.weights == 16 else 0  # scale, zero point
         total += 8 * cout if planned.int8 else 0  # those of the integer bias
     return total
 

@@ -27,12 +27,13 @@ class Target:
     def bit_choices(self, weights: tuple[int, ...], activations: tuple[int, ...]) -> tuple[LayerBits, ...]:
         """(weights, activations) pairs worth offering: fp32, integer kernels, and weights stored small.
 
-        Fewer than 8 weight bits run on the INT8 kernel and save neither time nor raw bytes: they are
-        offered only because the user listed them.
+        Fewer than 8 bits run on the INT8 kernel and save neither time nor raw bytes: they are offered only because
+        the user listed them. Weights of 16 bits are computed with in 32; no kernel takes activations of 16.
         """
         pairs = [FP32] if 32 in weights and 32 in activations else []
+        pairs += [LayerBits(weights=16)] if 16 in weights and 32 in activations else []
         for width in sorted(w for w in weights if w <= 8):
-            pairs += [LayerBits(weights=width, activations=a) for a in sorted(activations)]
+            pairs += [LayerBits(weights=width, activations=a) for a in sorted(activations) if a != 16]
         return tuple(pairs) or (INT8,)
 
     def channel_step(self, channels: int) -> int:
