@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from networks import ATTENTIONS, ON_IMAGES, ON_TOKENS, Between, Gated, Inverted, Make, inputs_for
+from networks import ATTENTIONS, ON_IMAGES, ON_TOKENS, Between, Gated, Inverted, Make, OverTokens, inputs_for
 from nightpress.evaluators.apply import Compressor
 from nightpress.spaces.anatomy import Anatomy, Group
 from nightpress.spaces.plan import plan, pruned_groups
@@ -361,3 +361,24 @@ def test_zeroing_a_channel_is_removing_it() -> None:
                 if part.axis == 1:  # what reads the channels reads nothing
                     zeroed.get_parameter(part.parameter).index_fill_(1, flat, 0.0)
             torch.testing.assert_close(module(inputs_for(name)), zeroed(inputs_for(name)), rtol=1e-4, atol=1e-5)
+
+
+class OneHead(nn.Module):
+    """Attention without heads: queries and keys of 6 numbers, values of 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(8, 10)
+        self.proj = nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+def test_without_heads_queries_go_with_keys_and_values_alone() -> None:
+    anatomy = inspected(lambda: OverTokens(OneHead()), inputs_for("tied"))
+
+    layers = [group.layers for group in anatomy.groups]
+    assert ("inner.q", "inner.k") in layers
+    assert ("inner.v",) in layers
+    assert owns(anatomy.group("inner.v"))["inner.proj.weight", 1] == one_by_one(10)
