@@ -1,7 +1,5 @@
 """The CIFAR ResNets of He et al. 2016 (section 4.2) with option-A shortcuts: strided identity, padded channels."""
 
-from collections import OrderedDict
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,8 +38,7 @@ class CifarResNet(nn.Module):
         for number, (narrow, wide) in enumerate(widths, start=1):
             first = Block(narrow, wide, 1 if number == 1 else 2)
             rest = [Block(wide, wide, 1) for _ in range(blocks - 1)]
-            layers = OrderedDict((str(i), block) for i, block in enumerate([first, *rest]))
-            self.add_module(f"layer{number}", nn.Sequential(layers))
+            self.add_module(f"layer{number}", nn.Sequential(first, *rest))
         self.linear = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:

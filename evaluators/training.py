@@ -127,7 +127,7 @@ class Trainer:
         progress: Callable[[float], None] | None,
     ) -> tuple[float, ...]:  # fmt: skip
         parameters = lesson.parameters()
-        optimiser = _optimiser(parameters, lesson.policy.finetune.learning_rate)
+        optimiser = sgd(parameters, lesson.policy.finetune.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, steps))
         means: list[float] = []
         running = torch.zeros((), device=self.compute.device)
@@ -327,7 +327,7 @@ def bypassed(sites: Iterable[ActivationQuantiser]) -> Generator[None]:
             site.bypassed = False
 
 
-def _optimiser(parameters: Parameters, learning_rate: float) -> torch.optim.SGD:
+def sgd(parameters: Parameters, learning_rate: float) -> torch.optim.SGD:
     """Weight decay is for weights; batch norms and biases go without."""
     trained = [*parameters[0], *parameters[1]]
     groups = [

@@ -19,7 +19,7 @@ import yaml
 
 import exports
 import tiny
-from nightpress.evaluators.quality import _optimiser  # pyright: ignore[reportPrivateUsage]
+from nightpress.evaluators.training import sgd
 from nightpress.export import Options, export_trial, finetune_export, verify
 from nightpress.export.folder import swap
 from nightpress.export.licences import licence_line, licences_text
@@ -224,7 +224,7 @@ def test_the_training_config_is_what_the_trainer_does(exported: Path) -> None:
     assert data["distill"] == {"method": "logit", "alpha": 0.7, "temperature": 3.0, "schedule": "constant"}
     assert data["learning_rate"] == policy.finetune.learning_rate
     assert data["fixed"] == FIXED
-    optimiser = _optimiser([torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))], 0.02)
+    optimiser = sgd(([torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))], []), 0.02)
     assert type(optimiser).__name__ == FIXED["optimizer"]["name"]
     for group, decay in zip(optimiser.param_groups, ("weight_decay", "weight_decay_of_vectors"), strict=True):
         assert group["weight_decay"] == FIXED["optimizer"][decay]

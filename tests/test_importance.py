@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.evaluators.importance import METHODS, Saliency, rank, saliency, scores
+from nightpress.spaces.anatomy import Slice
 from nightpress.spaces.errors import InputError
 from strategies import images, seeded
 
 NEED_DATA = ("activation", "weight_activation", "taylor", "hessian")
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
-    """One slice of a group."""
-
-    parameter: str
-    axis: int
-    indices: tuple[tuple[int, ...], ...]
+def owned(parameter: str, axis: int, indices: tuple[tuple[int, ...], ...]) -> Slice:
+    return Slice(parameter=parameter, axis=axis, indices=indices)
 
 
 def each(count: int) -> tuple[tuple[int, ...], ...]:
@@ -40,7 +35,7 @@ WEIGHTS = {
     "2.weight": [[2.0, 0.0, 1.0], [0.0, -1.0, 0.0]],
     "2.bias": [0.0, 0.0],
 }
-HIDDEN = {"hidden": [Owned("0.weight", 0, each(3)), Owned("0.bias", 0, each(3)), Owned("2.weight", 1, each(3))]}
+HIDDEN = {"hidden": [owned("0.weight", 0, each(3)), owned("0.bias", 0, each(3)), owned("2.weight", 1, each(3))]}
 INPUTS = torch.tensor([[1.0, 1.0], [2.0, 0.0]])  # hidden activations (0, 10.5, 0) and (2, 11, 0)
 TARGETS = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
 
@@ -130,12 +125,12 @@ class Stages(nn.Module):
 
 STAGES = {
     "conv": [
-        *[Owned(name, 0, each(4)) for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")],
-        Owned("depthwise.weight", 0, each(4)), Owned("depthwise.bias", 0, each(4)),
+        *[owned(name, 0, each(4)) for name in ("conv.weight", "conv.bias", "norm.weight", "norm.bias")],
+        owned("depthwise.weight", 0, each(4)), owned("depthwise.bias", 0, each(4)),
     ],
     "grouped": [
-        Owned("grouped.weight", 0, each(6)), Owned("grouped.bias", 0, each(6)),
-        Owned("head.weight", 1, tuple(tuple(range(4 * c, 4 * c + 4)) for c in range(6))),
+        owned("grouped.weight", 0, each(6)), owned("grouped.bias", 0, each(6)),
+        owned("head.weight", 1, tuple(tuple(range(4 * c, 4 * c + 4)) for c in range(6))),
     ],
 }  # fmt: skip
 
@@ -351,4 +346,4 @@ def test_what_is_not_finite_ranks_nothing(break_it: Callable[[Tensor], Tensor]) 
 
 def test_a_group_in_which_nothing_counts_is_named() -> None:
     with pytest.raises(ValueError, match=r"^nothing in the group lost has an importance$"):
-        rank({"lost": [Owned("gone", 0, each(2))]}, Saliency(values={}))
+        rank({"lost": [owned("gone", 0, each(2))]}, Saliency(values={}))

@@ -20,7 +20,6 @@ from nightpress.evaluators.quantise import (
     QuantConv2d,
     QuantisedWeight,
     QuantLinear,
-    activation_bits,
     end_observation,
     quantise,
     quantisers,
@@ -49,7 +48,7 @@ def planned(weights: int = 8, activations: int = 8, layers: Mapping[str, LayerBi
 
 
 def quantised(chosen: Plan, ranges: str = "minmax", scales: str = "fixed") -> fx.GraphModule:
-    module = copy.deepcopy(tiny().traced)
+    module = tiny().whole()
     quantise(module, chosen, ranges=ranges, scales=scales)
     return module.eval()
 
@@ -169,7 +168,7 @@ def test_a_learned_scale_below_the_least_comes_back() -> None:
 
 
 def test_frozen_weights_have_frozen_scales() -> None:
-    module = copy.deepcopy(tiny().traced)
+    module = tiny().whole()
     module.get_parameter("head.weight").requires_grad_(False)
 
     quantise(module, planned(), scales="learned")
@@ -183,7 +182,7 @@ def test_a_channel_of_zeros_has_a_scale() -> None:
     with torch.no_grad():
         network.get_parameter("one.conv1.weight")[3] = 0
     for ranges, scales in CHOICES:
-        module = copy.deepcopy(tiny().traced)
+        module = tiny().whole()
         module.load_state_dict(network.state_dict())
         quantise(module, planned(weights=2), ranges=ranges, scales=scales)
         layer = layers_of(module)["one.conv1"]
@@ -300,7 +299,7 @@ def test_without_observation_the_first_batch_is_observed() -> None:
 
 def test_the_width_of_a_tensor_is_the_widest_that_reads_it() -> None:
     chosen = planned(activations=4, layers={"one.conv1": LayerBits(weights=8, activations=6)})
-    bits = activation_bits(chosen)
+    bits = chosen.activation_bits
     readers = {p.op.module: chosen.quantised[p.inputs[0]] for p in chosen.ops if p.weight_count}
 
     assert bits[readers["one.conv1"] or ""] == 6
@@ -315,7 +314,7 @@ def test_quantisers_get_the_width_of_their_tensor() -> None:
 
     levels = {name: quantiser.levels for name, quantiser in quantisers(quantised(chosen)).items()}
 
-    assert levels == {name: 2**bits - 1 for name, bits in activation_bits(chosen).items()}
+    assert levels == {name: 2**bits - 1 for name, bits in chosen.activation_bits.items()}
 
 
 @pytest.mark.parametrize(("ranges", "scales"), CHOICES)
@@ -383,7 +382,7 @@ def test_quantising_leaves_the_given_layers_alone() -> None:
 )
 def test_an_unknown_choice_is_a_sentence(options: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        quantise(copy.deepcopy(tiny().traced), planned(), **options)  # type: ignore[arg-type]
+        quantise(tiny().whole(), planned(), **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("weights", "activations"), [(1, 8), (9, 32), (8, 1), (8, 12)])
@@ -393,11 +392,11 @@ def test_an_unknown_width_is_a_sentence(weights: int, activations: int) -> None:
     with pytest.raises(
         InputError, match=r"^bits\.head\.\w+ must be one of 2, 3, 4, 5, 6, 7, 8, 16, 32, but got \d+\.$"
     ):
-        quantise(copy.deepcopy(tiny().traced), chosen)
+        quantise(tiny().whole(), chosen)
 
 
 def test_a_layer_that_has_no_quantiser_is_named() -> None:
-    module = copy.deepcopy(tiny().traced)
+    module = tiny().whole()
     module.hidden = nn.Bilinear(2, 2, 16)
 
     with pytest.raises(InputError, match=r"^The layer hidden is a Bilinear; only Conv2d and Linear can be quantised"):
