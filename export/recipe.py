@@ -77,7 +77,8 @@ def read_recipe(path: Path, policy: Mapping[str, Any]) -> Training:
         raise InputError(f"{path}: must be a mapping with schema: 1, as export writes it.")
     if data.get("fixed") != FIXED:
         raise InputError(f"{path}: the keys below fixed say what nightpress's trainer does and cannot be changed.")
-    chosen = {**policy, "distill": data.get("distill"), "finetune": {"learning_rate": data.get("learning_rate")}}
+    finetune = {**policy.get("finetune", {}), "learning_rate": data.get("learning_rate")}
+    chosen = {**policy, "distill": data.get("distill"), "finetune": finetune}
     return Training(
         task=_text(path, data, "task"),
         policy=policy_from_dict(chosen, str(path)),

@@ -3,6 +3,7 @@
 import copy
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
