@@ -27,6 +27,11 @@ SECONDS = 120.0
 _DONE = "done"
 
 
+def start() -> None:
+    """Let the process come up, which takes seconds, while something else is done."""
+    _child(MEMORY_BYTES)
+
+
 def verify_groups(
     anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, memory_bytes: int = MEMORY_BYTES,
     seconds: float = SECONDS,
@@ -117,23 +122,26 @@ _children: list[_Child] = []
 def _child(memory_bytes: int) -> _Child:
     """The running process, or a new one."""
     if _children and (not _children[0].alive or _children[0].memory_bytes != memory_bytes):
-        _close()
+        stop()
     if not _children:
         _children.append(_Child(memory_bytes))
     return _children[0]
 
 
-def _close() -> None:
+def stop() -> None:
+    """End the process; the next trial starts another."""
     while _children:
         _children.pop().close()
 
 
-atexit.register(_close)
+atexit.register(stop)
 
 
 def main(memory_bytes: int) -> None:
     """Answer requests, one path a line, until standard input closes."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    import torch  # noqa: F401  before anybody waits for it
+
     for line in sys.stdin:
         _answer(json.loads(Path(line.strip()).read_text()))
         sys.stdout.write(f"{_DONE}\n")

@@ -21,9 +21,9 @@ from ..spaces.anatomy import WEIGHTED, Anatomy, Layer, LeftOut, Op, anatomy_from
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from . import dryrun
 from .blocks import find_blocks
 from .capture import CONSTANT, Captured, capture
-from .dryrun import verify_groups
 from .groups import find_groups
 from .lower import lower
 from .rebuild import rebuild
@@ -61,6 +61,8 @@ def inspect(
         network = network_of(task, known)
         if _difference(task, known, network) <= REPRODUCED:
             return known, network
+    if verify:
+        dryrun.start()
     captured = capture(task.model, task.example_input, task.output)
     anatomy, network = _inspect(task, digest, captured, step_of)
     if not verify:
@@ -117,7 +119,7 @@ def _inspect(task: Task, digest: str, captured: Captured, step_of: Callable[[int
 
 def _verified(anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]]) -> Anatomy:
     """Without the groups that fail their dry run; the reason stands in what is left out."""
-    failed = verify_groups(anatomy, shapes)
+    failed = dryrun.verify_groups(anatomy, shapes)
     if not failed:
         return anatomy
     return without_groups(anatomy, [LeftOut(name=name, reason=reason) for name, reason in failed.items()])

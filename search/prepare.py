@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..evaluators import dryrun
 from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
@@ -49,6 +50,7 @@ def prepare(session: Session) -> None:
     if least is not None and least > 1 and task.metric is None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
+    dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

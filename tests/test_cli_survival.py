@@ -157,7 +157,7 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
     before = finished(run)
     assert len(before) >= 3
 
-    again = tiny.nightpress("run", slow_config, "--resume", "--budget", "60s", "--json")
+    again = tiny.nightpress("run", slow_config, "--resume", "--budget", "150s", "--json")
 
     assert again.json["state"] == "done"
     assert {number: found for number, found in finished(run).items() if number in before} == before
@@ -172,7 +172,7 @@ def test_kill_9_loses_and_repeats_nothing(slow_config: Path, tmp_path: Path) -> 
     before = finished(run)
     assert len(before) >= 4
 
-    words = ("run", slow_config, "--resume", "--budget", "90s", "--json")
+    words = ("run", slow_config, "--resume", "--budget", "150s", "--json")
     with driver(*words) as process:
         wait_for(lambda: len(list(run.glob("artifacts/*/long.json"))) >= 2, process)
         os.kill(process.pid, signal.SIGKILL)
