@@ -15,7 +15,7 @@ from .text import cut
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTLY = "plotly-cartesian.min.js"
 """The cartesian bundle of plotly.js 4.1.1 (MIT, see plotly-LICENSE): a third of what the Python package brings."""
-SCRIPTS = ("elements.js", "theme.js", "card.js", "front.js", "report.js")
+SCRIPTS = ("elements.js", "theme.js", "layers.js", "card.js", "front.js", "report.js")
 """In the order in which they are read; they share one scope."""
 
 
