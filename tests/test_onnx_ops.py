@@ -346,9 +346,11 @@ def test_weights_of_16_bits_halve_the_file_and_run(tmp_path: Path) -> None:
     _, half = write(made, tmp_path / "half.onnx", Policy(model=made.anatomy.digest, bits=halves))
 
     weights = sum(value.numel() for name, value in model.named_parameters() if name.endswith("weight"))
-    assert abs(full.stat().st_size - half.stat().st_size - 2 * weights) < 200
-    kinds = {i.name: i.data_type for i in onnx.load(str(half)).graph.initializer if ".weight" in i.name}
-    assert set(kinds.values()) == {onnx.TensorProto.FLOAT16}
+    factors = 4 * (512 + DIM)  # one for each channel: what a batch norm would multiply it by
+    assert abs(full.stat().st_size - half.stat().st_size - 2 * weights + factors) < 500
+    written = [numpy_helper.to_array(i) for i in onnx.load(str(half)).graph.initializer]
+    assert sum(value.size for value in written if value.dtype == np.float16) == weights
+    assert sum(value.size for value in written if value.dtype == np.float32) < weights / 4
     sessions = [Session(path, threads=1, disabled_optimizers=()) for path in (full, half)]
     exact, rounded = (session.outputs(tokens(3)) for session in sessions)
     assert 0 < float((exact - rounded).norm() / exact.norm()) < 2e-3
