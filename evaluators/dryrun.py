@@ -5,6 +5,7 @@ weights. It stays for the next model, because importing torch takes longer than 
 """
 
 import atexit
+import importlib
 import json
 import os
 import resource
@@ -140,7 +141,7 @@ atexit.register(stop)
 def main(memory_bytes: int) -> None:
     """Answer requests, one path a line, until standard input closes."""
     resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    import torch  # noqa: F401  before anybody waits for it
+    importlib.import_module("torch")  # before anybody waits for it
 
     for line in sys.stdin:
         _answer(json.loads(Path(line.strip()).read_text()))

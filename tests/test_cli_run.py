@@ -159,6 +159,17 @@ def test_status_and_report_for_people(night: tiny.Night, cli: Cli, tmp_path: Pat
     assert page.stat().st_size > 1000
 
 
+def test_the_layers_of_what_may_ship_are_on_record(night: tiny.Night) -> None:
+    run = read_run(night.run)
+    standing = {str(t.number) for t in run.trials if t.verified is not None and t.verified.struck_out is None}
+    assert run.layers
+    assert set(run.layers) <= standing
+    names = {layer["name"] for layer in run.state["anatomy"]["layers"]}
+    for costs in run.layers.values():
+        assert costs["layers"].keys() <= names
+        assert all(layer["ms"] > 0 and layer["bytes"] > 0 for layer in costs["layers"].values())
+
+
 def test_compared_with_itself_nothing_differs(night: tiny.Night, cli: Cli) -> None:
     data = cli("compare", night.run, night.run, "--json").json
     assert len(data["runs"]) == 2
