@@ -8,6 +8,7 @@ import io
 import os
 import sys
 import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nightpress.evaluators import Task
-from nightpress.evaluators.images import crop_flip
+from nightpress.evaluators.images import crop_flip, normalise
 
 ARCHIVE = "cifar10-jpeg.zip"
 WEIGHTS = {
@@ -46,9 +47,9 @@ def vgg16(share: float = 1.0, classes: int = 10) -> nn.Module:
 
 def load(name: str, folder: Path) -> nn.Module:
     """A network with its weights, in evaluation mode. Exits with a sentence when they are missing."""
-    network = {"resnet20": lambda: CifarResNet(3), "resnet56": lambda: CifarResNet(9),
+    network = {"resnet20": lambda: CifarResNet(3), "resnet56": lambda: CifarResNet(9), "vgg16": vgg16,
                "vgg16_half": lambda: vgg16(0.5)}[name]()  # fmt: skip
-    path = folder / WEIGHTS[name]
+    path = folder / WEIGHTS[name] if name in WEIGHTS else vgg16_weights()
     if not path.is_file():
         sys.exit(f"{path} is missing: the benchmark needs the weights of {name}.")
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -58,11 +59,6 @@ def load(name: str, folder: Path) -> nn.Module:
 def task(name: str, folder: Path) -> Task:
     """A network on all 50,000 training and 10,000 test images."""
     images = pixels(folder)
-    mean, spread = (torch.tensor(m).view(1, 3, 1, 1) for m in MOMENTS["vgg" if "vgg" in name else "resnet"])
-
-    def normalise(stored: Tensor) -> Tensor:
-        return (stored.float() / 255 - mean.to(stored.device)) / spread.to(stored.device)
-
     return Task(
         name=name,
         model=load(name, folder),
@@ -70,8 +66,23 @@ def task(name: str, folder: Path) -> Task:
         train=TensorDataset(images["train_images"], images["train_labels"]),
         test=TensorDataset(images["test_images"], images["test_labels"]),
         augment=crop_flip(),
-        normalise=normalise,
+        normalise=normaliser(name),
     )
+
+
+def normaliser(name: str) -> Callable[[Tensor], Tensor]:
+    """Bytes to what a network was trained on."""
+    mean, spread = MOMENTS["vgg" if "vgg" in name else "resnet"]
+    return normalise(mean, spread)
+
+
+def vgg16_weights() -> Path:
+    """Where ``train_vgg16.py`` leaves its weights."""
+    return _cache() / "vgg16_bn_cifar10jpeg.pt"
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
 
 
 @cache
@@ -80,7 +91,7 @@ def pixels(folder: Path) -> dict[str, Tensor]:
     archive = folder / ARCHIVE
     if not archive.is_file():
         sys.exit(f"{archive} is missing: the benchmark needs the images.")
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress" / "cifar10-jpeg.safetensors"
+    kept = _cache() / "cifar10-jpeg.safetensors"
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.partial")
