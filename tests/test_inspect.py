@@ -240,7 +240,7 @@ def test_a_group_that_needs_more_memory_than_the_cap_is_left_out_and_the_rest_st
     big = Slice(parameter="big", axis=0, indices=tuple((channel,) for channel in range(6)))
     wrong = with_slices(anatomy, "inner.conv1", lambda slices: (*slices, big))
 
-    failed = verify_groups(wrong, {**shapes, "big": (6, 50_000_000)}, memory_bytes=2 * 1024**3)
+    failed = verify_groups(wrong, {**shapes, "big": (6, 100_000_000)}, memory_bytes=7 * 1024**3 // 2)
 
     assert list(failed) == ["inner.conv1"]
     assert "alloc" in failed["inner.conv1"].lower()
