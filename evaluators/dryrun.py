@@ -5,6 +5,7 @@ weights. It stays for the next model, because importing torch takes longer than 
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -160,6 +161,7 @@ def _answer(request: Mapping[str, Any]) -> None:
             _say({group.name: "" for group in groups})
         return
     for group in groups:
+        gc.collect()  # a module refers to itself, and what the one before took must not count against this one
         _say({group.name: _fault(anatomy, shapes, [group])})
 
 
