@@ -138,7 +138,12 @@ def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
 
 
 _ALTERNATIVES = ("str", "bool", "tuple[str, ...]")  # of unions, as pydantic calls them in a key's path
-_WORDS = {"tuple_type": "must be a list", "dataclass_type": "must be a mapping of keys"}
+_WORDS = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "tuple_type": "must be a list",
+    "dataclass_type": "must be a mapping of keys",
+}
 
 
 def _check_keys(data: Mapping[str, Any], kind: type, prefix: str, path: Path) -> None:

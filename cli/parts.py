@@ -60,7 +60,10 @@ def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False
         emit(data)
         return
     say(f"{found.name}: {anatomy.params:,} parameters, {anatomy.macs / 1e6:.1f} M MACs, model {anatomy.digest}")
-    table("Prunable groups", data["groups"], ["name", "channels", "step", "macs", "layers"])
+    # A head of attention is one channel of several rows: "12 × 64".
+    groups = [{**g, "channels": f"{g['channels']} × {g['unit']}" if g["unit"] > 1 else g["channels"]}
+              for g in data["groups"]]  # fmt: skip
+    table("Prunable groups", groups, ["name", "channels", "step", "macs", "layers"])
     table("Quantisable layers", data["layers"], ["name", "kind", "macs", "params", "bits"])
     table("Removable blocks", data["blocks"], ["name", "macs", "layers"])
     table("Left out", data["left_out"], ["name", "reason"])

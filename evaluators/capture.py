@@ -50,7 +50,14 @@ class _Picked(nn.Module):
         self._pick = pick
 
     def forward(self, value: Tensor) -> Tensor:
-        return self._pick(self.model(value))
+        returned = self.model(value)
+        try:
+            return self._pick(returned)
+        except (LookupError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"Task.output cannot pick from what {type(self.model).__name__} returns, a {type(returned).__name__}: "
+                f"{type(error).__name__}: {_first_line(error)}."
+            ) from error
 
 
 def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None) -> Captured:
@@ -63,6 +70,7 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     # Of two examples: sizes of one are taken for constants.
     example = torch.cat([example_input.cpu()] * 2)
     program = _export(root, copied, example)
+    _check_mutations(program, type(model).__name__)
     _check_output(program, type(model).__name__)
     prefix = "" if output is None else "model."
     return _captured(program, copied, prefix)
@@ -89,6 +97,37 @@ def _check_output(program: ExportedProgram, name: str) -> None:
         )
 
 
+def _check_mutations(program: ExportedProgram, name: str) -> None:
+    """Raises InputError where a tensor is changed in place that is known by another name too.
+
+    What an in-place operation returns stands for the changed tensor in the nodes that follow, but not for views of it,
+    for the model's buffers or for the caller's input.
+    """
+    storages = {node: _storage(node) for node in program.graph.nodes}
+    outside = {storages[node]: node.name for node in storages if node.op == "placeholder"}
+    named = program.graph_signature.inputs_to_buffers | program.graph_signature.inputs_to_parameters
+    for node in storages:
+        if not (node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)):
+            continue
+        where, what = scope_of(node) or name, getattr(node.target, "__name__", node.name).split(".")[0]
+        changed = outside.get(storages[node])
+        if changed is not None:
+            of = f"its state {named[changed]}" if changed in named else "its input"
+            raise InputError(f"The forward of {where} changes {of} in place ({what}); make a new tensor instead.")
+        before = {other for other in storages if storages[other] == storages[node] and other < node}
+        if any(user > node for other in before for user in other.users):
+            raise InputError(
+                f"The forward of {where} changes a tensor in place ({what}) that is read through another view of it; "
+                "make a new tensor instead, as x = x + y does."
+            )
+
+
+def _storage(node: fx.Node) -> int | None:
+    """What says whether two nodes' tensors share memory; None for what is no tensor."""
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None  # noqa: SLF001
+
+
 def _of_one(size: Any) -> int:
     """A size for a batch of one."""
     expression = size.node.expr
@@ -99,6 +138,8 @@ def _export(root: nn.Module, model: nn.Module, example: Tensor) -> ExportedProgr
     try:
         with torch.no_grad(), _hushed():
             return export(root, (example,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+    except InputError:
+        raise
     except Exception as error:  # the user's own forward runs here
         raise InputError(_why(error, model, example)) from error
 
@@ -138,7 +179,7 @@ def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
     except Exception as plain:  # noqa: BLE001  the user's own forward again, without the tracer
         return (
             f"The model {type(model).__name__} cannot run a batch of 2 examples of shape {tuple(example.shape[1:])}: "
-            f"{_first_line(plain)}."
+            f"{_first_line(plain)} (in {_culprit(plain, model)}). Its forward must take any batch of fp32 inputs."
         )
     return (
         f"The model {type(model).__name__} cannot be traced: {text} (in {where}). Its forward must not branch on "
@@ -229,6 +270,16 @@ def scope_of(node: fx.Node) -> str:
     paths = [path for path, _ in stack.values() if path != _NO_MODULE]
     path = paths[-1] if paths else ""
     return path.removeprefix("model.") if any(kind == f"{__name__}._Picked" for _, kind in stack.values()) else path
+
+
+def described_scope(node: fx.Node) -> str:
+    """The module of :func:`scope_of` with its class, as in ``encoder.lstm (LSTM)``; empty for the model itself."""
+    path = scope_of(node)
+    if not path:
+        return ""
+    stack: dict[str, tuple[str, Any]] = node.meta["nn_module_stack"]
+    kind = [kind for inner, kind in stack.values() if inner != _NO_MODULE][-1]
+    return f"{path} ({str(getattr(kind, '__name__', kind)).rpartition('.')[2]})"
 
 
 def _first_line(error: BaseException) -> str:

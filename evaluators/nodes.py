@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..spaces.errors import InputError
-from .capture import CONSTANT, Captured, scope_of
+from .capture import CONSTANT, Captured, described_scope
 
 
 def shape_of(node: Any) -> tuple[tuple[int, ...], int | None]:
@@ -51,7 +51,7 @@ def pair(value: Any) -> tuple[int, int]:
 
 
 def unsupported(node: fx.Node, what: str = "") -> InputError:
-    where = scope_of(node) or node.name
+    where = described_scope(node) or "the model's own forward"
     return InputError(
         f"The model uses {what or target_name(node)} in {where}, which nightpress cannot export yet; "
         "replace it, or leave it out of the model given to nightpress."

@@ -1,6 +1,7 @@
 """What a user reads when a model cannot be exported, and that looking at a model leaves it as it was."""
 
 import copy
+import dataclasses
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,10 @@ def test_a_batch_size_that_is_fixed_is_told() -> None:
     ("then", "reason"), [(one_image, "one image, please"), (failing, "no such thing")]
 )  # fmt: skip
 def test_a_model_that_fails_on_two_examples_is_told_with_its_own_reason(then: Forward, reason: str) -> None:
-    assert sentence(then) == f"The model Outside cannot run a batch of 2 examples of shape (3, 8, 8): {reason}."
+    assert sentence(then) == (
+        f"The model Outside cannot run a batch of 2 examples of shape (3, 8, 8): {reason} "
+        "(in body.1 (Inside)). Its forward must take any batch of fp32 inputs."
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,80 @@ def test_more_than_a_tensor_names_the_way_out(then: Forward, what: str) -> None:
         f"The model must return one tensor, but Outside returns {what}; Task.output picks the one that counts: "
         "Task(output=lambda outputs: outputs['out'], …)."
     )
+
+
+def added_in_place(x: Tensor) -> Tensor:
+    y = torch.relu(x)
+    x.add_(y)
+    return x
+
+
+def dropped_in_place(x: Tensor) -> Tensor:
+    same = F.dropout(x, training=False)
+    x.mul_(2.0)
+    return same
+
+
+def view_read_afterwards(x: Tensor) -> Tensor:
+    view = x.flatten(2)
+    x.add_(1.0)
+    return view
+
+
+def changed_through_a_view(x: Tensor) -> Tensor:
+    x.flatten(2).mul_(2.0)
+    return x
+
+
+def changed_in_part(x: Tensor) -> Tensor:
+    x[:, :2] += 1
+    return x
+
+
+@pytest.mark.parametrize("then", [added_in_place, dropped_in_place])
+def test_a_tensor_changed_in_place_is_what_is_read_afterwards(then: Callable[[Tensor], Tensor]) -> None:
+    inspect(task_of(seeded(lambda: Outside(then)), images(2)), cache=False, verify=False)
+
+
+@pytest.mark.parametrize("then", [view_read_afterwards, changed_through_a_view, changed_in_part])
+def test_a_change_in_place_that_a_view_shows_is_told(then: Forward) -> None:
+    said = sentence(then)
+    assert said.startswith("The forward of body.1 changes a tensor in place (")
+    assert said.endswith(") that is read through another view of it; make a new tensor instead, as x = x + y does.")
+
+
+class Impure(nn.Module):
+    """Changes its input, or counts its calls."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.conv, self.counts = nn.Conv2d(3, 8, 3), counts
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.counts:
+            self.calls += 1
+            return self.conv(x) * self.calls
+        return self.conv(x.sub_(0.5))
+
+
+@pytest.mark.parametrize(
+    ("counts", "what"), [(False, "its input in place (sub_)"), (True, "its state calls in place (add_)")]
+)
+def test_a_forward_that_changes_more_than_its_output_is_refused(counts: bool, what: str) -> None:
+    with pytest.raises(InputError) as caught:
+        inspect(task_of(seeded(lambda: Impure(counts)), images(2)), cache=False)
+    assert str(caught.value) == f"The forward of Impure changes {what}; make a new tensor instead."
+
+
+def test_an_output_that_is_not_there_is_told() -> None:
+    task = dataclasses.replace(
+        task_of(seeded(lambda: Outside(lambda x: {"out": x})), images(2)), output=lambda o: o["logits"]
+    )
+    with pytest.raises(
+        InputError, match=r"^Task\.output cannot pick from what Outside returns, a dict: KeyError: 'logits'\.$"
+    ):
+        inspect(task, cache=False)
 
 
 @pytest.mark.parametrize(("then", "what"), [(lambda x: None, "None"), (lambda x: 3.0, "3.0")])
