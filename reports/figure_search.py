@@ -154,7 +154,7 @@ def words_of(name: str) -> str:
 def importances_figure(found: Importances) -> "Figure":
     """Draw the most important parameters, the first on top, with a bar for each objective."""
     shown = found.parameters[:MOST_PARAMETERS]
-    figure = blank("share of the importance, %", "", height=110 + 34 * len(shown), margin_b=84)
+    figure = blank("importance, %", "", height=110 + 34 * len(shown), margin_b=84)
     for objective, colour in COLOURS.items():
         figure.add_bar(
             orientation="h",

@@ -9,17 +9,10 @@ from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .cards import packed, rounded
 from .figure_base import PALE_RED, SIZES, Panel
 from .figure_front import across_axes, front_info
-from .front import breaches, front, limits, picked, point, shrinkage, speedup, uncompressed, verified_any
+from .front import breaches, front, limits, picked, point, rule, shrinkage, speedup, uncompressed, verified_any
 from .text import UNKNOWN, accuracy, counted, cut, digits, local_time, milliseconds, plain, size, times, title
 from .verdict import answer, doubts, drop_points, finished
 
-WHY = {
-    "best": "the fastest within the limits",
-    "fastest": "the fastest within the limits",
-    "knee": "the best balance of the three",
-    "most accurate": "the most accurate within the limits",
-}
-"""What each pick's name means."""
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
@@ -112,6 +105,13 @@ def rows_of(run: RunRecord, trials: Sequence[TrialRecord]) -> list[TableRow]:
     return [table_row(run, t, labels.get(t.number, ()), t.number in on_front) for t in trials]
 
 
+def why(run: RunRecord, label: str) -> str:
+    """What a pick's name means; the rule is named, since a night without limits has one all the same."""
+    if label == "knee":
+        return "the best balance of the three"
+    return "the most accurate point of the front" if label == "most accurate" else f"the fastest {rule(run).words}"
+
+
 def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
     """A trial in words; what is not known is a dash."""
     found, values = point(trial), row(trial)
@@ -125,7 +125,7 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_fron
         trial=trial.number,
         name=title(trial),
         labels=", ".join(labels),
-        why="; ".join(WHY[label] for label in labels),
+        why="; ".join(why(run, label) for label in labels),
         accuracy=accuracy(values["accuracy"], values["accuracy_se"]),
         drop=_signed(drop_points(run, trial)),
         latency=milliseconds(values["latency_ms"]),

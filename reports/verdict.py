@@ -173,8 +173,7 @@ def _against_baselines(run: RunRecord) -> list[str]:
         basis = "" if all_baselines_verified(run) else ", both before the long fine-tune, which not all baselines got"
         numbers = f"{percent(search)} of the objective box against {percent(uniform)}{basis}"
         if search > uniform and uniform > 0:
-            gain = f"{100 * (search / uniform - 1):.1f} % more hypervolume ({numbers})"
-            said.append(f"The search beat the uniform baselines: {gain}{_beside_noise(search - uniform, noise)}.")
+            said.append(_gain(search, uniform, numbers, noise))
         elif search > uniform:
             said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
         elif search == uniform == 0:
@@ -184,12 +183,19 @@ def _against_baselines(run: RunRecord) -> list[str]:
     return [*said, *_best_against_baseline(run)]
 
 
-def _beside_noise(gain: float, noise: float) -> str:
-    """Two standard errors are what chance alone does in one of twenty nights."""
+def _gain(search: float, uniform: float, numbers: str, noise: float) -> str:
+    """Two standard errors are what chance alone does in one of twenty nights: within them, nothing was beaten."""
+    more = f"{100 * (search / uniform - 1):.1f} % more hypervolume"
     if noise <= 0:
-        return ""
+        return f"The search beat the uniform baselines: {more} ({numbers})."
+    gained = digits(100 * (search - uniform), 2)
     points = f"{digits(200 * noise, 2)} points of noise (two standard errors)"
-    return f", more than the {points}" if gain > 2 * noise else f", but no more than the {points}"
+    if search - uniform > 2 * noise:
+        return f"The search beat the uniform baselines: {more} ({numbers}), {gained} points, more than the {points}."
+    return (
+        f"Whether the search beat the uniform baselines is not shown: it covers {numbers}; "
+        f"the gain of {gained} points is no more than the {points}."
+    )
 
 
 def _best_against_baseline(run: RunRecord) -> list[str]:

@@ -330,6 +330,9 @@ def test_the_page_prints_to_pdf(browser: "Browser", report: Path) -> None:
     it = open_page(browser, report, scheme="dark")
     it.page.locator(".js-plotly-plot").nth(DRAWN - 1).wait_for()
     assert it.page.pdf(format="A4").startswith(b"%PDF")
+    # In CSS columns that span pages, the last cards stood beside the paper.
+    it.page.emulate_media(media="print")
+    assert it.page.locator(".columns").evaluate("it => getComputedStyle(it).columnCount") == "auto"
     assert it.complaints == []
     it.page.close()
 

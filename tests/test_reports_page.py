@@ -16,6 +16,7 @@ from fakes_run import (
     START,
     big_run,
     hostile_run,
+    limited,
     original,
     policy,
     run,
@@ -31,6 +32,7 @@ from nightpress.reports.figures import (
 )
 from nightpress.reports.files import replace as replace_file
 from nightpress.reports.html import embedded_json, unbroken, write_report
+from nightpress.reports.page import why
 from nightpress.reports.tables import COLUMNS, write_tables
 from nightpress.reports.text import digits, duration, local_time, plain, size
 from nightpress.search.records import RunRecord, TrialState, row
@@ -290,3 +292,12 @@ def test_evidence_of_a_decision_is_written_out() -> None:
         "reason": "",
         "evidence": "a.b: 1, c: d",
     }
+
+
+def test_without_limits_a_pick_is_said_to_keep_the_rule() -> None:
+    night = run([original(0.9), trial(1, 0.895, 0.3, 250_000)])
+    assert why(night, "best") == "the fastest within 1.0 point of the uncompressed model's accuracy"
+    assert why(limited(list(night.trials), min_accuracy=0.8), "best") == (
+        "the fastest within the limits (accuracy of at least 80.0 %)"
+    )
+    assert why(night, "most accurate") == "the most accurate point of the front"
