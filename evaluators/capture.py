@@ -70,10 +70,10 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     # Of two examples: sizes of one are taken for constants.
     example = torch.cat([example_input.cpu()] * 2)
     program = _export(root, copied, example)
-    _check_mutations(program, type(model).__name__)
     _check_output(program, type(model).__name__)
-    prefix = "" if output is None else "model."
-    return _captured(program, copied, prefix)
+    captured = _captured(program, copied, "" if output is None else "model.")
+    _check_mutations(program, set(captured.nodes), type(model).__name__)
+    return captured
 
 
 def _check_output(program: ExportedProgram, name: str) -> None:
@@ -97,15 +97,17 @@ def _check_output(program: ExportedProgram, name: str) -> None:
         )
 
 
-def _check_mutations(program: ExportedProgram, name: str) -> None:
+def _check_mutations(program: ExportedProgram, live: set[fx.Node], name: str) -> None:
     """Raises InputError where a tensor is changed in place that is known by another name too.
 
     What an in-place operation returns stands for the changed tensor in the nodes that follow, but not for views of it,
-    for the model's buffers or for the caller's input.
+    for the model's buffers or for the caller's input. What does not depend on the input is not ``live``: it was
+    computed as the model does it, views and all.
     """
     storages = {node: _storage(node) for node in program.graph.nodes}
     outside = {storages[node]: node.name for node in storages if node.op == "placeholder"}
-    named = program.graph_signature.inputs_to_buffers | program.graph_signature.inputs_to_parameters
+    signature = program.graph_signature
+    named = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     for node in storages:
         if not (node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)):
             continue
@@ -115,7 +117,7 @@ def _check_mutations(program: ExportedProgram, name: str) -> None:
             of = f"its state {named[changed]}" if changed in named else "its input"
             raise InputError(f"The forward of {where} changes {of} in place ({what}); make a new tensor instead.")
         before = {other for other in storages if storages[other] == storages[node] and other < node}
-        if any(user > node for other in before for user in other.users):
+        if node in live and any(user > node for other in before for user in other.users):
             raise InputError(
                 f"The forward of {where} changes a tensor in place ({what}) that is read through another view of it; "
                 "make a new tensor instead, as x = x + y does."
@@ -125,7 +127,9 @@ def _check_mutations(program: ExportedProgram, name: str) -> None:
 def _storage(node: fx.Node) -> int | None:
     """What says whether two nodes' tensors share memory; None for what is no tensor."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None  # noqa: SLF001
+    if not isinstance(value, Tensor):
+        return None
+    return value.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]  fake tensors have no address
 
 
 def _of_one(size: Any) -> int:

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -178,9 +178,8 @@ class Impure(nn.Module):
     ("counts", "what"), [(False, "its input in place (sub_)"), (True, "its state calls in place (add_)")]
 )
 def test_a_forward_that_changes_more_than_its_output_is_refused(counts: bool, what: str) -> None:
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=f"^The forward of Impure changes {re.escape(what)}; make a new"):
         inspect(task_of(seeded(lambda: Impure(counts)), images(2)), cache=False)
-    assert str(caught.value) == f"The forward of Impure changes {what}; make a new tensor instead."
 
 
 def test_an_output_that_is_not_there_is_told() -> None:
@@ -235,8 +234,8 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
 )  # fmt: skip
 def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: Forward, what: str) -> None:
     assert sentence(then) == (
-        f"The model uses {what} in body.1, which nightpress cannot export yet; replace it, or leave it out of the "
-        "model given to nightpress."
+        f"The model uses {what} in body.1 (Inside), which nightpress cannot export yet; replace it, or leave it out of "
+        "the model given to nightpress."
     )
 
 
@@ -247,7 +246,7 @@ def test_weights_that_are_computed_from_the_input_are_told() -> None:
 
 
 def test_an_operation_of_the_model_itself_is_named_too() -> None:
-    with pytest.raises(InputError, match=r"^The model uses cumsum in cumsum, which nightpress cannot export yet"):
+    with pytest.raises(InputError, match=r"^The model uses cumsum in the model's own forward, which "):
         inspect(task_of(seeded(lambda: Inside(lambda x: torch.cumsum(x, 1))), images(2)), cache=False)
 
 
@@ -281,13 +280,6 @@ def test_a_tasks_output_is_all_that_has_to_be_exported() -> None:
 
     assert [layer.name for layer in anatomy.layers] == ["conv"]
     assert set(network.state) == {"conv.weight", "conv.bias"}
-
-
-def test_an_output_that_is_not_there_is_told() -> None:
-    model = seeded(Two)
-    task = task_of(model, images(2))
-    with pytest.raises(InputError, match=r"^The model Two cannot be traced: 'missing'"):
-        capture(model, task.example_input, operator.itemgetter("missing"))
 
 
 # What is left as it was
