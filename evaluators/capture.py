@@ -125,7 +125,7 @@ def _check_mutations(program: ExportedProgram, name: str) -> None:
 def _storage(node: fx.Node) -> int | None:
     """What says whether two nodes' tensors share memory; None for what is no tensor."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None  # noqa: SLF001
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
 def _of_one(size: Any) -> int:
