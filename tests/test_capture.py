@@ -224,7 +224,7 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
 )  # fmt: skip
 def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: Forward, what: str) -> None:
     assert sentence(then) == (
-        f"The model uses {what} in body.1, which nightpress cannot export yet; replace it, or leave it out of the "
+        f"The model uses {what} in body.1 (Inside), which nightpress cannot export yet; replace it, or leave it out of the "
         "model given to nightpress."
     )
 
@@ -236,7 +236,9 @@ def test_weights_that_are_computed_from_the_input_are_told() -> None:
 
 
 def test_an_operation_of_the_model_itself_is_named_too() -> None:
-    with pytest.raises(InputError, match=r"^The model uses cumsum in cumsum, which nightpress cannot export yet"):
+    with pytest.raises(
+        InputError, match=r"^The model uses cumsum in the model's own forward, which nightpress cannot export yet"
+    ):
         inspect(task_of(seeded(lambda: Inside(lambda x: torch.cumsum(x, 1))), images(2)), cache=False)
 
 
