@@ -224,8 +224,8 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
 )  # fmt: skip
 def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: Forward, what: str) -> None:
     assert sentence(then) == (
-        f"The model uses {what} in body.1 (Inside), which nightpress cannot export yet; replace it, or leave it out of the "
-        "model given to nightpress."
+        f"The model uses {what} in body.1 (Inside), which nightpress cannot export yet; replace it, or leave it out of "
+        "the model given to nightpress."
     )
 
 
