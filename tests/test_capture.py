@@ -236,9 +236,7 @@ def test_weights_that_are_computed_from_the_input_are_told() -> None:
 
 
 def test_an_operation_of_the_model_itself_is_named_too() -> None:
-    with pytest.raises(
-        InputError, match=r"^The model uses cumsum in the model's own forward, which "
-    ):
+    with pytest.raises(InputError, match=r"^The model uses cumsum in the model's own forward, which "):
         inspect(task_of(seeded(lambda: Inside(lambda x: torch.cumsum(x, 1))), images(2)), cache=False)
 
 
