@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx.node import map_arg
+from torch.nn.utils import parametrize
 
 from ..spaces.errors import InputError
 
@@ -66,6 +67,8 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     Raises InputError saying what cannot be exported, in which module, and what to do.
     """
     copied = copy.deepcopy(model).cpu().eval()
+    _check_types(copied)
+    _settle(copied)
     root = copied if output is None else _Picked(copied, output).eval()
     # Of two examples: sizes of one are taken for constants.
     example = torch.cat([example_input.cpu()] * 2)
@@ -74,6 +77,27 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     captured = _captured(program, copied, "" if output is None else "model.")
     _check_mutations(program, set(captured.nodes), type(model).__name__)
     return captured
+
+
+def _check_types(model: nn.Module) -> None:
+    """Raises InputError for weights that are not fp32: training and the exported file are."""
+    for name, value in model.named_parameters():
+        if value.dtype != torch.float32:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise InputError(f"The model's weights must be float32, but {name} is {kind}: call model.float() first.")
+
+
+def _settle(model: nn.Module) -> None:
+    """Weights that are computed from others (weight norm, for one) become plain ones, so that they can be trained.
+
+    torch's own removal takes the property from the class, which the user's model shares with its copy.
+    """
+    for module in [m for m in model.modules() if parametrize.is_parametrized(m)]:
+        made = {name: cast("Tensor", getattr(module, name)).detach() for name in cast("Any", module.parametrizations)}
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for name, value in made.items():
+            module.register_parameter(name, nn.Parameter(value))
 
 
 def _check_output(program: ExportedProgram, name: str) -> None:

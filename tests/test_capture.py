@@ -1,16 +1,17 @@
 """What a user reads when a model cannot be exported, and that looking at a model leaves it as it was."""
 
 import copy
-import dataclasses
+import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from nightpress.evaluators.capture import CONSTANT, capture
 from nightpress.evaluators.inspect import inspect
@@ -178,18 +179,8 @@ class Impure(nn.Module):
     ("counts", "what"), [(False, "its input in place (sub_)"), (True, "its state calls in place (add_)")]
 )
 def test_a_forward_that_changes_more_than_its_output_is_refused(counts: bool, what: str) -> None:
-    with pytest.raises(InputError, match=f"^The forward of Impure changes {re.escape(what)}; make a new"):
+    with pytest.raises(InputError, match=f"^The forward of Impure changes {re.escape(what)}; make a new tensor"):
         inspect(task_of(seeded(lambda: Impure(counts)), images(2)), cache=False)
-
-
-def test_an_output_that_is_not_there_is_told() -> None:
-    task = dataclasses.replace(
-        task_of(seeded(lambda: Outside(lambda x: {"out": x})), images(2)), output=lambda o: o["logits"]
-    )
-    with pytest.raises(
-        InputError, match=r"^Task\.output cannot pick from what Outside returns, a dict: KeyError: 'logits'\.$"
-    ):
-        inspect(task, cache=False)
 
 
 @pytest.mark.parametrize(("then", "what"), [(lambda x: None, "None"), (lambda x: 3.0, "3.0")])
@@ -282,6 +273,15 @@ def test_a_tasks_output_is_all_that_has_to_be_exported() -> None:
     assert set(network.state) == {"conv.weight", "conv.bias"}
 
 
+def test_an_output_that_is_not_there_is_told() -> None:
+    model = seeded(Two)
+    task = task_of(model, images(2))
+    with pytest.raises(
+        InputError, match=r"^Task\.output cannot pick from what Two returns, a dict: KeyError: 'missing'\.$"
+    ):
+        capture(model, task.example_input, operator.itemgetter("missing"))
+
+
 # What is left as it was
 
 
@@ -352,3 +352,21 @@ def test_a_model_whose_forward_is_not_what_its_graph_shows_is_refused() -> None:
 
     with pytest.raises(InputError, match=r"^The model Drifting does something that its graph does not show: rebuilt"):
         inspect(task, cache=False)
+
+
+# Weights that are not plain ones
+
+
+def test_weights_of_another_type_are_told() -> None:
+    with pytest.raises(InputError, match=r"^The model's weights must be float32, but 0\.weight is bfloat16: call "):
+        capture(nn.Sequential(nn.Linear(4, 2)).to(torch.bfloat16), torch.zeros(1, 4))
+
+
+def test_a_weight_that_is_computed_from_others_becomes_one_that_can_be_trained() -> None:
+    model = seeded(lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 12, 3)), nn.ReLU(), nn.Conv2d(12, 5, 6)))
+
+    anatomy, network = inspect(task_of(model, images(2)), cache=False, verify=False)
+
+    assert [group.name for group in anatomy.groups] == ["0"]
+    assert torch.equal(network.state["0.weight"], cast("nn.Conv2d", model.get_submodule("0")).weight)
+    assert not network.frozen

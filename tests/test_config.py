@@ -197,7 +197,7 @@ def test_an_unknown_key_names_the_nearest(load: Load, text: str, message: str) -
         ("task: a\nlimits: [1]", "limits must be a mapping of keys, but got [1]"),
         ("task: a\nlimits:", "limits must be a mapping of keys, but got None"),
         ("task: a\nlimits: {max_latency_ms: fast}", "limits.max_latency_ms must be a valid number"),
-        ("task: a\nspace: {blocks: maybe}", "space.blocks must be a valid boolean"),
+        ("task: a\nspace: {blocks: maybe}", "space.blocks must be true or false"),
         ("task: a\nspace: {distill: logit}", "space.distill must be a list, but got 'logit'"),
         ("task: a\nspace: {distill: 3}", "space.distill must be "),
         ("task: a\nspace: {prune: {max_ratio: x}}", "space.prune.max_ratio must be a valid number"),
