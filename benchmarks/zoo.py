@@ -68,6 +68,8 @@ def build(name: str) -> tuple[Any, int, Any]:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.ones_(module.bias)
+        elif isinstance(module, nn.Linear) and not bool(module.weight.any()):
+            nn.init.normal_(module.weight, std=0.02)  # torchvision's transformers start with a head of zeros
     return model.eval(), side, pick
 
 
