@@ -7,7 +7,7 @@ once, and rows that stand there are not computed again, so the table can be made
 
     python benchmarks/engine_cifar10.py --data DIR --part accuracy --rows rows.jsonl
     python benchmarks/engine_cifar10.py --data DIR --part goals --rows rows.jsonl
-    python benchmarks/engine_cifar10.py --data DIR --part retime --rows rows.jsonl    # latencies anew, on a quiet machine
+    python benchmarks/engine_cifar10.py --data DIR --part retime --rows rows.jsonl   # latencies anew
     python benchmarks/engine_cifar10.py --data DIR --part speed
     python benchmarks/engine_cifar10.py --data DIR --part memory
     python benchmarks/engine_cifar10.py --data DIR --part table --rows rows.jsonl --out docs/results/engine_cifar10.txt
