@@ -45,17 +45,15 @@ def export_set(
 def spread(front: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
     """``count`` trials with latencies as evenly spread on a logarithmic scale as the front allows, both ends among
     them; fastest first. Fewer when the front has fewer."""
-    known = sorted(
-        ((math.log(t.latency.latency_ms), t) for t in front if t.latency is not None), key=lambda pair: pair[0]
-    )
+    known = sorted(((t.latency.latency_ms, t) for t in front if t.latency is not None), key=lambda pair: pair[0])
     if len(known) <= count:
         return [trial for _, trial in known]
-    low, high = known[0][0], known[-1][0]
-    wanted = [low + (high - low) * step / max(1, count - 1) for step in range(count)]
-    taken: list[int] = []
-    for place in [wanted[0], wanted[-1], *wanted[1:-1]][:count]:  # the ends first: nothing else may take them
+    places = [math.log(latency_ms) for latency_ms, _ in known]
+    taken = [0, len(known) - 1][:count]  # the ends first: nothing else may take them
+    for step in range(1, count - 1):
+        wanted = places[0] + (places[-1] - places[0]) * step / (count - 1)
         free = [i for i in range(len(known)) if i not in taken]
-        taken.append(min(free, key=lambda i: abs(known[i][0] - place)))
+        taken.append(min(free, key=lambda i: abs(places[i] - wanted)))
     return [known[i][1] for i in sorted(taken)]
 
 

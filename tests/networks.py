@@ -1,12 +1,17 @@
 """Tiny networks, each with one thing that ties channels together. Inputs: 3×8×8 images, or 5 tokens of 8 numbers."""
 
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from strategies import CLASSES, Residual, images
+from nightpress.evaluators.apply import Compressor
+from nightpress.spaces.policy import Policy
+from strategies import CLASSES, Residual, compressor_of, images, seeded, space_of, task_of
 
 Make = Callable[[], nn.Module]
 DIM, HEADS, TOKENS = 8, 4, 5
@@ -290,3 +295,26 @@ ON_TOKENS: dict[str, Make] = {
 def inputs_for(name: str, count: int = 2) -> Tensor:
     """Inputs for the network of that name."""
     return images(count) if name in ON_IMAGES else tokens(count)
+
+
+NETWORKS = {**ON_IMAGES, **ON_TOKENS}
+
+
+@cache
+def made_of(name: str) -> Compressor:
+    """A network, inspected with steps of one channel."""
+    return compressor_of(task_of(seeded(NETWORKS[name]), inputs_for(name)), step=1)
+
+
+def random(made: Compressor, seed: int) -> Policy:
+    """Ratios and blocks at random, without quantisers."""
+    policy = space_of(made.anatomy).random(np.random.default_rng(seed))
+    return Policy(
+        model=policy.model, prune=policy.prune, removed_blocks=policy.removed_blocks, importance="l2",
+    )  # fmt: skip
+
+
+def state_of(name: str, seed: int) -> dict[str, NDArray[np.float32]]:
+    """What a policy leaves; a spawned process can import it from here."""
+    made = made_of(name)
+    return {key: value.numpy() for key, value in made.apply(random(made, seed))[0].state_dict().items()}

@@ -2,30 +2,32 @@
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from networks import ATTENTIONS, ON_IMAGES, ON_TOKENS, Between, Gated, Inverted, Make, OverTokens, inputs_for
+from networks import (
+    ATTENTIONS,
+    NETWORKS,
+    Between,
+    Gated,
+    Inverted,
+    Make,
+    OverTokens,
+    inputs_for,
+    made_of,
+    random,
+    state_of,
+)
 from nightpress.evaluators.apply import Compressor
 from nightpress.spaces.anatomy import Anatomy, Group
 from nightpress.spaces.plan import plan, pruned_groups
 from nightpress.spaces.policy import Policy
-from strategies import compressor_of, images, seeded, seeds, shapes_of, space_of, task_of
-
-NETWORKS = {**ON_IMAGES, **ON_TOKENS}
-
-
-@cache
-def made_of(name: str) -> Compressor:
-    """A network, inspected with steps of one channel."""
-    return compressor_of(task_of(seeded(NETWORKS[name]), inputs_for(name)), step=1)
+from strategies import compressor_of, images, seeded, seeds, shapes_of, task_of
 
 
 def inspected(make: Make, inputs: Tensor, step: int = 1) -> Anatomy:
@@ -92,7 +94,7 @@ def test_a_grouped_convolution_loses_whole_groups() -> None:
 
 
 def test_the_step_of_a_grouped_convolution_counts_in_groups() -> None:
-    [group] = inspected(ON_IMAGES["grouped"], images(2), step=4).groups
+    [group] = inspected(NETWORKS["grouped"], images(2), step=4).groups
 
     assert group.step == 2  # two of two channels
 
@@ -245,14 +247,6 @@ def test_a_group_narrower_than_two_steps_is_left_out() -> None:
 # Any policy
 
 
-def random(made: Compressor, seed: int) -> Policy:
-    """Ratios and blocks at random, without quantisers."""
-    policy = space_of(made.anatomy).random(np.random.default_rng(seed))
-    return Policy(
-        model=policy.model, prune=policy.prune, removed_blocks=policy.removed_blocks, importance="l2",
-    )  # fmt: skip
-
-
 def bit_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
 
@@ -315,12 +309,6 @@ def test_a_policy_leaves_the_same_bits_whatever_was_applied_before(name: str, se
     again, _ = made.apply(random(made, seed))
 
     assert bit_equal(first.state_dict(), again.state_dict())
-
-
-def state_of(name: str, seed: int) -> dict[str, NDArray[np.float32]]:
-    """Top level, so that a spawned process can call it."""
-    made = made_of(name)
-    return {key: value.numpy() for key, value in made.apply(random(made, seed))[0].state_dict().items()}
 
 
 @pytest.mark.slow
