@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -20,7 +21,7 @@ from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from ..evaluators.latency.profile import Profile, calibrate, is_remote, load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
 from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
@@ -35,6 +36,7 @@ from .proposals import baselines, probes, sensitivity_of
 from .runner import Failure, LocalRunner
 from .session import Prepared, Session, quality_of
 
+log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
@@ -43,7 +45,9 @@ FINALISTS_WANTED = 8
 def prepare(session: Session) -> None:
     """Build the anatomy and the space, choose how to train, start the workers. Raises InputError."""
     config = session.config
-    check_target(config.target)
+    remote = config.target_profile is not None and is_remote(Path(config.target_profile))
+    if not remote:
+        check_target(config.target)
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
     least = config.limits.min_accuracy
@@ -66,6 +70,7 @@ def prepare(session: Session) -> None:
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+        runtime=config.target.runtime,
     )  # fmt: skip
     session.provide(
         prepared=Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms),
@@ -192,13 +197,17 @@ def calibrate_target(session: Session) -> None:
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
     if own.is_file():
-        profile = load_profile(own, anatomy)
+        profile = load_profile(own, anatomy, force=config.force or bool(session.state.get("forced")))
     elif config.target_profile is not None:
-        profile = load_profile(Path(config.target_profile), anatomy)
+        profile = load_profile(Path(config.target_profile), anatomy, force=config.force)
     else:
         profile = _calibrate(session)
     session.folder.write_json(TARGET, profile_to_dict(profile))
     session.provide(profile=profile)
+    for difference in profile.forced:
+        log.warning("the profile is used all the same: %s", difference)
+        session.folder.decide("calibrate", "the profile is used all the same", difference)
+    session.update(forced=session.forced)
     _check_limits(session)
 
 
@@ -207,15 +216,11 @@ def _calibrate(session: Session) -> Profile:
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
     policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target) as timer:
+    with Timer(config.target, lambda timings: session.measured(timings, "calibrate")) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
         )
     held = profile.predictor.heldout
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
     session.folder.decide(
         "calibrate", f"predict latency by {profile.predictor.design}",
         f"held-out error {held.mape:.1%} over {held.n} measured policies, "
