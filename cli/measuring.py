@@ -1,5 +1,6 @@
 """What calibrate and apply do between parsing and printing."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
+from ..evaluators.latency.capabilities import beside_profile, capabilities
 from ..evaluators.latency.kit import RecordedTimer, read_results, write_kit
 from ..evaluators.latency.profile import Profile, calibrate, profile_to_dict
 from ..evaluators.latency.target import Target
@@ -30,8 +32,9 @@ from .output import write_json
 def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
     """Calibrate and write the profile; returns the command's JSON."""
     _check_folder(out)
+    found = capabilities(target)
     profile = calibrate(anatomy, _policies(anatomy, target, count, seed, task), target)
-    return _write_profile(profile, out)
+    return _write_profile(profile, out, beside_profile(found))
 
 
 def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
@@ -64,8 +67,8 @@ def _check_folder(out: Path) -> None:
         raise InputError(f"{out}: its folder does not exist.")
 
 
-def _write_profile(profile: Profile, out: Path) -> dict[str, Any]:
-    data = profile_to_dict(profile)
+def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    data = {**profile_to_dict(profile), **(beside or {})}
     write_json(out, data)
     return {
         "profile": str(out),

@@ -39,16 +39,22 @@ def init(
     say(f"next: put your model into {folder / 'task.py'}, then nightpress run {folder / 'config.yaml'} --until 07:00")
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the kernels anew.")] = False, json: Json = False
+) -> None:
     """What is installed, devices, kernels, and how noisy this machine is. Example: nightpress doctor"""
-    from .doctor import examine
+    from .doctor import examine, kernel_lines
 
-    found = examine()
+    log_to_stderr()
+    found = examine(fresh)
     if json:
         emit(found)
         return
     table("Packages", [{"package": k, "version": v} for k, v in found["packages"].items()])
     table("Machine", [{"what": k, "value": v} for k, v in found["machine"].items()])
+    table("Runtimes", found["runtimes"])
+    for line in kernel_lines(found["kernels"]):
+        say(line)
     say(found["noise"]["meaning"])
 
 
@@ -125,7 +131,7 @@ def calibrate(
     from .measuring import calibrate_from_results, calibrate_to_file
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, target)
+    _, anatomy, where = find_anatomy(task, target, measured=results is None)
     if results is not None:
         data = calibrate_from_results(anatomy, results, out)
     else:
@@ -211,9 +217,13 @@ def apply(
         say(f"wrote {out}: {data['params']:,} parameters, {data['macs'] / 1e6:.1f} M MACs")
 
 
-def find_anatomy(task: str, target: str, runs_here: bool = True, **settings: int) -> "tuple[Task, Anatomy, Target]":
-    """Task, anatomy and target of a command; ``settings`` replace fields of the target. Raises InputError."""
+def find_anatomy(
+    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int
+) -> "tuple[Task, Anatomy, Target]":
+    """Task, anatomy and target of a command; ``settings`` replace fields of the target, ``measured`` takes the steps
+    that its kernels were measured to have. Raises InputError."""
     from ..evaluators.inspect import inspect as look
+    from ..evaluators.latency.capabilities import capabilities
     from ..evaluators.latency.target import check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
@@ -221,6 +231,8 @@ def find_anatomy(task: str, target: str, runs_here: bool = True, **settings: int
     where = replace(parse_target(target, Path(), "--target")[0], **settings)
     if runs_here:
         check_target(where)
+    if measured:
+        where = capabilities(where).applied(where)
     found = load_task(task, Path.cwd())
     check_task(found)
     anatomy, _ = look(found, step_of=where.channel_step)

@@ -158,10 +158,10 @@ class RecordedTimer(Timer):
 
     def time(
         self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 0, most_rounds: int = 0,
-        kernels: bool = False,
+        kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
     ) -> dict[str, Timing]:  # fmt: skip
         """The recorded timings. Raises MeasurementError for a model that the kit did not hold."""
-        del least_rounds, most_rounds, kernels
+        del least_rounds, most_rounds, kernels, window_ms, round_ms
         missing = [key for key in models if key not in self._timings]
         if missing:
             raise MeasurementError(f"the kit did not hold policy {missing[0]}")
