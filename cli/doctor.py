@@ -92,16 +92,15 @@ def noise_words(spread: float, floor: float, timing: Timing, core_count: int) ->
     two measurements of one model lay apart; shares."""
     busy = timing.busy_cores
     told = (
-        f"Timings: {len(timing.windows_ms)} windows of one model, spread over seconds, lie {spread:.1%} (median) above the "
-        f"lowest; measured twice, the model differs from itself by {floor:.1%}. "
+        f"Timings: {len(timing.windows_ms)} windows of one model, spread over seconds, lie {spread:.1%} (median) above "
+        f"the lowest; measured twice, the model differs from itself by {floor:.1%}. "
     )
-    others = (
-        f" Other processes use {busy:.1f} of {core_count} cores." if busy is not None and busy >= BUSY_CORES else ""
-    )
+    disturbed = busy is not None and busy >= BUSY_CORES
+    others = f" Other processes use {busy:.1f} of {core_count} cores: end them for the night." if disturbed else ""
     if not timing.settled:
         return told + (
-            "The two lowest windows never agreed within 2 %: a night here marks its latencies as unsettled, and nothing "
-            f"below {max(floor, timing.repeat_error):.0%} between two models means anything." + others
+            "The two lowest windows never agreed within 2 %: a night here marks its latencies as unsettled, and no "
+            f"difference below {max(floor, timing.repeat_error):.0%} between two models means anything." + others
         )
     if floor <= 0.02 and spread < 0.05:
         return told + "A night here can tell models apart that differ by 3 % or more." + others
