@@ -16,6 +16,9 @@ from ...spaces.plans import Flags, Planner, Plans, pack
 
 # Keep blocks of channels where all inputs have them.
 BLOCKED_TOO = FUSED_ACTIVATIONS | {"sigmoid", "silu", "max_pool", "avg_pool", "global_pool", "add", "cat", "tanh"}
+# An fp32 convolution computes these itself when they alone read it.
+FLOAT_FUSED = frozenset({"sigmoid", "tanh", "hardsigmoid", "leaky_relu"})
+KEEP_LAST = frozenset({"silu", "sigmoid", "mul"})
 POOLS = frozenset({"max_pool", "avg_pool", "global_pool"})
 FREE = frozenset({"input", "param", "flatten", "reshape"})
 CONVERSIONS = ("quantise", "dequantise", "transpose", "block", "unblock")
@@ -48,7 +51,7 @@ class _Layouts:
             [0] * size for _ in range(6)
         )
         self.plain_conv = [0] * size
-        self.early = [0] * size
+        self.early, self.fused_float = [0] * size, [0] * size
         self.leads, self.via, self.beside = ([0] * size for _ in range(3))
 
     def run(self) -> Kernels:
@@ -99,7 +102,15 @@ class _Layouts:
             self.block_kernel[position] = self.blocked[position] & ~self.absorbed[position]
             return
         self.bytes_[position] = int8
-        self.last[position] = int8 & all_last if op.kind not in {"flatten", "reshape"} else 0
+        if op.kind in KEEP_LAST:
+            self.last[position] = all_last & there & ~int8
+            if len(inputs) == 1:
+                self.last[position] &= self.plans.quantised[inputs[0]]
+        if op.kind in FLOAT_FUSED and self.planner.anatomy.ops[inputs[0]].kind == "conv":
+            made_float = (self.block_kernel[inputs[0]] | self.plain_conv[inputs[0]]) & ~self.plans.quantised[inputs[0]]
+            self.absorbed[position] = made_float & self.plans.alone[inputs[0]] & there
+            self.fused_float[inputs[0]] |= self.absorbed[position]
+        self.last[position] |= int8 & all_last if op.kind not in {"flatten", "reshape"} else 0
         if op.kind in POOLS:
             # The quantiser of a maximum's result moves before it.
             early = self.plans.quantised[position] & ~int8 if op.kind == "max_pool" else 0
@@ -110,7 +121,7 @@ class _Layouts:
             self.block_kernel[position] = self.blocked[position]
         elif op.kind in BLOCKED_TOO:
             self.blocked[position] = all_blocked & there & ~int8
-            self.block_kernel[position] = self.blocked[position]
+            self.block_kernel[position] = self.blocked[position] & ~self.absorbed[position]
         if op.kind == "add" and len(inputs) == 2:
             self._fuse_sum(position, inputs, there & ~int8)
 
@@ -172,7 +183,7 @@ class _Layouts:
             self.leads[position] = self.plans.quantised[position] & self.read_last[position] | self.via[position]
             if op.kind in BLOCKED_TOO:
                 for read in self.planner.inputs[position]:
-                    self.via[read] |= self.leads[position] & there & ~self.plans.int8[position]
+                    self.via[read] |= self.leads[position] & there & ~self.plans.int8[position] & ~self._keeps_last(position)
             if op.kind in FUSED_ACTIVATIONS:
                 # A fused one reads nothing itself.
                 there = there & ~self.absorbed[position]
@@ -191,11 +202,18 @@ class _Layouts:
                     else:
                         self.read_first[read] |= int8 & there & ~self.last[position]
                 block = float_ & self.blocked[position] if op.kind != "conv" else float_ & self._reads_blocks(position)
-                self.read_float_twice[read] |= self.read_float[read] & float_
+                again = float_ if op.kind == "silu" else self.read_float[read] & float_
+                self.read_float_twice[read] |= again
                 self.read_float[read] |= float_
                 self.read_block[read] |= block
-                self.beside[read] |= float_ & ~self.leads[position] if op.kind in BLOCKED_TOO else float_
+                first = float_ & ~self._keeps_last(position)
+                led = op.kind in BLOCKED_TOO and self.planner.anatomy.ops[read].kind not in KEEP_LAST
+                self.beside[read] |= first & ~self.leads[position] if led else first
                 self.read_plain[read] |= float_ & ~block
+
+    def _keeps_last(self, position: int) -> Flags:
+        keeps = self.planner.anatomy.ops[position].kind in KEEP_LAST
+        return self.last[position] & ~self.plans.int8[position] if keeps else 0
 
     def _reads_blocks(self, position: int) -> Flags:
         op = self.planner.anatomy.ops[position]
@@ -217,7 +235,7 @@ class _Layouts:
                 there &= ~self.plans.removed[block]
             quantised = self.plans.quantised[position] & there
             made = self.bytes_[position]
-            last = self.last[position] & made
+            last = self.last[position]
             blocked = self.blocked[position] & there
             floats = self.read_float[position]
             add("quantise", position, quantised & ~made)
@@ -231,6 +249,7 @@ class _Layouts:
             add("transpose", position, quantised & ~last & self.read_last[position])
             add("transpose", position, again)
             add("transpose", position, quantised & last & (self.beside[position] | self.read_first[position]))
+            add("transpose", position, there & last & ~quantised & ~made & self.beside[position])
             plain = self.read_plain[position] | self.plans.output[position] | self.plans.quantised[position]
             add("unblock", position, blocked & plain & ~self._taken(position))
             source = there & ~blocked & ~self._taken(position)
@@ -239,4 +258,4 @@ class _Layouts:
 
     def _taken(self, position: int) -> Flags:
         """Where the operation behind makes the result, in the layout that is its own."""
-        return self.plans.fused[position] | self.sums[position]
+        return self.plans.fused[position] | self.sums[position] | self.fused_float[position]

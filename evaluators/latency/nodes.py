@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...spaces.anatomy import WEIGHTED, Anatomy
 from ...spaces.plan import FUSED_ACTIVATIONS
+from .kernels import FLOAT_FUSED
 
 Array = NDArray[np.float64]
 NodeTimes = Mapping[str, tuple[str, float]]
@@ -18,7 +19,7 @@ CONVERSION_OF = {
     "ReorderInput": "block", "ReorderOutput": "unblock",
 }  # fmt: skip
 # What the runtime's optimisers append to a node's name when they rewrite it.
-_SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+|/duplicated|_kernel_time)+$")
+_SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+|/duplicated|/QuickGeluFusion/|_kernel_time)+$")
 _WEIGHTS = (".weight", ".bias", ".weight.wide")
 _FUSED_DEPTH = 3
 
@@ -53,7 +54,7 @@ class Matcher:
             if op.kind in WEIGHTED:
                 names, at = [], op.name
                 for _ in range(_FUSED_DEPTH):
-                    fused = [n for n in readers.get(at, []) if self._ops[self._index[n]].kind in FUSED_ACTIVATIONS | {"add"}]
+                    fused = [n for n in readers.get(at, []) if self._ops[self._index[n]].kind in FUSED_ACTIVATIONS | FLOAT_FUSED | {"add"}]
                     if not fused:
                         break
                     at = fused[0]
