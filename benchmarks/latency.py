@@ -24,14 +24,18 @@ from torch.utils.data import TensorDataset
 
 from nightpress.evaluators import Task
 from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.calibrate import calibrate_until_flat, stages_to_list
 from nightpress.evaluators.latency.measure import REFERENCE, Timer, write_random
+from nightpress.evaluators.latency.profile import profile_to_dict
 from nightpress.evaluators.latency.target import Target
+from nightpress.search.proposals import baselines
 from nightpress.spaces.anatomy import Anatomy, anatomy_from_json, anatomy_to_json
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from nightpress.spaces.space import Space
 
 SIDES = {"resnet56": 32, "vgg16": 32, "mobilenet_v2": 96, "resnet18": 64, "efficientnet_b0": 96}
+CALIBRATION_SEED, MOST_CALIBRATION = 7, 80
 TRUTH_SEED, TRUTH_POLICIES, TRUTH_WINDOWS = 20_261_124, 60, 8
 
 
@@ -106,6 +110,23 @@ def measure(name: str, threads: int, cache: Path) -> None:
     path = cache / f"{name}.{threads}.truth.json"
     if not path.is_file():
         path.write_text(json.dumps(measure_truth(anatomy, target)))
+    path = cache / f"{name}.{threads}.profile.json"
+    if not path.is_file():
+        path.write_text(json.dumps(measure_profile(anatomy, target)))
+
+
+def measure_profile(anatomy: Anatomy, target: Target) -> dict[str, Any]:
+    """A calibration as the command makes it, with at most 80 policies: the profile file, and how it came about."""
+    generator, space = np.random.default_rng(CALIBRATION_SEED), space_of(anatomy)
+    with Timer(target) as timer:
+        made = calibrate_until_flat(
+            anatomy, lambda count: [space.random(generator) for _ in range(count)], target,
+            always=list(baselines(anatomy, distill=True).values()), timer=timer, most=MOST_CALIBRATION,
+        )  # fmt: skip
+    return {
+        "profile": profile_to_dict(made.profile), "stages": stages_to_list(made.stages), "reason": made.reason,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+    }  # fmt: skip
 
 
 def main() -> None:

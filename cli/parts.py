@@ -147,7 +147,7 @@ def predict(
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
         planned = plan(anatomy, policy)
-        latency, low, high = profile.predict(planned)
+        latency, low, high = (float(value) for value in profile.predict([policy])[0])
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
              "size_bytes": file_size(planned), "macs": planned.macs}

@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,8 +154,13 @@ class Session:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         """Predicted latency in ms and file size in bytes, quick enough for thousands of policies."""
-        planned = plan(self.prepared.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return self.costs_of([policy])[0]
+
+    def costs_of(self, policies: Sequence[Policy]) -> list[tuple[float, int]]:
+        """The same for many policies at once, which is quicker by far."""
+        latencies = self.profile.predict(policies)[:, 0]
+        sizes = [self.profile.predict_size(plan(self.prepared.anatomy, policy)) for policy in policies]
+        return [(float(latency), size) for latency, size in zip(latencies, sizes, strict=True)]
 
     def predict(self, policy: Policy) -> tuple[float, float, float, int]:
         """Predicted latency with the ends of its interval (ms), and the file size in bytes, for which the
@@ -163,7 +168,8 @@ class Session:
         key = digest(policy)
         if key not in self._cost_cache:
             planned = plan(self.prepared.anatomy, policy)
-            self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
+            latency, low, high = (float(value) for value in self.profile.predict([policy])[0])
+            self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
 
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:

@@ -4,8 +4,8 @@ A yes-or-no about each policy of a batch is one integer whose bit ``i`` speaks o
 policies is a handful of operations on long integers, and over one policy it costs next to nothing too.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,13 @@ def choices_of(anatomy: Anatomy, policies: Sequence[Policy]) -> Choices:
         for name in policy.removed_blocks:
             removed[row, blocks[name]] = True
     return Choices(kept=kept, bits=bits, removed=removed, pairs=tuple(pairs))
+
+
+def chunks(choices: Choices, size: int) -> Iterator[Choices]:
+    """The batch in parts of at most ``size`` policies."""
+    for start in range(0, len(choices), size):
+        part = slice(start, start + size)
+        yield replace(choices, kept=choices.kept[part], bits=choices.bits[part], removed=choices.removed[part])
 
 
 def pack(values: NDArray[np.bool_]) -> Flags:

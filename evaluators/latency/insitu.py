@@ -87,11 +87,17 @@ class InSitu:
                 raise UnseenKernelError(f"there is a conversion ({name}), which no measured policy had")
 
 
-def learn(work: Work, timed: Sequence[Timed], latency_ms: Array, use: Mask, operations: Sequence[str]) -> InSitu:
-    """Learn units from the policies in ``use``, shape (n,), of a batch: ``timed`` and ``latency_ms`` by policy."""
-    kernel_ms = np.stack([t.kernels for t in timed])
-    weight_ms = np.stack([t.weights for t in timed])
-    converted = {name: np.array([t.conversions[name] for t in timed]) for name in work.conversions}
+def learn(
+    work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mask, operations: Sequence[str]
+) -> InSitu:
+    """Learn units from the policies in ``use``, shape (n,), of a batch: ``timed`` and ``latency_ms`` by policy; those
+    in ``use`` have times of their nodes."""
+    nothing = np.full(len(operations), np.nan)
+    kernel_ms = np.stack([nothing if t is None else t.kernels for t in timed])
+    weight_ms = np.stack([nothing if t is None else t.weights for t in timed])
+    converted = {
+        name: np.array([0.0 if t is None else t.conversions[name] for t in timed]) for name in work.conversions
+    }
     totals = np.nansum(kernel_ms, axis=1) + np.nansum(weight_ms, axis=1) + sum(converted.values())
     overhead, factors = _levels(totals, work.nodes, latency_ms, use)
     kinds: dict[str, _Kind] = {}
@@ -106,7 +112,7 @@ def learn(work: Work, timed: Sequence[Timed], latency_ms: Array, use: Mask, oper
         known = use & (converted[name] > 0) & (amounts[:, 0] > 0)
         if known.any():
             ms = _without(converted[name][known], overhead, amounts[known, 0]) * factors[known]
-            costs[name] = _relative_nnls(amounts[known], ms)
+            costs[name] = relative_nnls(amounts[known], ms)
     return InSitu(kinds=kinds, conversions=costs, operations=operations)
 
 
@@ -115,7 +121,7 @@ def _levels(totals: Array, nodes: Array, latency_ms: Array, use: Mask) -> tuple[
     matrix = np.stack([totals, -nodes], axis=1)[use] / latency_ms[use, None]
     share, taken = nnls(matrix, np.ones(int(use.sum())))[0]
     overhead = float(min(taken / share, MOST_OVERHEAD_MS)) if share > 0 else 0.0
-    return overhead, latency_ms / np.maximum(totals - overhead * nodes, 0.3 * totals)
+    return overhead, latency_ms / np.maximum(totals - overhead * nodes, 0.3 * totals + 1e-9)
 
 
 def _without(times: Array, overhead: float, nodes: "Array | float") -> Array:
@@ -134,7 +140,7 @@ def _learn_kind(units: Units, ms: Array, operations: int) -> _Kind:
         costs = np.zeros(units.terms.shape[1])
         costs[0] = ms.mean()
     else:
-        costs = _relative_nnls(units.terms, ms)
+        costs = relative_nnls(units.terms, ms)
     spans = np.ones((operations, 2))
     np.maximum.at(spans[:, 0], units.site, units.size_in)
     np.maximum.at(spans[:, 1], units.site, units.size_out)
@@ -198,7 +204,7 @@ def _features(units: Units) -> Array:
     )  # fmt: skip
 
 
-def _relative_nnls(terms: Array, ms: Array) -> Array:
+def relative_nnls(terms: Array, ms: Array) -> Array:
     """Non-negative costs of terms by least squares on relative errors."""
     scale = np.maximum(terms.max(axis=0), 1e-12)
     matrix = np.vstack([terms / scale / ms[:, None], 1e-3 * np.eye(terms.shape[1])])

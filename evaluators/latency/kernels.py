@@ -32,6 +32,8 @@ class Kernels:
     blocked: list[Flags]
     stored: list[Flags]
     absorbed: list[Flags]
+    split: list[Flags]
+    """SiLUs that run as a sigmoid and a product, because their input is dequantised for each of the two."""
     sums: list[Flags]
     """Convolutions that add a second tensor to their result."""
     conversions: dict[str, list[tuple[int, Flags]]]
@@ -64,6 +66,12 @@ class _Layouts:
                     facts[position] = facts[position] & ~where | facts[source] & where
         self._readers()
         return Kernels(
+            split=[
+                self.plans.quantised[inputs[0]] & there if op.kind == "silu" else 0
+                for op, inputs, there in zip(
+                    self.planner.anatomy.ops, self.planner.inputs, self.plans.alive, strict=True
+                )
+            ],
             blocked=self.block_kernel, stored=self.stored, absorbed=self.absorbed, sums=self.sums,
             conversions=self._conversions(),
         )  # fmt: skip

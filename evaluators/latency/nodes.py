@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +86,11 @@ class Matcher:
                 kernels[position] = spare.pop(name)
         for name, milliseconds in spare.items():
             _add(kernels, self._index[name], milliseconds)
-        return Timed(kernels=kernels, weights=weights, conversions=conversions, strangers=strangers)
+        # To the digits that a profile keeps, so that one that is read again is fitted to the same numbers.
+        rounded = {name: round(value, 5) for name, value in conversions.items()}
+        return Timed(
+            kernels=kernels.round(5), weights=weights.round(5), conversions=rounded, strangers=strangers
+        )
 
     def _converts(self, base: str) -> bool:
         """Whether a node with a converter's type is one, and not an operation of the model (a permutation)."""
@@ -101,3 +106,33 @@ class Matcher:
 
 def _add(values: Array, position: int, milliseconds: float) -> None:
     values[position] = milliseconds if np.isnan(values[position]) else values[position] + milliseconds
+
+
+def timed_to_dict(timed: Timed) -> dict[str, Any]:
+    """As JSON-ready data in microseconds: by the operation's position, what it has kernels for."""
+
+    def known(values: Array) -> dict[str, float]:
+        return {str(i): _microseconds(v) for i, v in enumerate(values) if not np.isnan(v)}
+
+    return {
+        "kernels": known(timed.kernels), "weights": known(timed.weights),
+        "conversions": {name: _microseconds(value) for name, value in timed.conversions.items() if value},
+    }  # fmt: skip
+
+
+def timed_from_dict(data: Mapping[str, Any], operations: int) -> Timed:
+    """The inverse of :func:`timed_to_dict`. Raises KeyError, ValueError or IndexError when something is damaged."""
+
+    def read(values: Mapping[str, float]) -> Array:
+        found = np.full(operations, np.nan)
+        for position, microseconds in values.items():
+            found[int(position)] = round(float(microseconds) / 1000, 5)
+        return found
+
+    conversions = dict.fromkeys(CONVERSION_OF.values(), 0.0)
+    conversions |= {str(name): round(float(value) / 1000, 5) for name, value in data["conversions"].items()}
+    return Timed(kernels=read(data["kernels"]), weights=read(data["weights"]), conversions=conversions, strangers={})
+
+
+def _microseconds(milliseconds: float) -> float:
+    return round(1000 * float(milliseconds), 2)

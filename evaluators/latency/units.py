@@ -79,7 +79,8 @@ class Worker:
         conversions = {name: self._converted(made.conversions[name], elements, plans.count) for name in CONVERSIONS}
         nodes = np.zeros(plans.count)
         for unit in units:
-            nodes += np.bincount(unit.row, minlength=plans.count)
+            each = 2 if unit.kind.endswith(".split") else 1
+            nodes += each * np.bincount(unit.row, minlength=plans.count)
         for amounts in conversions.values():
             nodes += amounts[:, 0]
         return Work(
@@ -174,11 +175,13 @@ class Worker:
         there = unpack([plans.alive[i] & ~made.absorbed[i] for i in others], count)
         int8 = unpack([plans.int8[i] for i in others], count)
         blocked = unpack([made.blocked[i] for i in others], count)
+        split = unpack([made.split[i] for i in others], count)
         kinds = np.array([self.anatomy.ops[i].kind for i in others])
         sources = np.stack([sum(elements[j] for j in self.planner.inputs[i]) + np.zeros(count) for i in others])
         for kind in dict.fromkeys(kinds):
             of_kind = (kinds == kind)[:, None] & there
-            for name, mask in (("int8", int8), ("blocked", ~int8 & blocked), ("fp32", ~int8 & ~blocked)):
+            fp32 = ~int8 & ~blocked & ~split
+            for name, mask in (("int8", int8), ("blocked", ~int8 & blocked), ("split", split), ("fp32", fp32)):
                 at, row = np.nonzero(of_kind & mask)
                 if not len(row):
                     continue
