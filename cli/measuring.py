@@ -13,6 +13,8 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
+from ..evaluators.latency.calibrate import calibrate_until_flat, stages_to_list
+from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.profile import calibrate, profile_to_dict
 from ..evaluators.latency.target import Target, target_to_dict
 from ..evaluators.task import Task
@@ -25,20 +27,34 @@ from ..spaces.policy import Policy, digest
 from .output import write_json
 
 
-def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
-    """Calibrate and write the profile; returns the command's JSON."""
+def calibrate_to_file(
+    anatomy: Anatomy, target: Target, out: Path, count: int | None, seed: int, task: str
+) -> dict[str, Any]:
+    """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
+    command's JSON."""
     if not out.parent.is_dir():
         raise InputError(f"{out}: its folder does not exist.")
     space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=target))
     generator = np.random.default_rng(seed)
-    policies = [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
-    profile = calibrate(anatomy, policies, target)
+    always = list(baselines(anatomy, True).values())
+
+    def draw(wanted: int) -> list[Policy]:
+        return [space.random(generator) for _ in range(wanted)]
+
+    with Timer(target) as timer:
+        if count is not None:
+            profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
+        else:
+            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
+            profile, stages, reason = made.profile, made.stages, made.reason
     data = profile_to_dict(profile)
     write_json(out, data)
     return {
         "profile": str(out),
         "target": target_to_dict(target),
         "models_measured": len(profile.points),
+        "stages": stages_to_list(stages),
+        "stopped": reason,
         "seconds": profile.seconds,
         "design": profile.predictor.design,
         "heldout": data["heldout"],

@@ -109,7 +109,10 @@ def calibrate(
     task: TaskRef,
     out: Annotated[Path, typer.Option("--out", metavar="PROFILE.json", help="The profile file.")],
     target: TargetRef = "onnxruntime",
-    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=10, max=500, help="Policies to measure; without it, until the error stops falling."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     json: Json = False,
 ) -> None:

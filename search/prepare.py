@@ -18,9 +18,7 @@ from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
-from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from ..evaluators.latency.profile import load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
 from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
@@ -29,6 +27,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, Policy
 from ..spaces.space import Space, uniform
 from .config import RunConfig
+from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .proposals import baselines, probes, sensitivity_of
@@ -196,37 +195,10 @@ def calibrate_target(session: Session) -> None:
     elif config.target_profile is not None:
         profile = load_profile(Path(config.target_profile), anatomy)
     else:
-        profile = _calibrate(session)
+        profile = measure_target(session)
     session.folder.write_json(TARGET, profile_to_dict(profile))
-    session.provide(profile=profile)
+    session.provide(profile=profile, measure_unseen=measure_unseen)
     _check_limits(session)
-
-
-def _calibrate(session: Session) -> Profile:
-    config, prepared = session.config, session.prepared
-    generator = np.random.default_rng(config.seed)
-    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target) as timer:
-        profile = calibrate(
-            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-        )
-    held = profile.predictor.heldout
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
-    session.folder.decide(
-        "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
-        f"the best of {len(profile.predictor.candidates)} designs",
-        designs=profile.predictor.candidates,
-    )  # fmt: skip
-    return profile
-
-
-def _tell(session: Session, text: str) -> None:
-    session.update(activity=text)
 
 
 def _check_limits(session: Session) -> None:

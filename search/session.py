@@ -10,9 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timer, Timing
 from ..evaluators.latency.profile import Profile
 from ..evaluators.onnx_graph import build_onnx, random_tensors
@@ -105,6 +108,11 @@ class Session:
     def provide(self, **parts: Any) -> None:
         self._parts.update(parts)
 
+    def use_profile(self, profile: Profile) -> None:
+        """From now on predict by this one; what was predicted before is forgotten."""
+        self.provide(profile=profile)
+        self._cost_cache.clear()
+
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Mark a phase in state and log; its seconds are counted even when it is interrupted."""
@@ -158,7 +166,7 @@ class Session:
 
     def costs_of(self, policies: Sequence[Policy]) -> list[tuple[float, int]]:
         """The same for many policies at once, which is quicker by far."""
-        latencies = self.profile.predict(policies)[:, 0]
+        latencies = self._predicted(policies)[:, 0]
         sizes = [self.profile.predict_size(plan(self.prepared.anatomy, policy)) for policy in policies]
         return [(float(latency), size) for latency, size in zip(latencies, sizes, strict=True)]
 
@@ -168,9 +176,19 @@ class Session:
         key = digest(policy)
         if key not in self._cost_cache:
             planned = plan(self.prepared.anatomy, policy)
-            latency, low, high = (float(value) for value in self.profile.predict([policy])[0])
+            latency, low, high = (float(value) for value in self._predicted([policy])[0])
             self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
+
+    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
+        try:
+            return self.profile.predict(policies)
+        except UnseenKernelError as error:
+            if len(policies) > 1:
+                return np.concatenate([self._predicted([policy]) for policy in policies])
+            self._parts["measure_unseen"](self, policies[0], error)
+            return self.profile.predict(policies)
 
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
         """Keep the reference's own figures: the noise of the night."""

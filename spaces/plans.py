@@ -4,6 +4,7 @@ A yes-or-no about each policy of a batch is one integer whose bit ``i`` speaks o
 policies is a handful of operations on long integers, and over one policy it costs next to nothing too.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -127,6 +128,20 @@ class Planner:
             for name, times in lost:
                 self._lost[row, groups[name]] = times
         self._widths = np.array([group.channels for group in self.anatomy.groups], np.float64)
+
+    def axis_range(self) -> tuple[Array, Array, NDArray[np.int64]]:
+        """The least size that each axis can take, the step between sizes, and how many there are; 1 size behind."""
+        least, step, counts = self._sizes.copy(), np.ones(len(self._sizes)), np.ones(len(self._sizes), np.int64)
+        for row, lost in enumerate(self._lost):
+            gone = [
+                (int(times), group) for times, group in zip(lost, self.anatomy.groups, strict=True) if times
+            ]
+            # A group keeps a multiple of its step, or its whole width, which need not be one.
+            steps = [times * size for times, g in gone for size in (g.step, g.channels % g.step) if size]
+            step[row] = math.gcd(*steps) if steps else 1
+            least[row] -= sum(times * (group.channels - min(group.step, group.channels)) for times, group in gone)
+            counts[row] = round((self._sizes[row] - least[row]) / step[row]) + 1
+        return np.append(least, 1.0), np.append(step, 1.0), np.append(counts, 1)
 
     def plans(self, choices: Choices) -> Plans:
         """The plans of a batch."""

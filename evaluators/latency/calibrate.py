@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ...spaces.anatomy import Anatomy
+from ...spaces.plans import choices_of
 from ...spaces.policy import Policy, digest
 from .measure import Timer, Timing, measure_policies
 from .profile import Profile, profile_of
 from .target import Target
+from .units import Worker
 
 FIRST, BATCH, MOST = 24, 16, 120
+CANDIDATES = 200
+"""Random policies among which kinds of kernels are looked for that the first batch does not run."""
 PATIENCE = 2
 """Batches that must improve the error together by :data:`WORTH` of it, or the calibration ends."""
 WORTH = 0.05
@@ -50,7 +54,7 @@ def calibrate_until_flat(
     timings: dict[str, Timing] = {}
     sizes: dict[str, int] = {}
     stages: list[Stage] = []
-    batch: Sequence[Policy] = [*always, *draw(FIRST)]
+    batch = covering(Worker(anatomy), [*always, *draw(FIRST)], draw(CANDIDATES))
     while True:
         before, new = time.perf_counter(), {digest(p): p for p in batch if digest(p) not in policies}
         if progress is not None:
@@ -67,6 +71,19 @@ def calibrate_until_flat(
         if reason is not None:
             return Calibration(profile=profile, stages=tuple(stages), reason=reason)
         batch = draw(min(BATCH, most - len(policies)))
+
+
+def covering(worker: Worker, policies: Sequence[Policy], candidates: Sequence[Policy]) -> list[Policy]:
+    """The policies, with those candidates that run kinds of kernels which none before them does."""
+    chosen, known = list(policies), set[str]()
+    for number, policy in enumerate([*policies, *candidates]):
+        work = worker.work(choices_of(worker.anatomy, [policy]))
+        kinds = {units.kind for units in work.units}
+        kinds |= {name for name, amounts in work.conversions.items() if amounts[:, 0].any()}
+        if number >= len(policies) and not kinds <= known:
+            chosen.append(policy)
+        known |= kinds
+    return chosen
 
 
 def _reason(stages: Sequence[Stage], after_next: float, seconds: float, most: int) -> str | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from .nodes import Timed
-from .units import Units, Work
+from .units import DEQUANTISE, Units, Work, streams
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -34,57 +34,75 @@ class UnseenKernelError(LookupError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    """What was learned of one kind: ``log ms = log(terms @ costs) + shape @ features + own[site] @ sizes``."""
+class Kind:
+    """What was learned of one kind of units. With h(M) = ``streams(M) @ stream`` of a model of M megabytes:
+
+    ``ms = (terms @ costs + streamed · h(M)) · exp(features @ shape + own[site] @ sizes) · exp(model(M) @ model_shape)``
+    """
 
     costs: Array
+    stream: Array
     shape: Array
-    centre: Array
+    model_shape: Array
+    centre: float
     own: Array
     """Of each operation an offset and two slopes, shape (operations, 3)."""
     spans: Array
     """Largest sizes (in, out) of each operation, shape (operations, 2)."""
 
-    def ms(self, units: Units) -> Array:
-        log = np.log(np.maximum(units.terms @ self.costs, _LEAST_MS))
+    def own_ms(self, units: Units) -> tuple[Array, Array]:
+        """What does not depend on the rest of the model: milliseconds, and milliseconds for each unit of h(M)."""
         own = self.own[units.site]
         sizes = _sizes(units, self.spans)
-        correction = own[:, 0] + own[:, 1] * sizes[0] + own[:, 2] * sizes[1]
+        correction = own[:, 0] + own[:, 1] * sizes[0] + own[:, 2] * sizes[1] - self.centre
         if units.layer:
-            correction += _features(units) @ self.shape - float(self.centre @ self.shape)
-        return np.exp(log + np.clip(correction, -MOST_CORRECTION, MOST_CORRECTION))
+            correction += _features(units) @ self.shape
+        factor = np.exp(_clipped(correction))
+        return np.maximum(units.terms @ self.costs, _LEAST_MS) * factor, units.streamed * factor
+
+    def of_model(self, model_mb: Array) -> tuple[Array, Array]:
+        """Factor of a model's units, and h(M) times it, each of shape (n,)."""
+        factor = np.exp(_clipped(_model_features(model_mb) @ self.model_shape))
+        return factor, factor * (streams(model_mb) @ self.stream)
+
+    def ms(self, units: Units, model_mb: Array) -> Array:
+        """Milliseconds of each unit; ``model_mb`` (n,) by the batch's policies."""
+        own, streamed = self.own_ms(units)
+        factor, further = (values[units.row] for values in self.of_model(model_mb))
+        return own * factor + streamed * further
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InSitu:
     """Sums of units in ms; ``operations`` names the operation at each position."""
 
-    kinds: Mapping[str, _Kind]
+    kinds: Mapping[str, Kind]
     conversions: Mapping[str, Array]
     operations: Sequence[str]
 
-    def sums(self, work: Work) -> Array:
-        """Total of each policy, shape (n,). Raises UnseenKernelError."""
-        return sum(self.parts(work).values(), np.zeros(work.count))
-
     def parts(self, work: Work) -> dict[str, Array]:
-        """The same by kind."""
-        self.check(work)
+        """Milliseconds of each policy by kind, each of shape (n,). Raises UnseenKernelError."""
         found = {
-            units.kind: np.bincount(units.row, weights=self.kinds[units.kind].ms(units), minlength=work.count)
+            units.kind: np.bincount(
+                units.row, weights=self.kind(units).ms(units, work.model_mb), minlength=work.count
+            )
             for units in work.units
         }
-        return found | {name: work.conversions[name] @ costs for name, costs in self.conversions.items()}
+        return found | self.conversion_ms(work.conversions)
 
-    def check(self, work: Work) -> None:
-        for units in work.units:
-            if units.kind not in self.kinds:
-                raise UnseenKernelError(
-                    f"{self.operations[units.site[0]]} runs as {units.kind}, which no measured policy did"
-                )
-        for name, amounts in work.conversions.items():
+    def kind(self, units: Units) -> Kind:
+        """Raises UnseenKernelError when no measured policy ran this kind."""
+        if units.kind not in self.kinds:
+            name = self.operations[units.site[0]]
+            raise UnseenKernelError(f"{name} runs as {units.kind}, which no measured policy did")
+        return self.kinds[units.kind]
+
+    def conversion_ms(self, conversions: Mapping[str, Array]) -> dict[str, Array]:
+        """Milliseconds of each conversion, each of shape (n,). Raises UnseenKernelError."""
+        for name, amounts in conversions.items():
             if name not in self.conversions and amounts[:, 0].any():
-                raise UnseenKernelError(f"there is a conversion ({name}), which no measured policy had")
+                raise UnseenKernelError(f"something is converted ({name}), which no measured policy did")
+        return {name: conversions[name] @ costs for name, costs in self.conversions.items()}
 
 
 def learn(
@@ -102,11 +120,11 @@ def learn(
     overhead, factors = _levels(totals, work.nodes, latency_ms, use)
     kinds: dict[str, _Kind] = {}
     for units in work.units:
-        times = (weight_ms if units.kind == "weights.dequantise" else kernel_ms)[units.row, units.site]
+        times = (weight_ms if units.kind == DEQUANTISE else kernel_ms)[units.row, units.site]
         known = use[units.row] & (np.nan_to_num(times) > 0)
         if known.any():
             ms = _without(times[known], overhead, 1.0) * factors[units.row[known]]
-            kinds[units.kind] = _learn_kind(_taken(units, known), ms, len(operations))
+            kinds[units.kind] = _learn_kind(_taken(units, known), ms, work.model_mb, len(operations))
     costs: dict[str, Array] = {}
     for name, amounts in work.conversions.items():
         known = use & (converted[name] > 0) & (amounts[:, 0] > 0)
@@ -131,29 +149,33 @@ def _without(times: Array, overhead: float, nodes: "Array | float") -> Array:
 def _taken(units: Units, mask: Mask) -> Units:
     return Units(
         kind=units.kind, layer=units.layer, site=units.site[mask], row=units.row[mask], size_in=units.size_in[mask],
-        size_out=units.size_out[mask], model_mb=units.model_mb[mask], terms=units.terms[mask],
+        size_out=units.size_out[mask], terms=units.terms[mask], streamed=units.streamed[mask],
     )  # fmt: skip
 
 
-def _learn_kind(units: Units, ms: Array, operations: int) -> _Kind:
-    if len(ms) < LEAST_UNITS:
-        costs = np.zeros(units.terms.shape[1])
-        costs[0] = ms.mean()
-    else:
-        costs = relative_nnls(units.terms, ms)
+def _learn_kind(units: Units, ms: Array, model_mb: Array, operations: int) -> Kind:
+    """``model_mb`` (n,) by policy."""
+    further = units.streamed[:, None] * streams(model_mb)[units.row]
+    terms = np.concatenate([units.terms, further], axis=1)
+    costs = relative_nnls(terms, ms) if len(ms) >= LEAST_UNITS else np.eye(1, terms.shape[1])[0] * ms.mean()
     spans = np.ones((operations, 2))
     np.maximum.at(spans[:, 0], units.site, units.size_in)
     np.maximum.at(spans[:, 1], units.site, units.size_out)
-    features = _features(units) if units.layer else np.zeros((len(ms), 1))
-    left = np.log(ms) - np.log(np.maximum(units.terms @ costs, _LEAST_MS))
+    model = _model_features(model_mb)[units.row]
+    features = np.concatenate([_features(units), model], axis=1) if units.layer else np.zeros((len(ms), 2))
+    left = np.log(ms) - np.log(np.maximum(terms @ costs, _LEAST_MS))
     shape, centre, own = _corrections(units, left, features, _sizes(units, spans), operations)
-    return _Kind(costs=costs, shape=shape, centre=centre, own=own, spans=spans)
+    width = units.terms.shape[1]
+    return Kind(
+        costs=costs[:width], stream=costs[width:], shape=shape[:-2], model_shape=shape[-2:],
+        centre=float(centre @ shape), own=own, spans=spans,
+    )  # fmt: skip
 
 
 def _corrections(
     units: Units, left: Array, features: Array, sizes: tuple[Array, Array], operations: int
 ) -> tuple[Array, Array, Array]:
-    """The kind's correction and the layers' own, in turn, with outliers weighed down (Huber)."""
+    """The kind's correction and the layers' own, in turn, with outliers weighed down (Huber 1964)."""
     centre = features.mean(axis=0)
     features = features - centre
     design = np.stack([np.ones(len(left)), *sizes], axis=1)
@@ -189,19 +211,23 @@ def _sizes(units: Units, spans: Array) -> tuple[Array, Array]:
 
 
 def _features(units: Units) -> Array:
-    """Of layers: logarithms of channels and of the model's weights, how channels fill vectors of 16, narrow layers."""
+    """Of layers: logarithms of channels, how channels fill vectors of 16, narrow layers."""
     wide_in, wide_out = np.log(np.maximum(units.size_in, 1)) / 3, np.log(np.maximum(units.size_out, 1)) / 3
-    model = np.log(units.model_mb) / 3
     over_in, over_out = units.size_in % 16, units.size_out % 16
     return np.stack(
         [
-            np.ones(len(wide_in)), wide_in, wide_out, wide_in**2, wide_out**2, wide_in * wide_out, model, model**2,
+            np.ones(len(wide_in)), wide_in, wide_out, wide_in**2, wide_out**2, wide_in * wide_out,
             *(over_out == r for r in _WIDTHS[:3]), *(units.size_out == w for w in _WIDTHS),
             *(over_in == r for r in (0, *_WIDTHS[:3])), *(units.size_in == w for w in _WIDTHS[:3]),
             (over_out != 0) / np.maximum(units.size_out / 16, 1),
         ],
         axis=1,
     )  # fmt: skip
+
+
+def _model_features(model_mb: Array) -> Array:
+    model = np.log(model_mb) / 3
+    return np.stack([model, model**2], axis=1)
 
 
 def relative_nnls(terms: Array, ms: Array) -> Array:

@@ -19,13 +19,15 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
+from ...spaces.plans import Choices
 from .insitu import InSitu, UnseenKernelError, learn, relative_nnls
 from .nodes import Timed
-from .units import Work
+from .tables import Sums, Tables, sums_of
+from .units import Work, Worker
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Predict = Callable[[Work], Array]
+Predict = Callable[[Choices], Array]
 COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
@@ -47,17 +49,21 @@ class HeldOut:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
-    None where a policy was measured without them; ``operations`` are the names of the anatomy's."""
+    None where a policy was measured without them."""
 
+    worker: Worker
     work: Work
     latency_ms: Array
     timed: Sequence[Timed | None]
-    operations: Sequence[str]
+
+    @property
+    def operations(self) -> list[str]:
+        return [op.name for op in self.worker.anatomy.ops]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
-    """``predict`` maps the work of n policies to (n, 3): latency, low and high end of the 90 % interval, in ms."""
+    """``predict`` maps the choices of n policies to (n, 3): latency, low and high end of the 90 % interval, in ms."""
 
     design: str
     heldout: HeldOut
@@ -70,9 +76,9 @@ class Predictor:
     """What was learned of the units, whichever design won."""
     _model: Predict
 
-    def predict(self, work: Work) -> Array:
-        """Raises UnseenKernelError for work that no measured policy did."""
-        latency = np.maximum(self._model(work), _LEAST_MS)
+    def predict(self, choices: Choices) -> Array:
+        """Raises UnseenKernelError for a kind of kernel that no measured policy ran."""
+        latency = np.maximum(self._model(choices), _LEAST_MS)
         factor = math.exp(self.log_margin)
         return np.column_stack([latency, latency / factor, latency * factor])
 
@@ -102,16 +108,18 @@ def _fit(measured: Measured, seed: int) -> Predictor:
         held["units × Gaussian process"] = _crossed(
             lambda use: _corrected(sums, features, latency_ms, use), sums, features, folds
         )
-        known = units
-        final["units"] = lambda: _scaled(known, float(_scale(sums, latency_ms)))
+        tables = Tables(measured.worker, units)
+        final["units"] = lambda: _scaled(tables, _scale(sums, latency_ms))
         final["units × Gaussian process"] = lambda: _unit_process(
-            known, _corrected(sums, features, latency_ms, everything)
+            tables, _corrected(sums, features, latency_ms, everything)
         )
     for name, make in _AGGREGATES.items():
         columns = _columns(work)
         terms = _aggregate(work, columns)
         held[name] = _out_of_fold(make, terms, latency_ms, folds)
-        final[name] = lambda make=make, terms=terms, columns=columns: _of_terms(make(terms, latency_ms), columns)
+        final[name] = lambda make=make, terms=terms, columns=columns: _of_terms(
+            measured.worker, make(terms, latency_ms), columns
+        )
     errors = {name: float(np.mean(np.abs(h / latency_ms - 1))) for name, h in held.items()}
     design = min(errors, key=lambda name: errors[name])
     scores = np.abs(np.log(held[design] / latency_ms))
@@ -167,25 +175,20 @@ def _out_of_fold_units(measured: Measured, profiled: Mask, folds: NDArray[np.int
         complete = replace(
             learned, kinds={**whole.kinds, **learned.kinds}, conversions={**whole.conversions, **learned.conversions}
         )
-        parts = complete.parts(measured.work)
-        sums[out] = sum(parts.values())[out]
-        found = _part_features(parts, measured.work)
+        made = sums_of(complete.parts(measured.work), measured.work)
+        sums[out] = made.total[out]
+        found = _sum_features(made)
         if not features.shape[1]:
             features = np.empty((len(folds), found.shape[1]))
         features[out] = found[out]
     return np.maximum(sums, _LEAST_MS), features
 
 
-_GROUPS = ("int8", "blocked", "plain", "stored", "dequantise")
-
-
-def _part_features(parts: dict[str, Array], work: Work) -> Array:
-    """Logarithms of how the sum is made up, of kernels in all, and of the model's weights."""
-    total = np.maximum(sum(parts.values(), np.zeros(work.count)), _LEAST_MS)
-    groups = [
-        sum((v for k, v in parts.items() if k.endswith(f".{group}")), np.zeros(work.count)) / total for group in _GROUPS
-    ]
-    return np.stack([*np.log(np.array(groups) + 0.02), np.log(total), np.log(work.nodes), np.log(work.model_mb)], axis=1)
+def _sum_features(sums: Sums) -> Array:
+    """Logarithms of how the sum is made up, of kernels in all, and of the model's weights, shape (n, features)."""
+    total = np.maximum(sums.total, _LEAST_MS)
+    logs = np.log(np.array([total, sums.nodes, sums.model_mb]))
+    return np.concatenate([np.log(sums.groups / total + 0.02), logs]).T
 
 
 def _scale(sums: Array, latency_ms: Array) -> float:
@@ -214,14 +217,14 @@ def _crossed(
     return np.maximum(held, _LEAST_MS)
 
 
-def _scaled(units: InSitu, scale: float) -> Predict:
-    return lambda work: units.sums(work) * scale
+def _scaled(tables: Tables, scale: float) -> Predict:
+    return lambda choices: tables.sums(choices).total * scale
 
 
-def _unit_process(units: InSitu, correct: Callable[[Array, Array], Array]) -> Predict:
-    def predict(work: Work) -> Array:
-        parts = units.parts(work)
-        return correct(sum(parts.values(), np.zeros(work.count)), _part_features(parts, work))
+def _unit_process(tables: Tables, correct: Callable[[Array, Array], Array]) -> Predict:
+    def predict(choices: Choices) -> Array:
+        sums = tables.sums(choices)
+        return correct(sums.total, _sum_features(sums))
 
     return predict
 
@@ -250,8 +253,8 @@ def _aggregate(work: Work, columns: dict[str, int]) -> Array:
     return np.concatenate([np.ones((work.count, 1)), *found], axis=1)
 
 
-def _of_terms(model: Callable[[Array], Array], columns: dict[str, int]) -> Predict:
-    return lambda work: model(_aggregate(work, columns))
+def _of_terms(worker: Worker, model: Callable[[Array], Array], columns: dict[str, int]) -> Predict:
+    return lambda choices: model(_aggregate(worker.work(choices), columns))
 
 
 def _out_of_fold(

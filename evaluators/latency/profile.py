@@ -64,7 +64,7 @@ class Profile:
         Raises UnseenKernelError for a policy with a kind of kernel that no measured policy ran.
         """
         choices = policies if isinstance(policies, Choices) else choices_of(self.worker.anatomy, policies)
-        found = [self.predictor.predict(self.worker.work(part)) for part in chunks(choices, CHUNK)]
+        found = [self.predictor.predict(part) for part in chunks(choices, CHUNK)]
         return np.concatenate(found) if found else np.empty((0, 3))
 
     def predict_size(self, planned: Plan) -> int:
@@ -130,6 +130,11 @@ def reference_level(timings: Iterable[Timing]) -> float | None:
     """The uncompressed model's latency in ms over the groups of models that it was timed with: their median."""
     found = [timing.reference_ms for timing in timings if timing.reference_ms is not None]
     return float(np.median(found)) if found else None
+
+
+def drift(profile: Profile, reference: Timing) -> float:
+    """By which share the uncompressed model is slower than when the profile was made."""
+    return reference.latency_ms / profile.reference_ms - 1
 
 
 def point_of(
@@ -232,10 +237,10 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) ->
 
 def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
     measured = Measured(
+        worker=worker,
         work=worker.work(choices_of(worker.anatomy, [p.policy for p in points])),
         latency_ms=np.array([p.latency_ms for p in points]),
         timed=[p.timed for p in points],
-        operations=[op.name for op in worker.anatomy.ops],
     )
     return fit(measured)
 
