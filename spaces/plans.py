@@ -65,6 +65,11 @@ def pack(values: NDArray[np.bool_]) -> Flags:
     return int.from_bytes(np.packbits(values, bitorder="little").tobytes(), "little")
 
 
+def pack_rows(values: NDArray[np.bool_]) -> list[Flags]:
+    """Flags of shape (rows, n), each row as one integer."""
+    return [int.from_bytes(row.tobytes(), "little") for row in np.packbits(values, axis=1, bitorder="little")]
+
+
 def unpack(flags: Sequence[Flags], count: int) -> NDArray[np.bool_]:
     """The inverse of :func:`pack` for several flags: shape (flags, count)."""
     width = (count + 7) // 8
@@ -133,9 +138,7 @@ class Planner:
         """The least size that each axis can take, the step between sizes, and how many there are; 1 size behind."""
         least, step, counts = self._sizes.copy(), np.ones(len(self._sizes)), np.ones(len(self._sizes), np.int64)
         for row, lost in enumerate(self._lost):
-            gone = [
-                (int(times), group) for times, group in zip(lost, self.anatomy.groups, strict=True) if times
-            ]
+            gone = [(int(times), group) for times, group in zip(lost, self.anatomy.groups, strict=True) if times]
             # A group keeps a multiple of its step, or its whole width, which need not be one.
             steps = [times * size for times, g in gone for size in (g.step, g.channels % g.step) if size]
             step[row] = math.gcd(*steps) if steps else 1
@@ -148,11 +151,10 @@ class Planner:
         count = len(choices)
         gone = (self._widths - choices.kept).T if self._widths.size else np.zeros((0, count))
         axes = np.vstack([self._sizes[:, None] - self._lost @ gone, np.ones((1, count))])
-        removed = [pack(choices.removed[:, i]) for i in range(choices.removed.shape[1])]
-        pairs = [
-            [(pair, flags) for code, pair in enumerate(choices.pairs) if (flags := pack(choices.bits[:, i] == code))]
-            for i in range(len(self.anatomy.layers))
-        ]
+        removed = pack_rows(choices.removed.T)
+        bits = np.ascontiguousarray(choices.bits.T)
+        by_pair = [(pair, pack_rows(bits == code)) for code, pair in enumerate(choices.pairs)]
+        pairs = [[(pair, rows[i]) for pair, rows in by_pair if rows[i]] for i in range(len(self.anatomy.layers))]
         full = (1 << count) - 1
         alive = [full & ~_any(removed[b] for b in blocks) for blocks in self.in_blocks]
         return _Flow(self, full, alive, removed, pairs).plans(count, axes)

@@ -44,8 +44,8 @@ def calibrate_until_flat(
     anatomy: Anatomy, draw: Callable[[int], Sequence[Policy]], target: Target, *, always: Sequence[Policy] = (),
     timer: Timer, seconds: float = SECONDS, most: int = MOST, progress: Callable[[str], None] | None = None,
 ) -> Calibration:  # fmt: skip
-    """Measure ``always`` and batches that ``draw`` gives, fitting after each, until two batches in a row no longer lower
-    the held-out error by a twentieth, ``most`` policies are measured, or the next batch would pass ``seconds``.
+    """Measure ``always`` and batches that ``draw`` gives, fitting after each, until two batches in a row no longer
+    lower the held-out error by a twentieth, ``most`` policies are measured, or the next batch would pass ``seconds``.
 
     Raises MeasurementError.
     """
@@ -64,9 +64,7 @@ def calibrate_until_flat(
         profile = profile_of(anatomy, target, policies, timings, sizes, seconds=lambda: time.perf_counter() - start)
         spent = time.perf_counter() - start
         heldout = profile.predictor.heldout
-        stages.append(
-            Stage(policies=len(policies), design=profile.predictor.design, mape=heldout.mape, seconds=spent)
-        )
+        stages.append(Stage(policies=len(policies), design=profile.predictor.design, mape=heldout.mape, seconds=spent))
         reason = _reason(stages, spent + (time.perf_counter() - before) * BATCH / max(1, len(new)), seconds, most)
         if reason is not None:
             return Calibration(profile=profile, stages=tuple(stages), reason=reason)

@@ -1,9 +1,9 @@
-"""Latency as a sum of units, each learned in place: from the runtime's own times of the nodes of whole models.
+"""Latency as a sum of units, each learned in place: from the runtime's own times of nodes of whole models.
 
-A unit of one kind takes a non-negative sum of physical terms, times a correction that is linear in logarithms and in how
-channels lie on the vectors of the machine (shared by the kind), times one of the layer's own. Times of nodes are first
-brought to the model's measured latency, because a profiler slows what it watches and another hour is faster or slower:
-of a profile only the shares are believed.
+A unit of one kind takes a non-negative sum of physical terms, times a correction that is linear in logarithms and in
+how channels lie on the vectors of the machine (shared by the kind), times one of the layer's own. Times of nodes are
+first brought to the model's measured latency, because a profiler slows what it watches and another hour is faster or
+slower: of a profile only the shares are believed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -83,9 +83,7 @@ class InSitu:
     def parts(self, work: Work) -> dict[str, Array]:
         """Milliseconds of each policy by kind, each of shape (n,). Raises UnseenKernelError."""
         found = {
-            units.kind: np.bincount(
-                units.row, weights=self.kind(units).ms(units, work.model_mb), minlength=work.count
-            )
+            units.kind: np.bincount(units.row, weights=self.kind(units).ms(units, work.model_mb), minlength=work.count)
             for units in work.units
         }
         return found | self.conversion_ms(work.conversions)
@@ -105,9 +103,7 @@ class InSitu:
         return {name: conversions[name] @ costs for name, costs in self.conversions.items()}
 
 
-def learn(
-    work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mask, operations: Sequence[str]
-) -> InSitu:
+def learn(work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mask, operations: Sequence[str]) -> InSitu:
     """Learn units from the policies in ``use``, shape (n,), of a batch: ``timed`` and ``latency_ms`` by policy; those
     in ``use`` have times of their nodes."""
     nothing = np.full(len(operations), np.nan)
@@ -118,7 +114,7 @@ def learn(
     }
     totals = np.nansum(kernel_ms, axis=1) + np.nansum(weight_ms, axis=1) + sum(converted.values())
     overhead, factors = _levels(totals, work.nodes, latency_ms, use)
-    kinds: dict[str, _Kind] = {}
+    kinds: dict[str, Kind] = {}
     for units in work.units:
         times = (weight_ms if units.kind == DEQUANTISE else kernel_ms)[units.row, units.site]
         known = use[units.row] & (np.nan_to_num(times) > 0)

@@ -55,7 +55,11 @@ class Matcher:
             if op.kind in WEIGHTED:
                 names, at = [], op.name
                 for _ in range(_FUSED_DEPTH):
-                    fused = [n for n in readers.get(at, []) if self._ops[self._index[n]].kind in FUSED_ACTIVATIONS | FLOAT_FUSED | {"add"}]
+                    fused = [
+                        n
+                        for n in readers.get(at, [])
+                        if self._ops[self._index[n]].kind in FUSED_ACTIVATIONS | FLOAT_FUSED | {"add"}
+                    ]
                     if not fused:
                         break
                     at = fused[0]
@@ -88,9 +92,7 @@ class Matcher:
             _add(kernels, self._index[name], milliseconds)
         # To the digits that a profile keeps, so that one that is read again is fitted to the same numbers.
         rounded = {name: round(value, 5) for name, value in conversions.items()}
-        return Timed(
-            kernels=kernels.round(5), weights=weights.round(5), conversions=rounded, strangers=strangers
-        )
+        return Timed(kernels=kernels.round(5), weights=weights.round(5), conversions=rounded, strangers=strangers)
 
     def _converts(self, base: str) -> bool:
         """Whether a node with a converter's type is one, and not an operation of the model (a permutation)."""

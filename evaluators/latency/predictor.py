@@ -1,9 +1,10 @@
 """A latency predictor fitted to whole policies that were measured, which knows its own error.
 
 Several designs compete by cross-validation and the best is used: sums of units that were learned in place
-(:mod:`.insitu`), with and without a Gaussian process on what they leave in the logarithm; and three that need no profile
-of nodes: a non-negative sum of physical terms, a Gaussian process on the logarithms of the terms, and the sum corrected
-by such a process. The 90 % interval is split-conformal on the out-of-fold errors (Vovk et al. 2005; Lei et al. 2018).
+(:mod:`.insitu`), with and without a Gaussian process on what they leave in the logarithm; and three that need no
+profile of nodes: a non-negative sum of physical terms, a Gaussian process on the logarithms of the terms, and the sum
+corrected by such a process. The 90 % interval is split-conformal on the out-of-fold errors (Vovk et al. 2005; Lei et
+al. 2018).
 """
 
 import math

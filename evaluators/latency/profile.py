@@ -137,9 +137,7 @@ def drift(profile: Profile, reference: Timing) -> float:
     return reference.latency_ms / profile.reference_ms - 1
 
 
-def point_of(
-    policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher, level_ms: float | None
-) -> Point:
+def point_of(policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher, level_ms: float | None) -> Point:
     """A measurement, brought to the hour when the uncompressed model takes ``level_ms``: what holds is the ratio to
     the reference that was timed between."""
     factor = level_ms / timing.reference_ms if level_ms and timing.reference_ms else 1.0

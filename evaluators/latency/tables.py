@@ -1,5 +1,5 @@
-"""Sums of units for batches of policies by looking them up: what a unit costs depends on its variant and on two sizes that
-take few values, so that each combination is worked out once."""
+"""Sums of units for batches of policies by looking them up: what a unit costs depends on its variant and on two sizes
+that take few values, so that each combination is worked out once."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class Sums:
 def sums_of(parts: dict[str, Array], work: Work) -> Sums:
     """From the parts of an :class:`InSitu`."""
     nothing = np.zeros(work.count)
-    groups = [sum((v for k, v in parts.items() if k.endswith(f".{group}") and _grouped(k)), nothing) for group in GROUPS]
-    return Sums(
-        total=sum(parts.values(), nothing), groups=np.array(groups), nodes=work.nodes, model_mb=work.model_mb
-    )
+    groups = [
+        sum((v for k, v in parts.items() if k.endswith(f".{group}") and _grouped(k)), nothing) for group in GROUPS
+    ]
+    return Sums(total=sum(parts.values(), nothing), groups=np.array(groups), nodes=work.nodes, model_mb=work.model_mb)
 
 
 def _grouped(kind: str) -> bool:
@@ -52,8 +52,8 @@ class Tables:
     def __init__(self, worker: Worker, units: InSitu) -> None:
         self._worker, self._units = worker, units
         self._axes = _Axes(worker)
-        self._layers = _Table(self._axes, worker, worker.layers, NO_LAYER)
-        self._others = _Table(self._axes, worker, worker.others, NO_OTHER)
+        self._layers = _Table(self._axes, worker, worker.layers, NO_LAYER, depth=4)
+        self._others = _Table(self._axes, worker, worker.others, NO_OTHER, depth=1)
         self._bases = list(dict.fromkeys(worker.layer_kinds))
         base = np.array([self._bases.index(kind) for kind in worker.layer_kinds], np.int64)
         self._kind_of = base[:, None] * len(LAYER_VARIANTS)
@@ -74,16 +74,19 @@ class Tables:
         factors, further = self._of_model(state.model_mb)
         variant = state.layer_codes & 3
         kind = self._kind_of + variant
-        columns = np.arange(state.count)
-        ms = found[0] * factors[kind, columns] + found[1] * further[kind, columns]
-        groups = [np.where(variant == number, ms, 0.0).sum(axis=0) for number in range(len(LAYER_VARIANTS))]
+        place = kind * state.count + np.arange(state.count)
+        ms = found[0] * factors.take(place) + found[1] * further.take(place)
+        groups = [np.einsum("sn,sn->n", variant == number, ms) for number in range(len(LAYER_VARIANTS))]
         stored = found[2].sum(axis=0) * factors[-1] + found[3].sum(axis=0) * further[-1]
         return np.array([*groups, stored])
 
     def _of_model(self, model_mb: Array) -> tuple[Array, Array]:
         """Factors of each kind of layer, and of dequantised weights in the last row, shape (kinds, n)."""
         names = [f"{base}.{variant}" for base in self._bases for variant in LAYER_VARIANTS] + [DEQUANTISE]
-        factors, further = np.ones((len(names), len(model_mb))), np.zeros((len(names), len(model_mb)))
+        factors, further = (
+            np.ones((len(names), len(model_mb)), np.float32),
+            np.zeros((len(names), len(model_mb)), np.float32),
+        )
         for row, name in enumerate(names):
             if name in self._units.kinds:
                 factors[row], further[row] = self._units.kinds[name].of_model(model_mb)
@@ -121,7 +124,7 @@ class _Axes:
 class _Table:
     """Entries of all operations of one sort, by code and the steps of the two axes that its work depends on."""
 
-    def __init__(self, axes: _Axes, worker: Worker, sites: Index, nothing: int) -> None:
+    def __init__(self, axes: _Axes, worker: Worker, sites: Index, nothing: int, depth: int) -> None:
         self._nothing = nothing
         rows = [worker.axes_of(int(site)) for site in sites]
         self._kept = np.array([len(r) <= 2 and np.prod(axes.counts[list(r)]) <= MOST_ENTRIES for r in rows], np.bool_)
@@ -134,23 +137,23 @@ class _Table:
         self._each = sizes[:, None]
         starts = np.concatenate([[0], np.cumsum(sizes * (nothing + 1))])
         self._start = starts[:-1, None]
-        self._prices = np.zeros((4, int(starts[-1])))
+        self._prices = np.zeros((depth, int(starts[-1])), np.float32)
+        self._depth = depth
         self._known = np.zeros(int(starts[-1]), np.bool_)
 
     def look_up(self, codes: NDArray[np.int8], steps: Index, price: Callable[[Mask], Array]) -> Array:
         """Prices of each operation and policy, shape (4, operations, n)."""
         where = self._start + codes * self._each + steps[self._first] * self._width + steps[self._second]
-        unknown = ~self._known[where] & self._kept[:, None] & (codes != self._nothing)
+        unknown = ~self._known.take(where) & self._kept[:, None] & (codes != self._nothing)
         if unknown.any():
             new = np.zeros(where.shape, np.bool_)
             first = np.unique(where[unknown], return_index=True)[1]
             new[tuple(part[first] for part in np.nonzero(unknown))] = True
             priced = price(new)
-            self._prices[:, where[new]] = priced[:, new]
+            self._prices[:, where[new]] = priced[: self._depth, new]
             self._known[where[new]] = True
-        found = self._prices[:, where]
+        found = np.stack([plane.take(where) for plane in self._prices])
         each_time = ~self._kept[:, None] & (codes != self._nothing)
         if each_time.any():
-            found += price(each_time)
+            found += price(each_time)[: self._depth]
         return found
-

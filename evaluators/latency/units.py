@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 STREAM_MB = (0.5, 2.0, 8.0, 32.0)
-"""Where the weights of a whole model begin to leave a cache; from each on a weight may cost more, up to four times it."""
+"""Where the weights of a whole model begin to leave a cache; from each on up to four times it, a weight costs more."""
 LAYER_VARIANTS = ("int8", "blocked", "plain", "stored")
 WITH_SUM, NO_LAYER = 4, 8
 """Added to a layer's code (its variant's number) where it adds a second tensor; the code where there is no layer."""
