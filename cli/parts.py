@@ -122,7 +122,10 @@ def calibrate(
     results: Annotated[
         Path | None, typer.Option("--from", metavar="results.json", help="What a kit measured on another device.")
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=10, max=500, help="Policies to measure; without it, until the error stops falling."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     json: Json = False,
 ) -> None:
@@ -163,7 +166,7 @@ def predict(
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
         planned = plan(anatomy, policy)
-        latency, low, high = profile.predict(planned)
+        latency, low, high = (float(value) for value in profile.predict([policy])[0])
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
              "size_bytes": file_size(planned), "macs": planned.macs, "forced": "; ".join(profile.forced) or None}

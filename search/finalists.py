@@ -15,6 +15,7 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
 from .runner import Failure
@@ -47,7 +48,10 @@ def remeasure_front(session: Session) -> None:
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
     with Timer(session.config.target, lambda found: session.measured(found, "search")) as timer:
-        timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target, timer)
+        timings, sizes = measure_policies(
+            session.prepared.anatomy, policies, session.config.target, timer, kernels=True
+        )
+    feed_back(session, policies, timings, sizes)
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
     session.folder.decide(

@@ -21,9 +21,7 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
-from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, is_remote, load_profile, profile_to_dict
+from ..evaluators.latency.profile import is_remote, load_profile
 from ..evaluators.latency.target import check_target
 from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
@@ -32,6 +30,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, LayerBits, Policy
 from ..spaces.space import Space, uniform
 from .config import RunConfig
+from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .proposals import baselines, probes, sensitivity_of
@@ -229,15 +228,9 @@ def calibrate_target(session: Session) -> None:
     elif config.target_profile is not None:
         profile = load_profile(Path(config.target_profile), anatomy, force=config.force)
     else:
-        profile = _calibrate(session)
-    data = profile_to_dict(profile)
-    if own.is_file() or config.target_profile is not None:  # what stands beside the points is not fitted again
-        before = json.loads((own if own.is_file() else Path(config.target_profile or "")).read_text())
-        data = {**data, **{key: before[key] for key in MEASURED_BESIDE if key in before}}
-    else:
-        data |= beside_profile(capabilities_from_dict(session.state["capabilities"]))
-    session.folder.write_json(TARGET, data)
-    session.provide(profile=profile)
+        profile = measure_target(session)
+    session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
+    session.keep_profile(profile)
     for difference in profile.forced:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
@@ -245,27 +238,12 @@ def calibrate_target(session: Session) -> None:
     _check_limits(session)
 
 
-def _calibrate(session: Session) -> Profile:
-    config, prepared = session.config, session.prepared
-    generator = np.random.default_rng(config.seed)
-    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target, lambda timings: session.measured(timings, "calibrate")) as timer:
-        profile = calibrate(
-            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-        )
-    held = profile.predictor.heldout
-    session.folder.decide(
-        "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
-        f"the best of {len(profile.predictor.candidates)} designs",
-        designs=profile.predictor.candidates,
-    )  # fmt: skip
-    return profile
-
-
-def _tell(session: Session, text: str) -> None:
-    session.update(activity=text)
+def _beside_profile(session: Session) -> dict[str, Any]:
+    """What the target's file holds beside the profile: the run's own measurement, or that of the config's profile."""
+    if session.config.target_profile is None:
+        return beside_profile(capabilities_from_dict(session.state["capabilities"]))
+    data = json.loads(Path(session.config.target_profile).read_text())
+    return {key: data[key] for key in MEASURED_BESIDE if key in data}
 
 
 def _check_limits(session: Session) -> None:
