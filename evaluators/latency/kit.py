@@ -34,8 +34,12 @@ VERSION = 1
 MEASURE = "measure.py"
 
 
-def write_kit(anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path) -> dict[str, Any]:
+def write_kit(
+    anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path, *,
+    how: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write models, ``kit.json`` and ``measure.py`` into an empty or new folder; returns the description.
+    ``how`` is what the script is told of windows and rounds, as :func:`settings` gives it.
 
     Raises OSError.
     """
@@ -53,7 +57,7 @@ def write_kit(anatomy: Anatomy, policies: Sequence[Policy], target: Target, out:
         "model": anatomy.digest,
         "target": for_script(target),
         "settings": target_to_dict(target),
-        "request": settings(),
+        "request": dict(how or settings()),
         "at_once": max(1, min(AT_ONCE, AT_ONCE_BYTES // largest)),
         "models": models,
         "policies": {key: policy_to_dict(policy) for key, policy in chosen.items() if key != REFERENCE},
