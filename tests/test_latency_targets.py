@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from nightpress.evaluators import builtin
 from nightpress.evaluators.bake import bake
@@ -11,6 +12,7 @@ from nightpress.evaluators.latency import timer as script
 from nightpress.evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing, write_random
 from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
 from nightpress.evaluators.onnx_graph import build_onnx
+from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
 from nightpress.search.session import noise_warnings
 from nightpress.spaces.errors import InputError
@@ -94,6 +96,15 @@ def test_more_threads_than_cores_are_refused() -> None:
 # The timed graph is the shipped graph
 
 
+def observe(module: fx.GraphModule) -> None:
+    """Ranges of the activations, as a night takes them."""
+    for site in quantisers(module).values():
+        site.observing = True
+    with torch.no_grad():
+        module.eval()(images(32, 1, 28))
+    end_observation(module)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist_resnet", "mnist_vgg"])
 def test_the_runtime_makes_the_same_graph_of_random_weights_as_of_the_export(name: str, tmp_path: Path) -> None:
@@ -107,6 +118,7 @@ def test_the_runtime_makes_the_same_graph_of_random_weights_as_of_the_export(nam
         Policy(model=engine.anatomy.digest, bits=mixed, prune={engine.anatomy.groups[0].name: 0.5}),
     ):
         module, planned = engine.apply(policy)
+        observe(module)
         shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
         shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
         write_random(planned, timed)
