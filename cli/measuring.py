@@ -1,5 +1,6 @@
 """What calibrate and apply do between parsing and printing."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..evaluators.inspect import network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities
 from ..evaluators.latency.kit import read_results, write_kit
-from ..evaluators.latency.measure import Timer
+from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
 from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
 from ..evaluators.latency.units import Worker
@@ -26,10 +27,13 @@ from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
 from ..search.proposals import baselines
+from ..search.session import noise_warnings
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest
 from .output import write_json
+
+log = logging.getLogger("nightpress")
 
 
 def calibrate_to_file(
@@ -40,7 +44,7 @@ def calibrate_to_file(
     _check_folder(out)
     draw, always = _drawing(anatomy, target, seed, task)
     found = capabilities(target)
-    with Timer(target) as timer:
+    with Timer(target, warn_of_noise) as timer:
         if count is not None:
             profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
         else:
@@ -81,6 +85,12 @@ def _drawing(
     return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
 
 
+def warn_of_noise(timings: Mapping[str, Timing]) -> None:
+    """Say on stderr what disturbed a measurement."""
+    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
+        log.warning("%s", text)
+
+
 def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise InputError(f"{out}: its folder does not exist.")
@@ -94,6 +104,7 @@ def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None
         "target": data["target"],
         "device": data["device"],
         "models_measured": len(profile.points),
+        "unsettled": sum(point.repeat_error > AGREE for point in profile.points),
         "seconds": profile.seconds,
         "design": profile.predictor.design,
         "heldout": data["heldout"],

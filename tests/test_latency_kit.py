@@ -1,6 +1,8 @@
 """Another device: a kit measured by numpy and ONNX Runtime alone, pinned to one core, and what comes back of it."""
 
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 import tiny
+from nightpress.cli.kit import measure_over_ssh
 from nightpress.cli.measuring import calibrate_from_results
 from nightpress.evaluators.latency import timer
 from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
 from nightpress.evaluators.latency.measure import REFERENCE, settings
-from nightpress.evaluators.latency.profile import load_profile
+from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import Policy, digest
@@ -152,6 +155,51 @@ def test_a_kit_that_the_device_cannot_measure_says_why(kit: Kit, tmp_path: Path)
     assert done.returncode == 1
     assert done.stderr == "measure: models/reference.onnx is not the file that the kit was made with.\n"
     assert not (tmp_path / "swapped" / timer.RESULTS).exists()
+
+
+@pytest.mark.slow
+def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With programs named ssh and scp whose other machine is a folder."""
+    far, near = tmp_path / "far", tmp_path / "near"
+    far.mkdir()
+    shutil.copytree(kit.folder, near)
+    (near / timer.RESULTS).unlink()
+    shims = {"ssh": f'shift; shift; cd {far}; exec sh -c "$*"',
+             "scp": f'shift "$(($# - 2))"; cp -r "$(echo "$1" | sed s#^pi@board:#{far}/#)" '
+                    f'"$(echo "$2" | sed s#^pi@board:#{far}/#)"'}  # fmt: skip
+    for name, text in shims.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    measure_over_ssh(near, "pi@board", str(kit.python), "nightpress-kit")
+
+    assert read_results(near / timer.RESULTS, ANATOMY).policies
+    assert list(far.iterdir()) == []  # nothing is left there
+    with pytest.raises(RuntimeError, match=r"^pi@board: ssh failed: .*no-python"):
+        measure_over_ssh(near, "pi@board", "no-python", "nightpress-kit")
+
+
+# A profile that is used although it is of another device
+
+
+def test_an_overridden_profile_says_so_in_every_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tiny.place(tmp_path)
+    profile = json.loads(place.profile.read_text())
+    profile["device"]["cpu"] = "Another CPU"
+    place.profile.write_text(json.dumps(profile))
+    words = ("predict", place.task, place.policy, "--target", place.profile, "--json")
+
+    assert "cpu was 'Another CPU' when it was made" in tiny.call(*words, capsys=capsys).sentence
+
+    [row] = tiny.call(*words, "--force", capsys=capsys).json["policies"]
+    assert row["forced"].startswith(
+        "a profile holds for one device; cpu was 'Another CPU' when it was made, here it is"
+    )
+    loaded = load_profile(place.profile, place.anatomy, force=True)
+    place.profile.write_text(json.dumps(profile_to_dict(loaded)))
+    with pytest.raises(InputError, match=r"cpu was 'Another CPU'"):  # what was overridden once stays in the file
+        load_profile(place.profile, place.anatomy)
 
 
 @pytest.mark.slow
