@@ -209,9 +209,9 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy, fo
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
     remote = bool(data.get("remote", False))
-    differences = tuple(data.get("forced", ())) + differences_of(
-        data["model"], device, anatomy.digest, device if remote else fingerprint(target)
-    )
+    here = device if remote else fingerprint(target)
+    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, here)]
+    differences = tuple(dict.fromkeys(found))
     if differences and not force:
         raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
     if data["model"] != anatomy.digest:
