@@ -1,5 +1,7 @@
 """What calibrate and apply do between parsing and printing."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
 from ..evaluators.latency.calibrate import calibrate_until_flat, stages_to_list
+from ..evaluators.latency.capabilities import beside_profile, capabilities
+from ..evaluators.latency.kit import RecordedTimer, read_results, write_kit
 from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.profile import calibrate, profile_to_dict
-from ..evaluators.latency.target import Target, target_to_dict
+from ..evaluators.latency.profile import Profile, calibrate, profile_to_dict
+from ..evaluators.latency.target import Target
 from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
@@ -24,6 +28,7 @@ from ..search.proposals import baselines
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest
+from ..spaces.space import Space
 from .output import write_json
 
 
@@ -32,29 +37,63 @@ def calibrate_to_file(
 ) -> dict[str, Any]:
     """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
     command's JSON."""
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: its folder does not exist.")
-    space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=target))
-    generator = np.random.default_rng(seed)
-    always = list(baselines(anatomy, True).values())
-
-    def draw(wanted: int) -> list[Policy]:
-        return [space.random(generator) for _ in range(wanted)]
-
+    _check_folder(out)
+    found = capabilities(target)
     with Timer(target) as timer:
         if count is not None:
-            profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
-        else:
-            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
-            profile, stages, reason = made.profile, made.stages, made.reason
-    data = profile_to_dict(profile)
+            policies = _policies(anatomy, target, count, seed, task)
+            profile = calibrate(anatomy, policies, target, timer=timer)
+            return _write_profile(profile, out, beside_profile(found))
+        space, generator = _space(anatomy, target, task), np.random.default_rng(seed)
+        made = calibrate_until_flat(
+            anatomy, lambda wanted: [space.random(generator) for _ in range(wanted)], target,
+            always=list(baselines(anatomy, True).values()), timer=timer,
+        )  # fmt: skip
+    answer = _write_profile(made.profile, out, beside_profile(found))
+    return {**answer, "stages": stages_to_list(made.stages), "stopped": made.reason}
+
+
+def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
+    """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
+    _check_folder(out)
+    found = read_results(results, anatomy)
+    with RecordedTimer(found) as timer:
+        profile = calibrate(anatomy, found.policies, found.target, timer=timer)
+    return _write_profile(
+        replace(profile, device=found.device, remote=True, seconds=found.seconds, date=found.date), out
+    )
+
+
+def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
+    """The policies that a calibration here would measure, as a kit."""
+    try:
+        return write_kit(anatomy, _policies(anatomy, target, count, seed, task), target, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+def _policies(anatomy: Anatomy, target: Target, count: int, seed: int, task: str) -> list[Policy]:
+    space, generator = _space(anatomy, target, task), np.random.default_rng(seed)
+    return [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
+
+
+def _space(anatomy: Anatomy, target: Target, task: str) -> Space:
+    return space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+
+
+def _check_folder(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: its folder does not exist.")
+
+
+def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    data = {**profile_to_dict(profile), **(beside or {})}
     write_json(out, data)
     return {
         "profile": str(out),
-        "target": target_to_dict(target),
+        "target": data["target"],
+        "device": data["device"],
         "models_measured": len(profile.points),
-        "stages": stages_to_list(stages),
-        "stopped": reason,
         "seconds": profile.seconds,
         "design": profile.predictor.design,
         "heldout": data["heldout"],

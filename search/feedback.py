@@ -1,10 +1,12 @@
 """What the night measures goes back into the latency profile; a target that has drifted is calibrated again."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from ..evaluators.latency.calibrate import SECONDS, calibrate_until_flat, stages_to_list
+from ..evaluators.latency.capabilities import MEASURED_BESIDE
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timer, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
@@ -33,7 +35,7 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
     if policies is None and config.calibration_policies is not None:
         policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
-    with Timer(config.target) as timer:
+    with Timer(config.target, lambda timings: session.measured(timings, "calibrate")) as timer:
         if policies is not None:
             profile = calibrate(
                 prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
@@ -46,10 +48,6 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
                 progress=lambda text: _tell(session, text),
             )  # fmt: skip
             profile, stages, reason = made.profile, stages_to_list(made.stages), made.reason
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
     held = profile.predictor.heldout
     session.folder.decide(
         "calibrate", f"predict latency by {profile.predictor.design}",
@@ -81,7 +79,9 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
     profile = profile.with_points(points)
     after = profile.predictor.heldout
     session.use_profile(profile)
-    session.folder.write_json(TARGET, profile_to_dict(profile))
+    before_file: dict[str, Any] = session.folder.read_json(TARGET) or {}
+    beside = {key: before_file[key] for key in MEASURED_BESIDE if key in before_file}
+    session.folder.write_json(TARGET, {**profile_to_dict(profile), **beside})
     session.folder.decide(
         "search", f"fitted the latency predictor to {len(points)} more measurements",
         f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
@@ -91,6 +91,8 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
 
 def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -> None:
     """A policy with a kind of kernel that no measured policy ran is measured, and the predictor learns from it."""
+    if session.profile.remote:  # nothing here can measure for that device
+        raise error
     session.folder.decide("search", "measured a policy", str(error))
     found = {"unseen": policy}
     timings, sizes = measure_policies(session.prepared.anatomy, found, session.config.target, kernels=True)

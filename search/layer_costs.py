@@ -18,6 +18,8 @@ def record_layers(session: Session) -> None:
 
     Written to ``layers.json`` after each file, so an interruption keeps what there is. Ends with the time for it.
     """
+    if session.profile.remote:  # this machine's kernels are not that device's
+        return
     known: dict[str, Any] = session.folder.read_json(LAYERS) or {}
     with Timer(session.config.target) as timer:
         for trial in sorted(_standing(session), key=lambda t: (t.role != "baseline", t.number)):

@@ -228,6 +228,7 @@ def resolved_config(config: RunConfig) -> dict[str, Any]:
     data.pop("out")
     data.pop("until")
     data.pop("budget_seconds")
+    data.pop("force")  # what it led to stands in the state
     return _plain(data)
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import json
+import logging
 import math
 import os
 import platform
@@ -18,13 +20,14 @@ from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
-from ..evaluators.latency.profile import load_profile, profile_to_dict
+from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
+from ..evaluators.latency.profile import is_remote, load_profile, profile_to_dict
 from ..evaluators.latency.target import check_target
 from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Distill, Policy
+from ..spaces.policy import INT8, Distill, LayerBits, Policy
 from ..spaces.space import Space, uniform
 from .config import RunConfig
 from .feedback import measure_target, measure_unseen
@@ -34,6 +37,7 @@ from .proposals import baselines, probes, sensitivity_of
 from .runner import Failure, LocalRunner
 from .session import Prepared, Session, quality_of
 
+log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
@@ -42,12 +46,15 @@ FINALISTS_WANTED = 8
 def prepare(session: Session) -> None:
     """Build the anatomy and the space, choose how to train, start the workers. Raises InputError."""
     config = session.config
-    check_target(config.target)
+    remote = config.target_profile is not None and is_remote(Path(config.target_profile))
+    if not remote:
+        check_target(config.target)
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
     least = config.limits.min_accuracy
     if least is not None and least > 1 and task.metric is None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
+    config = _capable(session, config)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
@@ -65,6 +72,7 @@ def prepare(session: Session) -> None:
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+        runtime=config.target.runtime,
     )  # fmt: skip
     session.provide(
         prepared=Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms),
@@ -76,6 +84,31 @@ def prepare(session: Session) -> None:
     )  # fmt: skip
     for item in anatomy.left_out:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
+
+
+def _capable(session: Session, config: RunConfig) -> RunConfig:
+    """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
+    and a resumed night keeps those that it began with."""
+    if config.target_profile is not None:
+        return config
+    known = session.state.get("capabilities")
+    if known is None:
+        session.update(activity="measuring what the target can do")
+        known = capabilities(config.target).to_dict()
+        session.update(capabilities=known)
+    found = capabilities_from_dict(known)
+    target = found.applied(config.target, [LayerBits(weights=w, activations=a) for w in config.space.bits.weights
+                                           for a in config.space.bits.activations])  # fmt: skip
+    kernels = ", ".join(f"{w.weights}/{w.activations} on {w.kernel} kernels {w.speedup:.2g}×" for w in found.widths)
+    steps = ", ".join(f"{step} from {first} channels" for first, step in target.channel_steps)
+    session.folder.decide(
+        "inspect", f"channel steps: {steps}",
+        f"stairs of {len(found.stairs)} kinds of layers; speed by bits of weights/activations: {kernels}; a change of "
+        f"precision costs {1000 * found.change_ms:.1f} µs on {found.change_elements} numbers",
+        settled=found.settled,
+    )  # fmt: skip
+    session.config = replace(config, target=target)
+    return session.config
 
 
 def _data_digest(train: Arrays) -> str:
@@ -191,13 +224,23 @@ def calibrate_target(session: Session) -> None:
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
     if own.is_file():
-        profile = load_profile(own, anatomy)
+        profile = load_profile(own, anatomy, force=config.force or bool(session.state.get("forced")))
     elif config.target_profile is not None:
-        profile = load_profile(Path(config.target_profile), anatomy)
+        profile = load_profile(Path(config.target_profile), anatomy, force=config.force)
     else:
         profile = measure_target(session)
-    session.folder.write_json(TARGET, profile_to_dict(profile))
+    data = profile_to_dict(profile)
+    if own.is_file() or config.target_profile is not None:  # what stands beside the points is not fitted again
+        before = json.loads((own if own.is_file() else Path(config.target_profile or "")).read_text())
+        data = {**data, **{key: before[key] for key in MEASURED_BESIDE if key in before}}
+    else:
+        data |= beside_profile(capabilities_from_dict(session.state["capabilities"]))
+    session.folder.write_json(TARGET, data)
     session.provide(profile=profile, measure_unseen=measure_unseen)
+    for difference in profile.forced:
+        log.warning("the profile is used all the same: %s", difference)
+        session.folder.decide("calibrate", "the profile is used all the same", difference)
+    session.update(forced=session.forced)
     _check_limits(session)
 
 

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,14 +15,17 @@ from ...spaces.anatomy import Anatomy
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy
 from ..onnx_graph import build_onnx, random_tensors
+from . import timer as script
 from .target import Target
 
-REFERENCE = "reference"
+REFERENCE = script.REFERENCE
 AT_ONCE, AT_ONCE_BYTES = 32, 1 << 30  # models open at the same time and their files, to bound memory
 AGREE = 0.02
 """Windows are added until the two lowest lie within this share of each other."""
 LEAST_ROUNDS, MOST_ROUNDS = 4, 20
 KERNEL_PASSES = 3
+WINDOW_MS, ROUND_MS = 25, 600
+"""A burst of other work lasts one to two seconds: rounds are spread so that it meets few windows of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +78,18 @@ class MeasurementError(RuntimeError):
     """The timing process ended or the runtime refused a model; the text is its reason in one line."""
 
 
-class Timer:
-    """A child process that times models. Training must pause while it works: that is its owner's promise."""
+Listener = Callable[[Mapping[str, Timing]], None]
 
-    def __init__(self, target: Target) -> None:
+
+class Timer:
+    """A child process that times models. Training must pause while it works: that is its owner's promise.
+
+    ``listener`` is told of each answer.
+    """
+
+    def __init__(self, target: Target, listener: Listener | None = None) -> None:
         self.target = target
+        self._listener = listener
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("timer.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -114,31 +124,26 @@ class Timer:
         least_rounds: int = LEAST_ROUNDS,
         most_rounds: int = MOST_ROUNDS,
         kernels: bool = False,
+        window_ms: float = WINDOW_MS,
+        round_ms: float = ROUND_MS,
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementError."""
         timings: dict[str, Timing] = {}
         for chunk in _chunks(models):
             files = {REFERENCE: reference, **chunk} if reference is not None else chunk
-            answer = self._ask(files, least_rounds, most_rounds, KERNEL_PASSES if kernels else 0)
+            passes = KERNEL_PASSES if kernels else 0
+            answer = self._ask(files, settings(least_rounds, most_rounds, passes, window_ms, round_ms))
             # The reference was timed in each chunk: its figures are those of the last one.
-            timings |= _timings(answer)
+            timings |= timings_of(answer)
+        if self._listener is not None:
+            self._listener(timings)
         return timings
 
-    def _ask(
-        self, models: Mapping[str, Path], least_rounds: int, most_rounds: int, kernel_passes: int
-    ) -> dict[str, Any]:
+    def _ask(self, models: Mapping[str, Path], how: Mapping[str, float]) -> dict[str, Any]:
         request = {
+            **how,
+            **for_script(self.target),
             "models": {key: str(path) for key, path in models.items()},
-            "runtime": self.target.runtime,
-            "threads": self.target.threads,
-            "batch": self.target.batch,
-            "disabled_optimizers": list(self.target.disabled_optimizers),
-            "least_rounds": max(least_rounds, kernel_passes),
-            "most_rounds": max(most_rounds, kernel_passes),
-            "window_ms": 25,
-            "round_ms": 600,
-            "agree": AGREE,
-            "kernel_passes": kernel_passes,
         }
         if self._process.stdin is None or self._process.stdout is None:
             raise MeasurementError("the timing process has no pipes")
@@ -158,6 +163,23 @@ class Timer:
         return answer
 
 
+def settings(
+    least_rounds: int = LEAST_ROUNDS, most_rounds: int = MOST_ROUNDS, kernel_passes: int = KERNEL_PASSES,
+    window_ms: float = WINDOW_MS, round_ms: float = ROUND_MS,
+) -> dict[str, float]:  # fmt: skip
+    """How the timing script measures."""
+    return {
+        "least_rounds": max(least_rounds, kernel_passes), "most_rounds": max(most_rounds, kernel_passes),
+        "window_ms": window_ms, "round_ms": round_ms, "agree": AGREE, "kernel_passes": kernel_passes,
+    }  # fmt: skip
+
+
+def for_script(target: Target) -> dict[str, Any]:
+    """What the timing script needs to know of a target."""
+    return {"runtime": target.runtime, "threads": target.threads, "batch": target.batch,
+            "disabled_optimizers": list(target.disabled_optimizers)}  # fmt: skip
+
+
 def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     """Models that may be open at the same time; at least one."""
     chunk: dict[str, Path] = {}
@@ -172,7 +194,8 @@ def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     yield chunk
 
 
-def _timings(answer: Mapping[str, Any]) -> dict[str, Timing]:
+def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
+    """What the timing script answered, typed."""
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
     return {

@@ -1,7 +1,7 @@
 """Times ONNX files in windows that are spread in time. Runs as a process of its own and does nothing else.
 
 Needs only numpy and the runtime, and nothing of nightpress, so that it can run on another device. Requests and answers
-are JSON, one line each, on standard input and output. A request:
+are JSON, one line each, on standard input and output; beside a ``kit.json`` it measures that kit instead. A request:
 ``{"models": {key: path}, "runtime": "onnxruntime", "threads": 1, "batch": 1, "disabled_optimizers": [],
 "least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``;
 the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1}`` or
@@ -9,12 +9,17 @@ the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}
 there when ``kernel_passes`` is not 0.
 """
 
+import hashlib
 import json
 import os
+import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +31,15 @@ PROVIDERS = {
     "onnxruntime-cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+"""Distributions that bring a runtime, by the first part of its name."""
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+"""Of the CPU: those that choose kernels."""
 LEAST_RUNS, MOST_RUNS = 5, 80
 """Of a profiled pass; the profiler writes a line a kernel and run."""
 MOST_REASON = 400
+REFERENCE = "reference"
+KIT, RESULTS = "kit.json", "results.json"
 _KERNEL = "_kernel_time"
 
 
@@ -118,7 +129,7 @@ Model = OnnxRuntime | OpenVino
 BACKENDS: dict[str, Callable[..., Model]] = {**dict.fromkeys(PROVIDERS, OnnxRuntime), "openvino": OpenVino}
 
 
-def _random(shape: list[int]) -> "np.ndarray[Any, np.dtype[np.float32]]":
+def _random(shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
@@ -203,7 +214,7 @@ def lowest(passes: list[Kernels]) -> Kernels:
     return found
 
 
-def busy_seconds() -> "float | None":
+def busy_seconds() -> float | None:
     """Core seconds that all processes but this one have used since the machine was started; what a hypervisor
     took counts too. None where the system does not tell (it is Linux that does)."""
     try:
@@ -215,12 +226,61 @@ def busy_seconds() -> "float | None":
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
 
 
-def busy_cores(before: "float | None", after: "float | None", seconds: float) -> "float | None":
+def busy_cores(before: float | None, after: float | None, seconds: float) -> float | None:
     """Cores that other processes used on average over some time."""
     return None if before is None or after is None else max(0.0, (after - before) / max(seconds, 1e-9))
 
 
-def main() -> None:
+def device(runtime: str) -> dict[str, Any]:
+    """What numbers of this machine and runtime hold for."""
+    info = _cpuinfo()
+    known = (info.get("flags") or info.get("Features") or "").split()
+    return {
+        "machine": platform.machine(),
+        "cpu": info.get("model name") or info.get("Model") or platform.processor() or "unknown",
+        "flags": [flag for flag in FLAGS if flag in known],
+        "cores": cores(),
+        "runtime_version": runtime_version(runtime),
+        "accelerator": None if runtime in {"onnxruntime", "openvino"} else _accelerator(),
+    }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def runtime_version(runtime: str) -> str | None:
+    """None where the runtime is not installed."""
+    for name in PACKAGES[runtime.split("-")[0]]:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _accelerator() -> str | None:
+    """The first graphics card's name, as its driver tells it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+    return told[0].strip() if told else None
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
+    found: dict[str, str] = {}
+    for key, value in pairs:  # of the first core; a board's own name stands at the end
+        found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def serve() -> None:
     """Answer requests until standard input closes."""
     for line in sys.stdin:
         try:
@@ -231,5 +291,53 @@ def main() -> None:
         sys.stdout.flush()
 
 
+def measure_kit(folder: Path) -> dict[str, Any]:
+    """Time the files of a kit on this device; the results hold the kit's own description.
+
+    Raises ValueError or OSError when the kit is damaged or this device cannot run it, RuntimeError with the runtime's
+    reason when it does not load a model.
+    """
+    kit: dict[str, Any] = json.loads((folder / KIT).read_text())
+    target, models = kit["target"], kit["models"]
+    if runtime_version(target["runtime"]) is None:
+        raise ValueError(f"{target['runtime']} is not installed here: pip install {target['runtime'].split('-')[0]}")
+    if target["threads"] > cores():
+        raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
+    for entry in models.values():
+        if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{entry['file']} is not the file that the kit was made with")
+    began = time.perf_counter()
+    keys = [key for key in models if key != REFERENCE]
+    results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
+    results["busy_cores"] = None
+    for start in range(0, len(keys), kit["at_once"]):
+        chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
+        sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
+        paths = {key: str(folder / models[key]["file"]) for key in chosen}
+        answer = measure({**kit["request"], **target, "models": paths})
+        results["windows_ms"].update(answer["windows_ms"])
+        results["kernels"].update(answer["kernels"])
+        results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
+    return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def main() -> int:
+    """``python measure.py`` in a kit measures it; elsewhere requests are answered."""
+    folder = Path(__file__).resolve().parent
+    if not (folder / KIT).is_file():
+        serve()
+        return 0
+    try:
+        results = measure_kit(folder)
+        partial = folder / "results.partial"
+        partial.write_text(json.dumps(results))
+        partial.replace(folder / RESULTS)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        sys.stderr.write(f"measure: {' '.join(str(error).split())}.\n")
+        return 1
+    sys.stderr.write(f"wrote {folder / RESULTS}: bring it back for nightpress calibrate TASK --from results.json\n")
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
