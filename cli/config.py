@@ -13,6 +13,8 @@ import yaml
 
 from ..evaluators.latency.target import RUNTIMES, Target, target_from_dict
 from ..search.config import (
+    AUTO,
+    RAY,
     RUNNERS,
     SAMPLERS,
     BitsConfig,
@@ -137,7 +139,13 @@ def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
         raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {wrong['input']!r}.") from None
 
 
-_ALTERNATIVES = ("str", "bool", "tuple[str, ...]")  # of unions, as pydantic calls them in a key's path
+_ALTERNATIVES = (
+    "str",
+    "bool",
+    "int",
+    "literal['auto']",
+    "tuple[str, ...]",
+)  # of unions, as pydantic calls them in a key's path
 _WORDS = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -174,12 +182,28 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
     )  # fmt: skip
 
 
+def _about_workers(search: SearchConfig) -> list[tuple[str, object, bool, str]]:
+    """Rules of where evaluations run, as key, value, whether it holds, and what must."""
+    workers, address, needs = search.workers, search.address, search.resources
+    on_ray, alone = search.runner == RAY, "left out unless search.runner is ray"
+    named = address is None or re.fullmatch(r"(ray://)?[^\s/]+:\d+", address) is not None
+    return [
+        ("search.workers", workers, workers == AUTO or int(workers) >= 1, "at least 1, or auto"),
+        ("search.address", address, named, "host:port of a cluster's head node, or ray://host:port"),
+        ("search.address", address, address is None or on_ray, alone),
+        ("search.resources.cpu", needs.cpu, needs.cpu is None or needs.cpu >= 1, "at least 1"),
+        ("search.resources.gpu", needs.gpu, needs.gpu >= 0, "at least 0"),
+        ("search.resources.gpu", needs.gpu, not needs.gpu or on_ray, alone),
+        ("search.resources.memory_gb", needs.memory_gb, needs.memory_gb is None or needs.memory_gb > 0, "above 0"),
+    ]  # fmt: skip
+
+
 def _check_values(file: FileConfig, where: str) -> None:
     count = file.calibration_policies
     rules: list[tuple[str, object, bool, str]] = [
         ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
         ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
-        ("search.workers", file.search.workers, file.search.workers >= 1, "at least 1"),
+        *_about_workers(file.search),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
         ("seed", file.seed, file.seed >= 0, "at least 0"),
         ("calibration_policies", count, 10 <= count <= 500, "between 10 and 500"),

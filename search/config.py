@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..evaluators.latency.target import Target
 from ..spaces.policy import DISTILL_METHODS
 
 SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "random")
-RUNNERS = ("local",)
+LOCAL, RAY = RUNNERS = ("local", "ray")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +52,26 @@ class SpaceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one worker takes. ``cpu`` None divides this machine's cores among its workers, and means one on a cluster;
+    ``memory_gb`` (GiB) None divides 80 % of this machine's memory, and is no condition on a cluster."""
+
+    cpu: int | None = None
+    gpu: float = 0.0
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
-    """``storage`` None keeps the study in the run folder; ``max_trials`` None lets the clock decide."""
+    """``address`` None starts a cluster of our own on this machine where the runner is ``ray``; ``workers`` ``auto``
+    takes all the room there is. ``storage`` None keeps the study in the run folder; ``max_trials`` None lets the clock
+    decide."""
 
     sampler: str = "nightpress"
-    runner: str = "local"
-    workers: int = 1
+    runner: str = LOCAL
+    address: str | None = None
+    workers: int | Literal["auto"] = 1
+    resources: Resources = field(default_factory=Resources)
     storage: str | None = None
     max_trials: int | None = None
 

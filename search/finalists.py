@@ -17,9 +17,9 @@ from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
-from .runner import Failure
 from .session import Session, latency_of, quality_of
 from .store import policy_of
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 OUTCOME = "long.json"
@@ -147,7 +147,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
     if not jobs:
         return
-    one = _expected_seconds(session, trials) / len(trials) * session.config.search.workers
+    one = _expected_seconds(session, trials) / len(trials) * session.workers
     done = 0
     for number, result in session.run_all(jobs, end + one):
         done += 1
@@ -164,7 +164,7 @@ def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
     costs = (_long_costs(session, t) for t in trials)
-    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.config.search.workers
+    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
 def _size_long(session: Session, queue: list[TrialRecord]) -> None:
@@ -172,7 +172,7 @@ def _size_long(session: Session, queue: list[TrialRecord]) -> None:
     rungs = session.state["rungs"]
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
         return
-    seconds = 0.9 * session.clock.left_before("verify", "report") * session.config.search.workers
+    seconds = 0.9 * session.clock.left_before("verify", "report") * session.workers
     fixed, a_step = (sum(parts) for parts in zip(*(_long_costs(session, t) for t in queue), strict=True))
     steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], int((seconds - fixed) / max(a_step, 1e-9))))
     session.folder.decide(

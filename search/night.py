@@ -30,6 +30,7 @@ from .trials import Trials, enqueue
 log = logging.getLogger("nightpress")
 SEEDS = 8
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
+WHERE = ("runner", "address", "workers", "resources")
 
 
 def run_night(
@@ -187,7 +188,7 @@ def _search(session: Session, trials: Trials) -> None:
         if trials.dry:
             reason = "the sampler proposes only policies that are known"
             break
-        trials.fill(session.config.search.workers if most is None else most - begun)
+        trials.fill(session.workers if most is None else most - begun)
         trials.collect()
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
@@ -243,11 +244,18 @@ def _check_same(before: Any, now: dict[str, Any], path: Path) -> None:
     """A resumed run must mean the same thing; the time limit may differ."""
     for key, value in now.items():
         was = before.get(key) if isinstance(before, dict) else None
+        if key == "search":
+            was, value = _what(was), _what(value)
         if was != value:
             raise InputError(
                 f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
                 f"{value!r}."
             )
+
+
+def _what(search: Any) -> Any:
+    """The part of ``search`` that says what is run; where it runs may differ."""
+    return {k: v for k, v in search.items() if k not in WHERE} if isinstance(search, dict) else search
 
 
 def _clock(config: RunConfig, deadline: float | None, state: dict[str, Any], resume: bool) -> Clock:

@@ -25,11 +25,14 @@ from ..spaces.space import Space
 from .clock import Clock
 from .config import RunConfig
 from .folder import STATE, RunFolder
+from .jobs import Jobs
 from .pareto import losses, non_dominated
+from .places import Places
 from .proposals import Sensitivity
 from .records import Latency, Quality, TrialState, row
-from .runner import Failure, LocalRunner
+from .runner import Runner
 from .store import Store
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
@@ -81,8 +84,21 @@ class Session:
         return self._parts["store"]
 
     @property
-    def runner(self) -> LocalRunner:
-        return self._parts["runner"]
+    def places(self) -> Places:
+        return self._parts["places"]
+
+    @property
+    def jobs(self) -> Jobs:
+        return self._parts["jobs"]
+
+    @property
+    def runner(self) -> Runner:
+        return self.jobs.runner
+
+    @property
+    def workers(self) -> int:
+        """How many jobs can run at once now, at least one."""
+        return max(1, self.runner.workers)
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -95,8 +111,10 @@ class Session:
 
     def close(self) -> None:
         """End the workers, where there are any."""
-        if "runner" in self._parts:
+        if "jobs" in self._parts:
             self.runner.close()
+        if "places" in self._parts:
+            self.places.close()
 
     @property
     def sampler(self) -> optuna.samplers.BaseSampler:
@@ -130,9 +148,9 @@ class Session:
         if self.stop:
             raise InterruptionError
 
-    def results(self) -> Iterator[tuple[int, Outcome | Failure]]:
+    def results(self, timeout_seconds: float = TICK_SECONDS) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results of submitted jobs within one tick; keeps the live view and the stop signal served."""
-        yield from self.runner.as_completed(TICK_SECONDS)
+        yield from self.jobs.as_completed(timeout_seconds)
         self.watch(self)
         self.check()
 
@@ -142,11 +160,11 @@ class Session:
         """Run independent jobs, never more at once than there are workers; starts none past the time limit."""
         waiting, running = list(jobs.items()), 0
         while waiting or running:
-            while waiting and running < self.config.search.workers:
+            while waiting and running < self.workers:
                 if until_left_seconds is not None and self.clock.left_seconds < until_left_seconds:
                     waiting = []
                     break
-                self.runner.submit(*waiting.pop(0))
+                self.jobs.submit(*waiting.pop(0))
                 running += 1
             for key, result in self.results():
                 running -= 1

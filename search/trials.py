@@ -11,10 +11,10 @@ from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
-from .runner import Failure
 from .sampler import TrialSuggest
 from .session import Session, quality_of
 from .store import policy_of
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 FULL_BEFORE_STOPPING = 8
@@ -43,7 +43,7 @@ class Trials:
     def fill(self, most: int) -> None:
         """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
         begun = 0
-        while len(self.running) < self.session.config.search.workers and not self.dry:
+        while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
             elif begun < most:
@@ -202,7 +202,7 @@ class Trials:
         )  # fmt: skip
         self.running[number] = job
         session.state["current"] = {"trial": number, "rung": rung.value}
-        session.runner.submit(number, job)
+        session.jobs.submit(number, job)
 
     def _finish(self, number: int, state: TrialState, reason: str | None) -> None:
         self.session.store.finish(number, state, finished=self.session.clock.now(), reason=reason)
