@@ -56,7 +56,8 @@ def remeasure_front(session: Session) -> None:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
-    timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
+    with session.measuring():
+        timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
     session.measured(timings, "search")
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
@@ -188,8 +189,9 @@ def plan_verify(session: Session) -> None:
     models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
     each = profile.seconds / max(1, len(profile.points))
     planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
+    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
     session.replan(
-        {"verify": planned, "report": min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)},
+        {"verify": planned, "report": page},
         f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
         f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
     )

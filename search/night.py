@@ -105,6 +105,7 @@ def _phases(session: Session) -> None:
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
+        session.update(workers=session.workers)
         check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
@@ -119,7 +120,8 @@ def _phases(session: Session) -> None:
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
         finalists.verify(session)
-        record_layers(session)
+        with session.measuring():
+            record_layers(session)
 
 
 def _evaluate(session: Session, trials: Trials) -> None:

@@ -162,8 +162,25 @@ class Session:
 
     def results(self, timeout_seconds: float = TICK_SECONDS) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results of submitted jobs within one tick; keeps the live view and the stop signal served."""
-        yield from self.jobs.as_completed(timeout_seconds)
+        for key, result in self.jobs.as_completed(timeout_seconds):
+            if isinstance(result, Outcome):
+                self._count("evaluated_seconds", result.seconds)
+            yield key, result
         self.tick()
+
+    @contextmanager
+    def measuring(self) -> Generator[None]:
+        """Count the seconds that a measurement on the target takes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._count("measured_seconds", time.monotonic() - start)
+
+    def _count(self, kind: str, seconds: float) -> None:
+        spent = self.state.setdefault(kind, {})
+        phase = str(self.state.get("phase"))
+        spent[phase] = round(spent.get(phase, 0.0) + seconds, 3)
 
     def tick(self) -> None:
         """What goes on whatever a phase is busy with: the live view, a line a minute, clocks, signals, the deadline.
@@ -242,7 +259,7 @@ class Session:
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
         """Time files while nothing of ours trains."""
-        with Timer(self.config.target) as timer:
+        with self.measuring(), Timer(self.config.target) as timer:
             timings = timer.time(files, reference)
         self.measured(timings, phase)
         return timings
