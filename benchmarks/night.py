@@ -80,11 +80,13 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
                 resumed.append(first)
             after, now = finished(run), written(run)
             lost += sum(after.get(number) != found for number, found in before.items())
-            repeated += sum(path in now and now[path] != stamp for path, stamp in stamps.items())
+            repeated += sum(now.get(path, stamp) != stamp for path, stamp in stamps.items() if trial_of(path) in before)
             if state_of(run) == "done":
                 break
             dealt += alive is not None
         same, front = finished(run) == expected, front_of(run) == front_of(truth)
+        if not same:
+            print([(n, expected.get(n), f) for n, f in finished(run).items() if expected.get(n) != f][:2])
         print(
             f"night {nights}: {dealt} kills so far, {lost} trials lost, {repeated} repeated; "
             f"trials {'as' if same else 'NOT as'} undisturbed, front {'equal' if front else 'NOT equal'}",
@@ -92,8 +94,8 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
         )
     resumed.sort()
     print(f"{dealt} kills in {nights} nights of {len(expected)} trials: {lost} lost, {repeated} repeated")
-    print(f"resume to the first new evaluation's result, process start included: median {resumed[len(resumed) // 2]:.1f} s,"
-          f" longest {resumed[-1]:.1f} s (n={len(resumed)})")  # fmt: skip
+    print("resume to the first new evaluation's result, process start included: "
+          f"median {resumed[len(resumed) // 2]:.1f} s, longest {resumed[-1]:.1f} s (n={len(resumed)})")  # fmt: skip
 
 
 def drive(config: Path, run: Path, alive: float | None) -> float | None:
@@ -144,6 +146,10 @@ def written(run: Path) -> dict[str, int]:
             except FileNotFoundError:
                 continue
     return found
+
+
+def trial_of(path: str) -> int:
+    return int(Path(path).parent.name)
 
 
 def state_of(run: Path) -> str | None:

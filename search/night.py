@@ -68,7 +68,7 @@ def run_night(
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
         log.info("the deadline is %s", clock.told())
         session.update(
-            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
+            disk_full=False, state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
             host=socket.gethostname(), reason=None,
         )  # fmt: skip
         with graceful(session):
@@ -233,12 +233,11 @@ def _search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
     while (reason := _enough(session, trials)) is None:
-        if time.monotonic() - looked > LOOK_SECONDS:
+        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
             finalists.plan_finalists(session)
-            if not find_room(session, trials.running):
-                reason = "the disk is full"
-                break
+            find_room(session, trials.running)
+            continue
         most = session.config.search.max_trials
         trials.fill(session.workers if most is None else most - _begun(session))
         trials.collect()
@@ -257,6 +256,8 @@ def _enough(session: Session, trials: Trials) -> str | None:
         return "the time for it is used up"
     if most is not None and _begun(session) >= most:
         return f"max_trials {most} is reached"
+    if session.state.get("disk_full"):
+        return "the disk is full"
     if trials.dry:
         return "the sampler proposes only policies that are known"
     if trials.finished == trials.judged:

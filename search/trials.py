@@ -9,7 +9,7 @@ import numpy as np
 from ..evaluators.evaluate import Job, Outcome
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .disk import free_disk, is_full
+from .disk import find_room, is_full
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
@@ -37,8 +37,8 @@ class Trials:
     finished: int = 0
     judged: int = 0
     """How many had finished when the search was last judged."""
-    repeated: set[int] = field(default_factory=set[int])
-    """Trials that found the disk full once."""
+    held: dict[int, Job] = field(default_factory=dict[int, Job])
+    """Jobs that found the disk full; they go on when there is room."""
 
     @property
     def dry(self) -> bool:
@@ -48,6 +48,7 @@ class Trials:
     def fill(self, most: int) -> None:
         """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
         begun = 0
+        self._take_up_held()
         while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
@@ -123,10 +124,8 @@ class Trials:
         """Take results of one tick and move their trials on."""
         for number, result in self.session.results():
             job = self.running.pop(number)
-            if is_full(result) and number not in self.repeated:
-                self.repeated.add(number)
-                free_disk(self.session, self.running)
-                self._submit(number, job.policy, Rung(job.rung))
+            if is_full(result):
+                self.held[number] = job
             elif isinstance(result, Failure):
                 self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
             else:
@@ -134,15 +133,27 @@ class Trials:
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
-        while self.running or self.adopted:
+        while self.running or self.adopted or self.held:
             self.fill(0)
             self.collect()
 
+    def _take_up_held(self) -> None:
+        if not self.held:
+            return
+        room = find_room(self.session, [*self.running, *self.held])
+        for number, job in self.held.items():
+            if room:
+                self._submit(number, job.policy, Rung(job.rung))
+            else:
+                self._finish(number, TrialState.FAILED, "the disk is full")
+        self.held.clear()
+
     def give_up(self, reason: str) -> None:
         """Close what is running as failed; its workers are gone."""
-        for number in list(self.running):
-            del self.running[number]
+        for number in [*self.running, *self.held]:
             self._finish(number, TrialState.FAILED, reason)
+        self.running.clear()
+        self.held.clear()
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
