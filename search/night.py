@@ -68,8 +68,8 @@ def run_night(
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
         log.info("the deadline is %s", clock.told())
         session.update(
-            disk_full=False, state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
-            host=socket.gethostname(), reason=None,
+            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
+            host=socket.gethostname(), reason=None, disk_full=False,
         )  # fmt: skip
         with graceful(session):
             return _run(session)

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: its own cluster in a temporary folder, reached by a socket there and by nothing else."""
+"""A real PostgreSQL for the tests: its own cluster in a temporary folder, reached by a socket there alone."""
 
 import os
 import shutil
