@@ -64,8 +64,8 @@ class Resources:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
     """``address`` None starts a cluster of our own on this machine where the runner is ``ray``; ``workers`` ``auto``
-    takes all the room there is. ``storage`` None keeps the study in the run folder; ``max_trials`` None lets the clock
-    decide."""
+    takes all the room there is. ``storage`` None keeps the study in the run folder; drivers whose ``storage`` and
+    ``study`` are the same search together. ``max_trials`` None lets the clock decide."""
 
     sampler: str = "nightpress"
     runner: str = LOCAL
@@ -73,6 +73,7 @@ class SearchConfig:
     workers: int | Literal["auto"] = 1
     resources: Resources = field(default_factory=Resources)
     storage: str | None = None
+    study: str = "nightpress"
     max_trials: int | None = None
 
 
@@ -84,6 +85,14 @@ class FineTuneConfig:
     long_steps: int | None = None
     batch_size: int = 64
     finalists: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Who is told at the end of a night, and of trouble: a URL that takes JSON by POST, a shell command."""
+
+    webhook: str | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,3 +116,6 @@ class RunConfig:
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
     device: str = "auto"
+    max_disk_bytes: int = 20_000_000_000
+    """What the run's artefacts may take."""
+    notify: Notify = field(default_factory=Notify)

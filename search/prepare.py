@@ -220,7 +220,7 @@ def _calibrate(session: Session) -> Profile:
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
     policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target) as timer:
+    with session.measuring(), Timer(config.target) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
         )

@@ -9,6 +9,7 @@ import numpy as np
 from ..evaluators.evaluate import Job, Outcome
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .disk import free_disk, is_full
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
@@ -34,6 +35,10 @@ class Trials:
     repeats: int = 0
     """Proposals in a row that were known already: the sampler has run dry."""
     finished: int = 0
+    judged: int = 0
+    """How many had finished when the search was last judged."""
+    repeated: set[int] = field(default_factory=set[int])
+    """Trials that found the disk full once."""
 
     @property
     def dry(self) -> bool:
@@ -63,8 +68,13 @@ class Trials:
     def begin(self) -> None:
         """Ask for one policy and start it."""
         store = self.session.store
-        trial = store.study.ask()
+        trial = store.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
+        mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
+        if not mine and self._known(digest(policy), trial.number) is None:  # another driver is at it
+            store.drop(trial)
+            self.repeats += 1
+            return
         store.begin(trial, policy, self.session.clock.now())
         self._start(trial.number, policy, str(trial.user_attrs["role"]))
 
@@ -113,7 +123,11 @@ class Trials:
         """Take results of one tick and move their trials on."""
         for number, result in self.session.results():
             job = self.running.pop(number)
-            if isinstance(result, Failure):
+            if is_full(result) and number not in self.repeated:
+                self.repeated.add(number)
+                free_disk(self.session, self.running)
+                self._submit(number, job.policy, Rung(job.rung))
+            elif isinstance(result, Failure):
                 self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
             else:
                 self._advance(number, job, result)
@@ -123,6 +137,12 @@ class Trials:
         while self.running or self.adopted:
             self.fill(0)
             self.collect()
+
+    def give_up(self, reason: str) -> None:
+        """Close what is running as failed; its workers are gone."""
+        for number in list(self.running):
+            del self.running[number]
+            self._finish(number, TrialState.FAILED, reason)
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
@@ -178,7 +198,7 @@ class Trials:
             (
                 t
                 for t in self.session.store.trials()
-                if t.digest == policy_digest and t.number < number and t.state in _DONE
+                if t.digest == policy_digest and t.number != number and t.state in _DONE
             ),
             None,
         )
