@@ -28,7 +28,7 @@ from .plateau import stalled
 from .proposals import baselines, greedy_walk
 from .records import TrialState
 from .sampler import NightpressSampler, make_sampler
-from .session import InterruptionError, OverdueError, Session, graceful
+from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
 
@@ -37,6 +37,8 @@ SEEDS = 8
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 ENDING = ("verify", "report")
 """Phases that must have their time whatever came before."""
+JUDGED = 50
+"""A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
 MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
@@ -135,7 +137,7 @@ def _evaluate(session: Session, trials: Trials) -> None:
         _enqueue_seeds(session)
         _aim(session)
     with session.phase("search", *ENDING):
-        _search(session, trials)
+        search(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
         finalists.train_long(session)
@@ -229,7 +231,7 @@ def _earlier(session: Session) -> list[Policy]:
     return found
 
 
-def _search(session: Session, trials: Trials) -> None:
+def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
     while (reason := _enough(session, trials)) is None:
@@ -239,14 +241,10 @@ def _search(session: Session, trials: Trials) -> None:
             find_room(session, trials.running)
             continue
         most = session.config.search.max_trials
-        trials.fill(session.workers if most is None else most - _begun(session))
-        trials.collect()
+        more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
+        trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
-
-
-def _begun(session: Session) -> int:
-    return sum(t.role != "baseline" for t in session.store.trials())
 
 
 def _enough(session: Session, trials: Trials) -> str | None:
@@ -254,13 +252,13 @@ def _enough(session: Session, trials: Trials) -> str | None:
     most = session.config.search.max_trials
     if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
         return "the time for it is used up"
-    if most is not None and _begun(session) >= most:
+    if most is not None and session.store.tally().begun >= most:
         return f"max_trials {most} is reached"
     if session.state.get("disk_full"):
         return "the disk is full"
     if trials.dry:
         return "the sampler proposes only policies that are known"
-    if trials.finished == trials.judged:
+    if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None
     trials.judged = trials.finished
     reference = session.state["reference"]
@@ -270,11 +268,7 @@ def _enough(session: Session, trials: Trials) -> str | None:
 
 def _trial_seconds(session: Session) -> float:
     """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
-    spans = sorted(
-        sum(q.seconds for q in t.qualities)
-        for t in session.store.trials()
-        if t.state is TrialState.COMPLETE and t.reused_from is None
-    )
+    spans = session.store.tally().spans
     return spans[(3 * len(spans)) // 4] if spans else 0.0
 
 

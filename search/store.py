@@ -22,6 +22,7 @@ from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_fi
 from .journal import JournalFile, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
+from .tally import Tally
 
 STUDY = "nightpress"
 SCHEMA = 2
@@ -29,6 +30,7 @@ SCHEMA = 2
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
 _WORD = "word:"
+_LATER = ("measured:", "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
@@ -81,6 +83,10 @@ class Store:
         self.study = _study_of(storage, study, sampler)
         self._study_id = storage.get_study_id_from_name(study)
         self._asked: list[Trial] = []
+        self._seen: list[TrialRecord | None] = []  # by number, None where a trial has not begun
+        self._open: set[int] = set()  # whose records may still change
+        self._tally = Tally()
+        self._look(*range(len(self.study.get_trials(deepcopy=False))))
         self.claims: Claims = OneDriver()
         if driver is not None and isinstance(storage, optuna.storages.RDBStorage):
             self.claims = DatabaseClaims(storage.engine, study, driver)
@@ -139,6 +145,7 @@ class Store:
         if "role" not in trial.user_attrs:
             trial.set_user_attr("role", "search")
         trial.set_user_attr("policy", policy_to_dict(policy))  # last: who has a policy has the rest
+        self._look(trial.number)
 
     def note(self, number: int, **values: Any) -> None:
         """Attributes of a running trial."""
@@ -173,10 +180,10 @@ class Store:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     def verify(self, number: int, verified: Verified) -> None:
-        self.study.set_user_attr(f"verified:{number}", asdict(verified))
+        self._attach(number, "verified", asdict(verified))
 
     def remeasure(self, number: int, latency: Latency) -> None:
-        self.study.set_user_attr(f"measured:{number}", asdict(latency))
+        self._attach(number, "measured", asdict(latency))
 
     def approve(self, entry: Mapping[str, Any]) -> None:
         """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
@@ -187,12 +194,51 @@ class Store:
         return approvals_in(self.study.user_attrs)
 
     def trial(self, number: int) -> TrialRecord:
-        return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
+        return self._record(self._storage.get_trial(self._id(number)), self._attached())
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All trials that have begun, in order."""
-        extra = self.study.user_attrs
-        return tuple(self._record(t, extra) for t in self.study.get_trials(deepcopy=False) if "policy" in t.user_attrs)
+        """All trials that have begun, in order. Reads only what may have changed since the last call."""
+        self._refresh()
+        return tuple(record for record in self._seen if record is not None)
+
+    def tally(self) -> Tally:
+        """Figures over the trials, in a time that does not grow with their number unless the study is shared."""
+        self._refresh()
+        return self._tally
+
+    def _look(self, *numbers: int) -> None:
+        """Trials that there are now."""
+        self._seen += [None] * (max(numbers, default=-1) + 1 - len(self._seen))
+        self._open.update(numbers)
+
+    def _refresh(self) -> None:
+        extra = self._attached()
+        if self.driver is not None:  # others add trials, and what they learn of theirs
+            self._look(*range(len(self._seen), len(self.study.get_trials(deepcopy=False))))
+        for number in sorted(self._open):
+            frozen = self._storage.get_trial(self._id(number))
+            if "policy" in frozen.user_attrs:
+                record = self._record(frozen, extra)
+                self._tally.begun += self._seen[number] is None and record.role != "baseline"
+                self._seen[number] = record
+                if frozen.state.is_finished():
+                    self._tally.add(record)
+            if frozen.state.is_finished():
+                self._open.discard(number)
+        if self.driver is not None:
+            for number in {int(key.partition(":")[2]) for key in extra if key.startswith(_LATER)}:
+                self._seen[number] = self.trial(number)
+
+    def _attached(self) -> Mapping[str, Any]:
+        """The study's attributes, not copied."""
+        return self._storage.get_study_user_attrs(self._study_id)
+
+    def _attach(self, number: int, kind: str, data: Mapping[str, Any]) -> None:
+        """Keep what was learned of a trial after it had ended."""
+        self.study.set_user_attr(f"{kind}:{number}", dict(data))
+        if number < len(self._seen) and self._seen[number] is not None:
+            self._seen[number] = self.trial(number)
+            self._tally.refront(record for record in self._seen if record is not None)
 
     def waiting(self, role: str) -> int:
         """How many enqueued policies of a role have not begun."""

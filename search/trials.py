@@ -1,19 +1,21 @@
 """One trial after another: propose, look at the free objectives, train rung by rung, record."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .disk import find_room, is_full
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
-from .session import Session, quality_of
+from .session import TICK_SECONDS, Session, quality_of
 from .store import policy_of
 from .worker import Failure
 
@@ -21,7 +23,6 @@ log = logging.getLogger("nightpress")
 FULL_BEFORE_STOPPING = 8
 GAIN_QUANTILE = 0.9
 MOST_REPEATS = 60
-_DONE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 
 @dataclass(slots=True)
@@ -39,16 +40,20 @@ class Trials:
     """How many had finished when the search was last judged."""
     held: dict[int, Job] = field(default_factory=dict[int, Job])
     """Jobs that found the disk full; they go on when there is room."""
+    _points: dict[str, Point] = field(default_factory=dict[str, Point])
 
     @property
     def dry(self) -> bool:
         """Whether the sampler has proposed nothing new for a while."""
         return self.repeats >= MOST_REPEATS
 
-    def fill(self, most: int) -> None:
-        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
-        begun = 0
+    def fill(self, most: int) -> bool:
+        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first.
+
+        Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
+        """
         self._take_up_held()
+        begun, end = 0, time.monotonic() + TICK_SECONDS
         while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
@@ -57,6 +62,9 @@ class Trials:
                 begun += 1
             else:
                 break
+            if time.monotonic() >= end:
+                return True
+        return False
 
     def _adopt(self, record: TrialRecord) -> None:
         """Go on at the rung after the trial's last result; from its start where that was not yet on record."""
@@ -94,7 +102,7 @@ class Trials:
             predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
-        point = next((p for p in session.profile.points if digest(p.policy) == digest(policy)), None)
+        point = self._measured_points().get(digest(policy))
         if point is not None:  # it was measured during calibration
             store.note(
                 number,
@@ -120,9 +128,9 @@ class Trials:
             found["max_size_bytes"] = size_bytes / limits.max_size_bytes - 1
         return found
 
-    def collect(self) -> None:
-        """Take results of one tick and move their trials on."""
-        for number, result in self.session.results():
+    def collect(self, timeout_seconds: float = TICK_SECONDS) -> None:
+        """Take results that come within the timeout and move their trials on."""
+        for number, result in self.session.results(timeout_seconds):
             job = self.running.pop(number)
             if is_full(result):
                 self.held[number] = job
@@ -179,19 +187,15 @@ class Trials:
         """
         if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
             return None
-        full = [t for t in self.session.store.trials() if t.state is TrialState.COMPLETE and t.reused_from is None]
-        gains = [t.qualities[-1].accuracy - t.qualities[0].accuracy for t in full if len(t.qualities) > 1]
+        tally = self.session.store.tally()
+        gains = tally.gains
         if len(gains) < FULL_BEFORE_STOPPING:
             return None
         hope = record.quality.accuracy + float(np.quantile(gains, GAIN_QUANTILE)) + (record.quality.accuracy_se or 0.0)
         least = self.session.config.limits.min_accuracy
         if least is not None and hope < least:
             return f"even {hope:.4f} would be below min_accuracy {least}"
-        front = np.array(
-            [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
-             for t in full if t.quality and t.latency and t.size_bytes]
-        )  # fmt: skip
-        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), front):
+        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), np.array(tally.front)):
             return f"even {hope:.4f} would be dominated"
         return None
 
@@ -205,14 +209,15 @@ class Trials:
         return policy
 
     def _known(self, policy_digest: str, number: int) -> TrialRecord | None:
-        return next(
-            (
-                t
-                for t in self.session.store.trials()
-                if t.digest == policy_digest and t.number != number and t.state in _DONE
-            ),
-            None,
-        )
+        """Another trial that has measured the policy."""
+        known = self.session.store.tally().number_of(policy_digest)
+        return self.session.store.trial(known) if known is not None and known != number else None
+
+    def _measured_points(self) -> Mapping[str, Point]:
+        """What was measured during calibration, by digest."""
+        if not self._points:
+            self._points = {digest(point.policy): point for point in self.session.profile.points}
+        return self._points
 
     def _reuse(self, number: int, known: TrialRecord) -> None:
         self.repeats += 1
