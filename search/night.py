@@ -23,6 +23,7 @@ from .config import RunConfig
 from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
+from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import baselines, greedy_walk
@@ -72,6 +73,7 @@ def run_night(
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
             host=socket.gethostname(), reason=None, disk_full=False,
+            mark=mark(config.task, config.base),
         )  # fmt: skip
         with graceful(session):
             return _run(session)
