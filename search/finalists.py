@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ MARGIN = 1.15
 MOST_SHARE = 0.7
 """Of what is left before the verification."""
 LEAST_VERIFY_SECONDS = 12.0
+LEAST_VERIFIED = 3
 LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
@@ -268,6 +269,7 @@ def verify(session: Session) -> None:
     """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
     trials = {t.number: t for t in session.store.trials()}
     outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    outcomes = _affordable(session, trials, outcomes)
     if not outcomes:
         return
     session.update(activity=f"verifying {len(outcomes)} exported models")
@@ -293,6 +295,22 @@ def verify(session: Session) -> None:
         for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
             (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
     session.update(reference_ms=timings[REFERENCE].latency_ms)
+
+
+def _affordable(
+    session: Session, trials: Mapping[int, TrialRecord], outcomes: Mapping[int, Outcome]
+) -> dict[int, Outcome]:
+    """What there is time to measure, at what a model took during calibration: the uncompressed one, then what was
+    found, then the rules. The others stay unverified, and that is said."""
+    each = session.profile.seconds / max(1, len(session.profile.points))
+    most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / max(each, 1e-9)))
+    order = sorted(outcomes, key=lambda n: (trials[n].name != UNCOMPRESSED, trials[n].role == "baseline", n))
+    if len(order) > most:
+        session.folder.decide(
+            "verify", f"{len(order) - most} exported models left unverified",
+            f"a model takes {each:.2g} s here, and the deadline leaves time for {most}",
+        )  # fmt: skip
+    return {number: outcomes[number] for number in order[:most]}
 
 
 def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Timing) -> Verified:
