@@ -23,6 +23,7 @@ from .config import RunConfig
 from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
+from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import baselines, greedy_walk
@@ -73,7 +74,8 @@ def run_night(
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
-            host=socket.gethostname(), reason=None,
+            host=socket.gethostname(), reason=None, disk_full=False,
+            mark=mark(config.task, config.base),
         )  # fmt: skip
         with graceful(session):
             return _run(session, search_by or search)
@@ -237,12 +239,11 @@ def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
     while (reason := enough(session, trials)) is None:
-        if time.monotonic() - looked > LOOK_SECONDS:
+        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
             finalists.plan_finalists(session)
-            if not find_room(session, trials.running):
-                reason = "the disk is full"
-                break
+            find_room(session, trials.running)
+            continue
         most = session.config.search.max_trials
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
@@ -257,6 +258,8 @@ def enough(session: Session, trials: Trials) -> str | None:
         return "the time for it is used up"
     if most is not None and session.store.tally().begun >= most:
         return f"max_trials {most} is reached"
+    if session.state.get("disk_full"):
+        return "the disk is full"
     if trials.dry:
         return "the sampler proposes only policies that are known"
     if trials.finished - trials.judged < max(1, trials.finished // JUDGED):

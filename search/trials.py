@@ -11,7 +11,7 @@ from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .disk import free_disk, is_full
+from .disk import find_room, is_full
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
@@ -38,8 +38,8 @@ class Trials:
     finished: int = 0
     judged: int = 0
     """How many had finished when the search was last judged."""
-    repeated: set[int] = field(default_factory=set[int])
-    """Trials that found the disk full once."""
+    held: dict[int, Job] = field(default_factory=dict[int, Job])
+    """Jobs that found the disk full; they go on when there is room."""
     _points: dict[str, Point] = field(default_factory=dict[str, Point])
 
     @property
@@ -52,6 +52,7 @@ class Trials:
 
         Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
         """
+        self._take_up_held()
         begun, end = 0, time.monotonic() + TICK_SECONDS
         while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
@@ -135,10 +136,8 @@ class Trials:
     def take(self, number: int, result: Outcome | Failure) -> None:
         """Move a trial on by the result of the job it is at."""
         job = self.running.pop(number)
-        if is_full(result) and number not in self.repeated:
-            self.repeated.add(number)
-            free_disk(self.session, self.running)
-            self._submit(number, job.policy, Rung(job.rung))
+        if is_full(result):
+            self.held[number] = job
         elif isinstance(result, Failure):
             self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
         else:
@@ -146,15 +145,27 @@ class Trials:
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
-        while self.running or self.adopted:
+        while self.running or self.adopted or self.held:
             self.fill(0)
             self.collect()
 
+    def _take_up_held(self) -> None:
+        if not self.held:
+            return
+        room = find_room(self.session, [*self.running, *self.held])
+        for number, job in self.held.items():
+            if room:
+                self._submit(number, job.policy, Rung(job.rung))
+            else:
+                self._finish(number, TrialState.FAILED, "the disk is full")
+        self.held.clear()
+
     def give_up(self, reason: str) -> None:
         """Close what is running as failed; its workers are gone."""
-        for number in list(self.running):
-            del self.running[number]
+        for number in [*self.running, *self.held]:
             self._finish(number, TrialState.FAILED, reason)
+        self.running.clear()
+        self.held.clear()
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
