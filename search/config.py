@@ -6,7 +6,7 @@ from pathlib import Path
 from ..evaluators.latency.target import Target
 from ..spaces.policy import DISTILL_METHODS
 
-SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "random")
+SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
 RUNNERS = ("local",)
 
 

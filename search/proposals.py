@@ -1,7 +1,7 @@
 """Policies that need no search: uniform baselines, sensitivity probes, and a greedy latency-per-damage walk."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,10 +9,9 @@ import numpy as np
 from ..spaces.anatomy import Anatomy
 from ..spaces.policy import FP32, INT8, Distill, Policy
 from ..spaces.space import Space, bits_name, canonical, uniform
+from .costs import Costs
 
 PROBE_RATIO = 0.5
-Costs = Callable[[Policy], tuple[float, int]]
-"""Predicted latency in ms and file size in bytes of a policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
