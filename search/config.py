@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..evaluators.latency.target import Target
 from ..spaces.policy import DISTILL_METHODS
 
 SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
-RUNNERS = ("local",)
+LOCAL, RAY = RUNNERS = ("local", "ray")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +52,28 @@ class SpaceConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one worker takes. ``cpu`` None divides this machine's cores among its workers, and means one on a cluster;
+    ``memory_gb`` (GiB) None divides 80 % of this machine's memory, and is no condition on a cluster."""
+
+    cpu: int | None = None
+    gpu: float = 0.0
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
-    """``storage`` None keeps the study in the run folder; ``max_trials`` None lets the clock decide."""
+    """``address`` None starts a cluster of our own on this machine where the runner is ``ray``; ``workers`` ``auto``
+    takes all the room there is. ``storage`` None keeps the study in the run folder; drivers whose ``storage`` and
+    ``study`` are the same search together. ``max_trials`` None lets the clock decide."""
 
     sampler: str = "nightpress"
-    runner: str = "local"
-    workers: int = 1
+    runner: str = LOCAL
+    address: str | None = None
+    workers: int | Literal["auto"] = 1
+    resources: Resources = field(default_factory=Resources)
     storage: str | None = None
+    study: str = "nightpress"
     max_trials: int | None = None
 
 
@@ -68,6 +85,14 @@ class FineTuneConfig:
     long_steps: int | None = None
     batch_size: int = 64
     finalists: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Who is told at the end of a night, and of trouble: a URL that takes JSON by POST, a shell command."""
+
+    webhook: str | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,3 +116,6 @@ class RunConfig:
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
     device: str = "auto"
+    max_disk_bytes: int = 20_000_000_000
+    """What the run's artefacts may take."""
+    notify: Notify = field(default_factory=Notify)

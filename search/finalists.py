@@ -15,16 +15,26 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from .clock import SHARES
+from .disk import find_room, free_disk, is_full
 from .pareto import dominated_by, losses, non_dominated, spread
+from .proposals import baselines
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
-from .runner import Failure
 from .session import Session, latency_of, quality_of
 from .store import policy_of
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 OUTCOME = "long.json"
 MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
+MOST_EPOCHS = 20
+"""Of a long fine-tune: what it can use."""
+MARGIN = 1.15
+MOST_SHARE = 0.7
+"""Of what is left before the verification."""
+LEAST_VERIFY_SECONDS = 12.0
+LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
@@ -40,13 +50,14 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
 
 def remeasure_front(session: Session) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
-    trials = [t for t in complete(session, "search") if t.measured is None]
+    trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
     near = _near_front(session, trials)[:MOST_REMEASURED]
     if not near:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
-    timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
+    with session.measuring():
+        timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
     session.measured(timings, "search")
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
@@ -126,8 +137,9 @@ def train_long(session: Session) -> None:
     The baselines come first: they get the same training, or the comparison with them would be worth nothing, and what
     they gain by it tells which trials are worth it.
     """
-    rules = sorted(complete(session, "baseline"), key=lambda t: t.name != UNCOMPRESSED)
-    likely = choose(session)
+    rules = sorted((t for t in complete(session, "baseline") if session.store.ours(t)),
+                   key=lambda t: t.name != UNCOMPRESSED)  # fmt: skip
+    likely = _ours(session, choose(session))
     _size_long(session, rules + likely)
     end = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
     _train(session, rules, end + _expected_seconds(session, likely))
@@ -138,7 +150,51 @@ def train_long(session: Session) -> None:
             "chosen greedily by the hypervolume that each adds to those before it, at the accuracy to be expected "
             "after the long fine-tune",
         )  # fmt: skip
-    _train(session, chosen, end)
+    _train(session, _ours(session, chosen), end)
+
+
+def _ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+    """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
+    return [t for t in trials if session.store.ours(t)]
+
+
+def plan_finalists(session: Session) -> None:
+    """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
+    to be trained for longer than before."""
+    rungs, clock = session.state["rungs"], session.clock
+    queue = _ours(session, complete(session, "baseline") + choose(session))
+    queue = [t for t in queue if not _outcome_file(session, t.number).is_file()]
+    if not queue:
+        return
+    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(_long_costs(session, t) for t in queue),
+                                                                   strict=True))  # fmt: skip
+    given = session.config.finetune.long_steps
+    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
+    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
+    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds))
+    planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
+    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
+        session.replan(
+            {"finalists": planned},
+            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
+        )
+
+
+def plan_verify(session: Session) -> None:
+    """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
+    profile, clock = session.profile, session.clock
+    rounds = session.state["seconds"].get("calibrate", 0.0)
+    if rounds < profile.seconds:  # the profile was measured on another day
+        return
+    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
+    each = profile.seconds / max(1, len(profile.points))
+    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
+    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
+    session.replan(
+        {"verify": planned, "report": page},
+        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
+        f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
+    )
 
 
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
@@ -147,11 +203,16 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
     if not jobs:
         return
-    one = _expected_seconds(session, trials) / len(trials) * session.config.search.workers
+    if not find_room(session, jobs):
+        session.folder.decide("finalists", f"{len(jobs)} long fine-tunes left out", "the disk is full")
+        return
+    one = _expected_seconds(session, trials) / len(trials) * session.workers
     done = 0
     for number, result in session.run_all(jobs, end + one):
         done += 1
         session.update(activity=f"long fine-tune {done} of {len(jobs)}")
+        if is_full(result):
+            free_disk(session, jobs)
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
@@ -164,7 +225,7 @@ def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
     costs = (_long_costs(session, t) for t in trials)
-    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.config.search.workers
+    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
 def _size_long(session: Session, queue: list[TrialRecord]) -> None:
@@ -172,9 +233,10 @@ def _size_long(session: Session, queue: list[TrialRecord]) -> None:
     rungs = session.state["rungs"]
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
         return
-    seconds = 0.9 * session.clock.left_before("verify", "report") * session.config.search.workers
+    seconds = 0.9 * session.clock.left_before("verify", "report") * session.workers
     fixed, a_step = (sum(parts) for parts in zip(*(_long_costs(session, t) for t in queue), strict=True))
-    steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], int((seconds - fixed) / max(a_step, 1e-9))))
+    affordable = int((seconds - fixed) / max(a_step, 1e-9))
+    steps = max(rungs["short_steps"], min(MOST_EPOCHS * rungs["epoch_steps"], affordable))
     session.folder.decide(
         "finalists", f"long fine-tunes of {steps} steps",
         f"{len(queue)} of them, at what the short ones took, fit into the time that is left for it",

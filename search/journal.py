@@ -5,10 +5,11 @@ unreadable for good. Here the kernel frees the lock (flock), each entry is one a
 before the next entry.
 """
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,20 @@ from ..spaces.errors import InputError
 
 
 class JournalFile(BaseJournalBackend):
-    """One JSON entry a line. Several processes of one machine may share it."""
+    """One JSON entry a line. Several processes of one machine may share it. ``make_room`` is asked when the disk is
+    full; it says whether it freed anything."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self._path = path
-        path.touch()
-        with self._locked() as file:
-            _cut_torn_tail(file)
+        self._make_room = make_room
+        self._prepare()
         self._read_to = 0  # bytes
         self._read_count = 0  # entries
+
+    def _prepare(self) -> None:
+        self._path.touch()
+        with self._locked() as file:
+            _cut_torn_tail(file)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """Entries from number ``log_number_from`` on. Raises InputError naming the line that is damaged."""
@@ -60,13 +66,18 @@ class JournalFile(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries. They survive the death of the process at once, and a power cut when this returns, but for a
-        trial's single parameters, of which there are dozens and which its policy attribute repeats."""
+        trial's single parameters, of which there are dozens and which its policy attribute repeats. Raises OSError when
+        they cannot be written; then none of them stands in the file."""
         data = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
+        durable = not all("param_name" in log for log in logs)
         with self._locked() as file:
             _cut_torn_tail(file)
-            os.write(file, data)
-            if not all("param_name" in log for log in logs):
-                os.fsync(file)
+            try:
+                _append(file, data, durable=durable)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                    raise
+                _append(file, data, durable=durable)
 
     @contextmanager
     def _locked(self) -> Generator[int]:
@@ -76,6 +87,31 @@ class JournalFile(BaseJournalBackend):
             yield file
         finally:
             os.close(file)  # frees the lock as well
+
+
+class ReadJournal(JournalFile):
+    """A journal that somebody else writes, for those who only look."""
+
+    def _prepare(self) -> None:
+        pass
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Raises InputError."""
+        raise InputError(f"{self._path}: it was opened for reading only.")
+
+
+def _append(file: int, data: bytes, *, durable: bool) -> None:
+    """All of it or nothing: a full disk may take a part."""
+    size = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if durable:
+            os.fsync(file)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 def _cut_torn_tail(file: int) -> None:

@@ -1,11 +1,13 @@
 """The driver of a night: owns the study and the clock, and runs the phases one after another."""
 
 import logging
+import math
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,47 +15,60 @@ from typing import Any
 import yaml
 
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8
+from ..spaces.policy import INT8, Policy, digest
 from . import finalists, prepare
-from .clock import SHARES, Clock
+from .claims import without_password
+from .clock import Clock, Deadline, length
 from .config import RunConfig
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run
+from .disk import find_room
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .pareto import losses, non_dominated
+from .plateau import stalled
 from .proposals import baselines, greedy_walk
 from .records import TrialState
 from .sampler import NightpressSampler, make_sampler
-from .session import InterruptionError, Session, graceful
+from .session import InterruptionError, OverdueError, Session, graceful
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
 
 log = logging.getLogger("nightpress")
 SEEDS = 8
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
+ENDING = ("verify", "report")
+"""Phases that must have their time whatever came before."""
+LOOK_SECONDS = 20.0
+"""How often the search looks at the disk and at what the finalists will need."""
+MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
+"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
+WHERE = ("runner", "address", "workers", "resources")
 
 
 def run_night(
     config: RunConfig,
-    deadline: float | None,
+    deadline: Deadline | None,
     *,
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
 
-    ``deadline`` is in seconds since the epoch; None takes the run's own when it resumes, else eight hours.
+    ``deadline`` None takes the run's own when it resumes, else eight hours.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
     folder.acquire()
     handler = JsonLog(folder.path / LOG)
     log.addHandler(handler)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))  # the log is written whether or not a terminal shows it
     try:
-        state = folder.read_json(STATE) or {}
+        folder.lay_ballast()
+        state = read_state(folder) if (folder.path / STATE).is_file() else {}
         clock = _clock(config, deadline, state, resume)
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
+        log.info("the deadline is %s", clock.told())
         session.update(
-            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.start), pid=os.getpid(),
+            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
             host=socket.gethostname(), reason=None,
         )  # fmt: skip
         with graceful(session):
@@ -65,6 +80,7 @@ def run_night(
     finally:
         log.removeHandler(handler)
         handler.close()
+        folder.drop_ballast()
         folder.release()
 
 
@@ -74,6 +90,9 @@ def _run(session: Session) -> str:
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
+    except KeyboardInterrupt:
+        session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
+        raise
     except Exception as error:  # whatever it was, the record must not say that the night goes on
         session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
         raise
@@ -86,38 +105,64 @@ def _phases(session: Session) -> None:
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
+        session.update(workers=session.workers)
+        check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
+    finalists.plan_verify(session)
     trials = _open_study(session)
-    with session.phase("baselines"):
+    try:
+        _evaluate(session, trials)
+    except OverdueError:
+        phase = str(session.state["phase"])
+        session.folder.decide(phase, "gave up what was running", "the verification would not be over by the deadline")
+        session.jobs.runner.close()
+        trials.give_up("given up: the verification had to begin")
+    with session.phase("verify"):
+        finalists.verify(session)
+        with session.measuring():
+            record_layers(session)
+
+
+def _evaluate(session: Session, trials: Trials) -> None:
+    """All that trains. Raises OverdueError when it would take the verification's time."""
+    with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
         _aim(session)
         _run_baselines(session, trials)
-    with session.phase("sensitivity"):
+    with session.phase("sensitivity", *ENDING):
         prepare.probe_sensitivity(session)
         _enqueue_seeds(session)
         _aim(session)
-    with session.phase("search"):
+    with session.phase("search", *ENDING):
         _search(session, trials)
         finalists.remeasure_front(session)
-    with session.phase("finalists"):
+    with session.phase("finalists", *ENDING):
         finalists.train_long(session)
-    with session.phase("verify"):
-        finalists.verify(session)
-        record_layers(session)
 
 
 def _open_study(session: Session) -> Trials:
-    config = session.config
-    storage = open_storage(session.folder.path, config.search.storage)
-    count = len(Store(storage).trials())
-    sampler = make_sampler(config.search.sampler, config.seed, count, session.prepared.space, session.costs)
-    session.provide(store=Store(storage, sampler), sampler=sampler)
-    unfinished = session.store.repair()
+    config, space = session.config, session.prepared.space
+    shared = config.search.storage is not None
+    driver = session.state.setdefault("driver", uuid.uuid4().hex) if shared else None
+    storage = open_storage(session.folder.path, config.search.storage, make_room=session.folder.make_room)
+    name, seed = config.search.sampler, config.seed + (int(driver, 16) % 10_000 if driver else 0)
+    sampler = make_sampler(name, seed, 0, space, session.costs)
+    # Ours draws by the trial's number; the others keep a state, which a resumed night would not have.
+    fresh = None if isinstance(sampler, NightpressSampler) else (
+        lambda trials: make_sampler(name, seed, trials, space, session.costs)
+    )  # fmt: skip
+    store = Store(storage, sampler, study=config.search.study, driver=driver, sampler_at=fresh)
+    session.provide(store=store, sampler=sampler)
+    session.update()  # the driver's name is on record before any trial bears it
+    there = store.join(session.prepared.anatomy.digest)
+    unfinished = store.repair()
     if unfinished:
         session.folder.decide(
             "search", f"took up {len(unfinished)} unfinished trials", "the driver before ended in the middle"
         )
+    if there and not any(store.ours(t) for t in store.trials()):
+        session.folder.decide("search", f"joined a search of {there} trials", f"study {config.search.study!r} is there")
     return Trials(session, adopted=unfinished)
 
 
@@ -131,24 +176,32 @@ def _aim(session: Session) -> None:
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    if not session.state.get("baselines_enqueued", False):
-        for name, policy in baselines(session.prepared.anatomy, bool(session.config.space.distill)).items():
-            enqueue(session, policy, "baseline", name)
-        session.update(baselines_enqueued=True)
+    rules = baselines(session.prepared.anatomy, bool(session.config.space.distill))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items()])
     while session.store.waiting("baseline"):
         trials.fill(1)
         trials.collect()
     trials.drain()
 
 
+def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str | None]]) -> None:
+    """Put policies in front of the search: once, also where the driver was killed in the middle of it or another one
+    shares the study."""
+    store = session.store
+    if store.claims.take(role) != (store.driver or ""):
+        return
+    known = store.enqueued(role)
+    for policy, name in policies:
+        if digest(policy) not in known:
+            enqueue(session, policy, role, name)
+
+
 def _enqueue_seeds(session: Session) -> None:
     if session.state.get("seeds_enqueued", False):
         return
     prepared = session.prepared
-    _enqueue_earlier(session)
     walk = greedy_walk(prepared.space, session.sensitivity, session.costs, SEEDS)
-    for policy in walk:
-        enqueue(session, policy, "seed")
+    _enqueue(session, "seed", [(policy, None) for policy in [*_earlier(session), *walk]])
     if INT8 in prepared.space.bit_choices:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
@@ -157,8 +210,9 @@ def _enqueue_seeds(session: Session) -> None:
     session.update(seeds_enqueued=True)
 
 
-def _enqueue_earlier(session: Session) -> None:
+def _earlier(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
+    found: list[Policy] = []
     for earlier in session.config.warm_start:
         run = read_run(Path(earlier))
         if run.state.get("model") != session.prepared.anatomy.digest:
@@ -170,27 +224,47 @@ def _enqueue_earlier(session: Session) -> None:
         points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
                   if t.quality and t.latency and t.size_bytes]  # fmt: skip
         front = [done[i] for i in non_dominated(points)]
-        for trial in front:
-            enqueue(session, policy_of(trial), "seed")
+        found += [policy_of(trial) for trial in front]
         session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {earlier}", "warm_start")
+    return found
 
 
 def _search(session: Session, trials: Trials) -> None:
-    """Trials until the clock, the trial limit or the sampler's ideas run out."""
-    most = session.config.search.max_trials
-    reason = "the time for it is used up"
-    while session.clock.left_before("finalists", "verify", "report") > _trial_seconds(session):
-        begun = sum(t.role != "baseline" for t in session.store.trials())
-        if most is not None and begun >= most:
-            reason = f"max_trials {most} is reached"
-            break
-        if trials.dry:
-            reason = "the sampler proposes only policies that are known"
-            break
-        trials.fill(session.config.search.workers if most is None else most - begun)
+    """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
+    looked = -math.inf
+    while (reason := _enough(session, trials)) is None:
+        if time.monotonic() - looked > LOOK_SECONDS:
+            looked = time.monotonic()
+            finalists.plan_finalists(session)
+            if not find_room(session, trials.running):
+                reason = "the disk is full"
+                break
+        most = session.config.search.max_trials
+        trials.fill(session.workers if most is None else most - _begun(session))
         trials.collect()
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
+
+
+def _begun(session: Session) -> int:
+    return sum(t.role != "baseline" for t in session.store.trials())
+
+
+def _enough(session: Session, trials: Trials) -> str | None:
+    """Why the search ends; None while it goes on."""
+    most = session.config.search.max_trials
+    if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
+        return "the time for it is used up"
+    if most is not None and _begun(session) >= most:
+        return f"max_trials {most} is reached"
+    if trials.dry:
+        return "the sampler proposes only policies that are known"
+    if trials.finished == trials.judged:
+        return None
+    trials.judged = trials.finished
+    reference = session.state["reference"]
+    corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+    return stalled([t for t in session.store.trials() if t.role != "baseline"], corner)
 
 
 def _trial_seconds(session: Session) -> float:
@@ -203,6 +277,29 @@ def _trial_seconds(session: Session) -> float:
     return spans[(3 * len(spans)) // 4] if spans else 0.0
 
 
+def check_budget(session: Session) -> None:
+    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
+
+    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
+    """
+    prepared, config, clock = session.prepared, session.config, session.clock
+    if session.folder.path.joinpath(TARGET).is_file():
+        return  # a resumed night has been through it
+    step = prepared.step_ms / 1000
+    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
+    trained = 2 * (config.finetune.short_steps or prepare.LEAST_STEPS) + passes
+    rules = baselines(prepared.anatomy, bool(config.space.distill))
+    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
+    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
+    if clock.left_seconds < least:
+        raise InputError(
+            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
+            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
+            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
+            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
+        )
+
+
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     path = config.out
     written = path / CONFIG
@@ -210,7 +307,7 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     if resume:
         if not written.is_file():
             raise InputError(f"{path}: not a run folder, so there is nothing to resume: it has no {CONFIG}.")
-        _check_same(yaml.safe_load(written.read_text()), resolved, path)
+        _check_same(yaml.safe_load(written.read_text()), resolved, config, path)
         return RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: the run folder exists already; choose another out, or go on with --resume.")
@@ -223,11 +320,13 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
 
 
 def resolved_config(config: RunConfig) -> dict[str, Any]:
-    """The config as a run keeps it: all defaults filled in, the time limits left to the state."""
+    """The config as a run keeps it: all defaults filled in, the time limits left to the state, and without what is
+    secret or nobody else's: the password of a storage, and who is told."""
     data = asdict(config)
-    data.pop("out")
-    data.pop("until")
-    data.pop("budget_seconds")
+    for key in ("out", "until", "budget_seconds", "notify"):
+        data.pop(key)
+    if config.search.storage is not None:
+        data["search"]["storage"] = without_password(config.search.storage)
     return _plain(data)
 
 
@@ -239,10 +338,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _check_same(before: Any, now: dict[str, Any], path: Path) -> None:
-    """A resumed run must mean the same thing; the time limit may differ."""
+def _check_same(before: Any, now: dict[str, Any], config: RunConfig, path: Path) -> None:
+    """A resumed run must mean the same thing; the time limit may differ, and so may where it runs and what it may use.
+    A key that the version before did not have must be at its default."""
+    before = before if isinstance(before, dict) else {}
+    default = resolved_config(RunConfig(task=config.task, base=config.base, out=config.out))
     for key, value in now.items():
-        was = before.get(key) if isinstance(before, dict) else None
+        if key == "max_disk_bytes":
+            continue
+        was = before.get(key, default[key])
+        if key == "search":
+            was, value = _what({**default[key], **was} if isinstance(was, dict) else was), _what(value)
         if was != value:
             raise InputError(
                 f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
@@ -250,18 +356,24 @@ def _check_same(before: Any, now: dict[str, Any], path: Path) -> None:
             )
 
 
-def _clock(config: RunConfig, deadline: float | None, state: dict[str, Any], resume: bool) -> Clock:
+def _what(search: Any) -> Any:
+    """The part of ``search`` that says what is run; where it runs may differ."""
+    return {k: v for k, v in search.items() if k not in WHERE} if isinstance(search, dict) else search
+
+
+def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], resume: bool) -> Clock:
     now = time.time()
     if deadline is None and resume and "deadline_epoch" in state:
-        deadline = float(state["deadline_epoch"])
-        if deadline <= now:
+        deadline = Deadline(float(state["deadline_epoch"]), fixed=bool(state.get("deadline_fixed", True)))
+        if deadline.epoch <= now:
             raise InputError(
                 f"{config.out}: its deadline {state['deadline']} has passed; give --budget or --until to go on."
             )
     if deadline is None:
-        deadline = now + DEFAULT_BUDGET_SECONDS
-    if deadline <= now:
+        deadline = Deadline(now + DEFAULT_BUDGET_SECONDS, fixed=False)
+    if deadline.epoch <= now:
         raise InputError("The deadline must lie in the future.")
-    state["deadline_epoch"] = deadline
-    state["shares"] = dict(SHARES)
-    return Clock(start=now, deadline=deadline)
+    state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
+    clock = Clock(deadline.epoch, deadline.fixed)
+    state["shares"] = clock.shares()
+    return clock

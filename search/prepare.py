@@ -6,6 +6,7 @@ import math
 import os
 import platform
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from ..evaluators import dryrun
 from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
-from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
+from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
@@ -31,9 +32,11 @@ from ..spaces.space import Space, uniform
 from .config import RunConfig
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
+from .jobs import Jobs
+from .places import find_places
 from .proposals import baselines, probes, sensitivity_of
-from .runner import Failure, LocalRunner
 from .session import Prepared, Session, quality_of
+from .worker import Failure
 
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
@@ -49,13 +52,15 @@ def prepare(session: Session) -> None:
     least = config.limits.min_accuracy
     if least is not None and least > 1 and task.metric is None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
+    places = find_places(config.search, session.folder.path)
+    session.provide(places=places)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda needs a CUDA device, but torch sees none; use device: auto.")
-    threads = max(1, len(os.sched_getaffinity(0)) // config.search.workers)
+    threads = places.needs.cpu
     torch.set_num_threads(threads)
     train, _ = split_search(materialise(task.train), seed=config.seed)
     trainer = Trainer(task, train, Compute(device=device), config.seed, config.finetune.batch_size)
@@ -67,16 +72,24 @@ def prepare(session: Session) -> None:
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
     )  # fmt: skip
-    session.provide(
-        prepared=Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms),
-        runner=LocalRunner(recipe, config.search.workers),
-    )
+    prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
+    session.provide(prepared=prepared, jobs=_jobs(session, prepared, recipe))
     session.update(
         task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
         dimensions=space.dimensions, data=_data_digest(train), code=_code_digest(config),
     )  # fmt: skip
     for item in anatomy.left_out:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
+
+
+def _jobs(session: Session, prepared: Prepared, recipe: Recipe) -> Jobs:
+    """The workers, with what is known of how long a job takes: its steps, and a pass over all data for the judging."""
+    epoch = prepared.train_items / recipe.batch_size
+    return Jobs(
+        session.places.start(partial(Evaluator, recipe), session.folder.path), recipe.batch_size,
+        expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
+        tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
+    )  # fmt: skip
 
 
 def _data_digest(train: Arrays) -> str:
@@ -169,10 +182,10 @@ def size_rungs(session: Session) -> None:
     finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
     epoch = max(1, session.prepared.train_items // finetune.batch_size)
     count = len(baselines(session.prepared.anatomy, bool(session.config.space.distill)))
-    search_ms = 1000 * clock.share_seconds("search") * session.config.search.workers
+    search_ms = 1000 * clock.share_seconds("search") * session.workers
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
     finalists = finetune.finalists or FINALISTS_WANTED
-    long_ms = 1000 * clock.share_seconds("finalists") * session.config.search.workers
+    long_ms = 1000 * clock.share_seconds("finalists") * session.workers
     # Compressed networks train in about half the time of the original; the baselines go through it as well.
     long = finetune.long_steps or _between(long_ms / ((finalists + count) * 0.6) / step_ms, 2 * short, 20 * epoch)
     session.folder.decide(
@@ -207,7 +220,7 @@ def _calibrate(session: Session) -> Profile:
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
     policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target) as timer:
+    with session.measuring(), Timer(config.target) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
         )

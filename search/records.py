@@ -104,6 +104,8 @@ class TrialRecord:
     started: float | None = None
     finished: float | None = None
     verified: Verified | None = None
+    driver: str | None = None
+    """The run that evaluates it, where several share a study."""
 
     @property
     def quality(self) -> Quality | None:

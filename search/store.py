@@ -7,8 +7,9 @@ attribute of the study, because Optuna closes finished trials.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,48 +18,116 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .journal import JournalFile
+from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
+from .journal import JournalFile, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
 
 STUDY = "nightpress"
-SCHEMA = 1
+SCHEMA = 2
+"""Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
 _WORD = "word:"
+TAKEN_SECONDS = 60.0
+"""A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
 
 
-def open_storage(run: Path, url: str | None) -> optuna.storages.BaseStorage:
-    """The run's storage: the journal in its folder, or the URL of the config.
+def open_storage(
+    run: Path, url: str | None, *, new: bool = True, make_room: Callable[[], bool] = lambda: False
+) -> optuna.storages.BaseStorage:
+    """The run's storage: the journal in its folder, or the URL of the config; ``new`` False refuses to make a file,
+    ``make_room`` is asked when the disk is full.
 
-    Raises InputError when a URL does not answer; the message names no password.
+    Raises InputError when a URL is none or does not answer; the message names no password.
     """
     if url is None:
-        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL))
+        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL, make_room))
+    told, file = without_password(url), sqlite_file(url)
+    if file is not None and not new and not Path(file).is_file():
+        raise InputError(f"search.storage: there is no file {file}, so the run's record cannot be read.")
     try:
-        return optuna.storages.get_storage(url)
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine_options(url))
+    except ImportError:
+        raise InputError(f"search.storage: {told} needs a driver: pip install 'nightpress[postgresql]'.") from None
     except Exception as error:  # noqa: BLE001  drivers of databases share no base
-        scheme = url.split("://", 1)[0]
-        raise InputError(f"search.storage: the {scheme} storage does not answer ({type(error).__name__}).") from None
+        raise InputError(f"search.storage: {told} does not answer ({type(error).__name__}).") from None
+
+
+def open_reading(run: Path, url: str | None, study: str = STUDY) -> optuna.storages.BaseStorage:
+    """The run's storage for those who only look. Raises InputError where there is no study yet."""
+    if url is None and not (run / JOURNAL).is_file():
+        raise InputError(f"{run}: its study has not begun yet.")
+    storage = open_storage(run, url, new=False) if url else optuna.storages.JournalStorage(ReadJournal(run / JOURNAL))
+    if not _has_study(storage, study):
+        raise InputError(f"{run}: its study has not begun yet.")
+    return storage
 
 
 class Store:
-    """Writes and reads the trials of one study."""
+    """Writes and reads the trials of one study. ``driver`` names the run that writes, where several may share the
+    study; ``sampler_at`` makes the sampler anew for each proposal, from the number of trials before it, so that a run
+    that was killed goes on as it would have."""
 
     def __init__(
-        self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None
-    ) -> None:
-        self._storage = storage
-        if _has_study(storage):  # a reader leaves no mark in the record
-            self.study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler)
-        else:
-            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=DIRECTIONS, sampler=sampler)
-        self._study_id = storage.get_study_id_from_name(STUDY)
-        if self.study.user_attrs.get("schema") is None:
+        self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None, *,
+        study: str = STUDY, driver: str | None = None,
+        sampler_at: Callable[[int], optuna.samplers.BaseSampler] | None = None,
+    ) -> None:  # fmt: skip
+        self._storage, self.driver, self._sampler_at = storage, driver, sampler_at
+        self.study = _study_of(storage, study, sampler)
+        self._study_id = storage.get_study_id_from_name(study)
+        self._asked: list[Trial] = []
+        self.claims: Claims = OneDriver()
+        if driver is not None and isinstance(storage, optuna.storages.RDBStorage):
+            self.claims = DatabaseClaims(storage.engine, study, driver)
+        schema = self.study.user_attrs.get("schema")
+        if schema is None:
             self.study.set_user_attr("schema", SCHEMA)
+        check_schema(schema)
+
+    def join(self, model: str) -> int:
+        """Tie the study to a model; returns how many trials it holds already. Raises InputError when it is another's.
+
+        Two runs of the same name in one storage would otherwise mix two searches.
+        """
+        known = self.study.user_attrs.get("model")
+        if known is not None and known != model:
+            raise InputError(
+                f"search.study: {self.study.study_name!r} in this storage is a search of model {known}, this run's is "
+                f"{model}; choose another name."
+            )
+        if known is None:
+            self.study.set_user_attr("model", model)
+        return len(self.trials())
+
+    def ask(self) -> Trial:
+        """The next proposal; first those that a killed driver had asked for and not begun."""
+        if self._asked:
+            return self._asked.pop(0)
+        if self._sampler_at is not None:
+            self.study.sampler = self._sampler_at(len(self.study.get_trials(deepcopy=False)))
+        trial = self.study.ask()
+        if self.driver is not None:
+            trial.set_user_attr("driver", self.driver)
+        return trial
+
+    def ours(self, trial: TrialRecord) -> bool:
+        """Whether this driver evaluates the trial: its checkpoints lie in this run's folder."""
+        return self.driver is None or trial.driver == self.driver
+
+    def drop(self, trial: Trial) -> None:
+        """Close a proposal that was not begun; it leaves no record."""
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    def enqueued(self, role: str) -> set[str]:
+        """Digests of the policies of a role that were enqueued so far."""
+        trials = self.study.get_trials(deepcopy=False)
+        return {digest(policy_from_dict(t.user_attrs["given"], "enqueued policy")) for t in trials
+                if t.user_attrs.get("role") == role and "given" in t.user_attrs}  # fmt: skip
 
     def enqueue(self, params: Mapping[str, Any], role: str, name: str | None, given: Mapping[str, Any]) -> None:
         """Put a policy in front of the sampler's own proposals; ``params`` are its answers, if the space has them."""
@@ -131,19 +200,33 @@ class Store:
         return sum(t.user_attrs.get("role") == role for t in trials)
 
     def repair(self) -> list[TrialRecord]:
-        """After a kill: tell what was on record, drop what had no policy yet, return what was being evaluated."""
+        """After a kill: tell what was on record, keep what was only asked for, return what was being evaluated."""
         unfinished: list[TrialRecord] = []
         running = (optuna.trial.TrialState.RUNNING,)
         for frozen in self.study.get_trials(deepcopy=False, states=running):
+            if not self._left_behind(frozen):
+                continue
             if "policy" not in frozen.user_attrs:
-                self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-                if "given" in frozen.user_attrs:  # it was taken from the queue: back into it
-                    self.study.enqueue_trial(frozen.system_attrs["fixed_params"], user_attrs=frozen.user_attrs)
+                self._asked.append(Trial(self.study, frozen._trial_id))
             elif "state" in frozen.user_attrs:
                 self.tell(frozen.number)
             else:
                 unfinished.append(self._record(frozen, self.study.user_attrs))
         return unfinished
+
+    def _left_behind(self, frozen: FrozenTrial) -> bool:
+        """Whether a running trial is ours to go on with: nobody else's, or taken from the queue by a driver that died
+        before it could say so."""
+        if self.driver is None or frozen.user_attrs.get("driver") == self.driver:
+            return True
+        if "driver" in frozen.user_attrs or "given" not in frozen.user_attrs or frozen.datetime_start is None:
+            return False
+        if (datetime.now() - frozen.datetime_start).total_seconds() < TAKEN_SECONDS:
+            return False
+        if self.claims.take(f"taken:{frozen.number}") != self.driver:
+            return False
+        self._storage.set_trial_user_attr(frozen._trial_id, "driver", self.driver)
+        return True
 
     def _id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
@@ -175,6 +258,7 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
         started=attrs.get("started"),
         finished=attrs.get("finished"),
         verified=_verified(extra.get(f"verified:{number}")),
+        driver=attrs.get("driver"),
     )
 
 
@@ -184,8 +268,27 @@ def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
 
-def _has_study(storage: optuna.storages.BaseStorage) -> bool:
-    return STUDY in [study.study_name for study in storage.get_all_studies()]
+def check_schema(schema: object) -> None:
+    """Raises InputError when a newer version wrote the study; what an older one wrote is read as it is."""
+    if schema is not None and (not isinstance(schema, int) or schema > SCHEMA):
+        raise InputError(
+            f"the study's attributes are of schema {schema!r}, but this nightpress reads up to {SCHEMA}: a newer "
+            "version wrote them."
+        )
+
+
+def _study_of(
+    storage: optuna.storages.BaseStorage, name: str, sampler: optuna.samplers.BaseSampler | None
+) -> optuna.Study:
+    if _has_study(storage, name):  # a reader leaves no mark in the record
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    return optuna.create_study(
+        storage=storage, study_name=name, directions=DIRECTIONS, sampler=sampler, load_if_exists=True
+    )
+
+
+def _has_study(storage: optuna.storages.BaseStorage, name: str) -> bool:
+    return name in [study.study_name for study in storage.get_all_studies()]
 
 
 class StudyRecord(NamedTuple):
@@ -196,20 +299,21 @@ class StudyRecord(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
 
-def read_study(run: Path, url: str | None) -> StudyRecord:
+def read_study(run: Path, url: str | None, study: str = STUDY) -> StudyRecord:
     """A run's study, for readers that do not search; empty where there is none yet.
 
     The journal in a run's folder is read as far as it is whole; a trial that is damaged is named and left out.
     """
     if url is not None:
-        storage = open_storage(run, url)
-        if not _has_study(storage):
+        storage = open_storage(run, url, new=False)
+        if not _has_study(storage, study):
             return StudyRecord()
-        store = Store(storage)
+        store = Store(storage, study=study)
         return StudyRecord(store.trials(), store.approvals())
     if not (run / JOURNAL).is_file():
         return StudyRecord()
     journal = read_journal(run / JOURNAL)
+    check_schema(journal.study.get("schema"))
     trials: list[TrialRecord] = []
     complaints = list(journal.complaints)
     for number, attrs in journal.trials.items():
@@ -222,9 +326,9 @@ def read_study(run: Path, url: str | None) -> StudyRecord:
     return StudyRecord(tuple(trials), approvals_in(journal.study), unreadable(complaints))
 
 
-def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None) -> None:
+def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None, study: str = STUDY) -> None:
     """Add a person's word on a trial to the run's record."""
-    Store(open_storage(run, url)).approve(entry)
+    Store(open_storage(run, url, new=False), study=study).approve(entry)
 
 
 def policy_of(record: TrialRecord) -> Policy:

@@ -9,12 +9,13 @@ import numpy as np
 from ..evaluators.evaluate import Job, Outcome
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .disk import free_disk, is_full
 from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
-from .runner import Failure
 from .sampler import TrialSuggest
 from .session import Session, quality_of
 from .store import policy_of
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 FULL_BEFORE_STOPPING = 8
@@ -34,6 +35,10 @@ class Trials:
     repeats: int = 0
     """Proposals in a row that were known already: the sampler has run dry."""
     finished: int = 0
+    judged: int = 0
+    """How many had finished when the search was last judged."""
+    repeated: set[int] = field(default_factory=set[int])
+    """Trials that found the disk full once."""
 
     @property
     def dry(self) -> bool:
@@ -43,7 +48,7 @@ class Trials:
     def fill(self, most: int) -> None:
         """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
         begun = 0
-        while len(self.running) < self.session.config.search.workers and not self.dry:
+        while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
             elif begun < most:
@@ -63,8 +68,13 @@ class Trials:
     def begin(self) -> None:
         """Ask for one policy and start it."""
         store = self.session.store
-        trial = store.study.ask()
+        trial = store.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
+        mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
+        if not mine and self._known(digest(policy), trial.number) is None:  # another driver is at it
+            store.drop(trial)
+            self.repeats += 1
+            return
         store.begin(trial, policy, self.session.clock.now())
         self._start(trial.number, policy, str(trial.user_attrs["role"]))
 
@@ -113,7 +123,11 @@ class Trials:
         """Take results of one tick and move their trials on."""
         for number, result in self.session.results():
             job = self.running.pop(number)
-            if isinstance(result, Failure):
+            if is_full(result) and number not in self.repeated:
+                self.repeated.add(number)
+                free_disk(self.session, self.running)
+                self._submit(number, job.policy, Rung(job.rung))
+            elif isinstance(result, Failure):
                 self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
             else:
                 self._advance(number, job, result)
@@ -123,6 +137,12 @@ class Trials:
         while self.running or self.adopted:
             self.fill(0)
             self.collect()
+
+    def give_up(self, reason: str) -> None:
+        """Close what is running as failed; its workers are gone."""
+        for number in list(self.running):
+            del self.running[number]
+            self._finish(number, TrialState.FAILED, reason)
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
@@ -178,7 +198,7 @@ class Trials:
             (
                 t
                 for t in self.session.store.trials()
-                if t.digest == policy_digest and t.number < number and t.state in _DONE
+                if t.digest == policy_digest and t.number != number and t.state in _DONE
             ),
             None,
         )
@@ -202,7 +222,7 @@ class Trials:
         )  # fmt: skip
         self.running[number] = job
         session.state["current"] = {"trial": number, "rung": rung.value}
-        session.runner.submit(number, job)
+        session.jobs.submit(number, job)
 
     def _finish(self, number: int, state: TrialState, reason: str | None) -> None:
         self.session.store.finish(number, state, finished=self.session.clock.now(), reason=reason)

@@ -1,0 +1,77 @@
+"""Where evaluations run: how many at once, what each takes, and the runner that does it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..spaces.errors import InputError
+from .cluster import Cluster, Needs, connect
+from .config import AUTO, RAY, SearchConfig
+from .ray_runner import RayRunner, check_nodes
+from .runner import MEMORY_SHARE, LocalRunner, Runner
+from .worker import Factory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """``workers`` is how many there are room for now and were asked for; ``needs.cpu`` the threads of each."""
+
+    workers: int
+    most: int | None
+    """None where the room alone decides, which may change on a cluster."""
+    needs: Needs
+    cluster: Cluster | None = None
+
+    def start(self, make: Factory, run: Path) -> Runner:
+        """The runner; ``run`` is the run's folder."""
+        if self.cluster is not None:
+            return RayRunner(self.cluster, make, self.needs, self.most, run)
+        return LocalRunner(make, self.workers, self.needs.memory_bytes)
+
+    def close(self) -> None:
+        if self.cluster is not None:
+            self.cluster.close()
+
+
+def find_places(config: SearchConfig, run: Path) -> Places:
+    """Look for room, on a cluster where the config names one.
+
+    Raises InputError when there is no room for so many workers, the cluster does not answer, or a node of it cannot
+    work on the run.
+    """
+    cores = len(os.sched_getaffinity(0))
+    most = None if config.workers == AUTO else int(config.workers)
+    cpu = config.resources.cpu or (1 if most is None or config.address is not None else max(1, cores // most))
+    memory_bytes = int(config.resources.memory_gb * 2**30) if config.resources.memory_gb is not None else None
+    needs = Needs(cpu=cpu, gpu=config.resources.gpu, memory_bytes=memory_bytes)
+    if config.runner != RAY:
+        return _here(config, cores, most, needs)
+    cluster = connect(config.address, cores)
+    try:
+        workers = _wanted(cluster.room(needs), config, needs, "the cluster")
+        if config.address is not None:
+            check_nodes(cluster, needs, run)
+    except BaseException:
+        cluster.close()
+        raise
+    return Places(workers=workers, most=most, needs=needs, cluster=cluster)
+
+
+def _here(config: SearchConfig, cores: int, most: int | None, needs: Needs) -> Places:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # More workers than cores are slow and harmless; more than was asked for by name is refused.
+    cpus = float(cores) if config.resources.cpu is not None or most is None else float(max(cores, most * needs.cpu))
+    here = {"CPU": cpus, "memory": MEMORY_SHARE * total}
+    workers = _wanted(needs.fit(here), config, needs, "this machine")
+    return Places(workers=workers, most=most, needs=needs)
+
+
+def _wanted(room: int, config: SearchConfig, needs: Needs, where: str) -> int:
+    """How many workers there will be. Raises InputError when there is no room for those that were asked for."""
+    wanted = max(1, room) if config.workers == AUTO else int(config.workers)
+    if wanted > room:
+        raise InputError(
+            f"search.workers: {wanted} worker{'s' * (wanted > 1)} of {needs} each were asked for, but {where} has room "
+            f"for {room}."
+        )
+    return wanted
