@@ -1,6 +1,6 @@
 """What the trials of a study have shown, as rows and observations; a finished trial is read once."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,11 @@ from optuna.trial import FrozenTrial
 
 from ..spaces.policy import policy_from_dict
 from .encoding import Encoder
-from .records import TrialState
+from .records import TrialRecord, TrialState
+from .store import LONG
 from .surrogate import RUNGS, Observation
 
 Array = NDArray[np.float64]
-LONG = "long:"
-"""Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 _COUNTED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING)
 
 
@@ -40,6 +39,25 @@ class Experience:
             if trial.state in _COUNTED and "policy" in trial.user_attrs and "reused_from" not in trial.user_attrs:
                 entries.append(self._entry(trial, extra))
         self._entries = [entry for entry in entries if entry["costs"] is not None]
+
+    def take(self, trials: Sequence[TrialRecord]) -> None:
+        """Bring up to date with the records of a run instead."""
+        entries: list[dict[str, Any]] = []
+        for trial in trials:
+            self.digests.add(trial.digest)
+            done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} and trial.reused_from is None
+            if not done or trial.latency is None or trial.size_bytes is None:
+                continue
+            seen = [*trial.qualities, *([trial.verified.search_quality] if trial.verified else [])]
+            entries.append(
+                {
+                    "row": self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}")),
+                    "costs": (trial.latency.latency_ms, float(trial.size_bytes)),
+                    "qualities": [{"rung": q.rung, "accuracy": q.accuracy, "accuracy_se": q.accuracy_se} for q in seen],
+                    "full": trial.state is TrialState.COMPLETE,
+                }
+            )
+        self._entries = entries
 
     def _entry(self, trial: FrozenTrial, extra: Mapping[str, Any]) -> dict[str, Any]:
         entry = self._finished.get(trial.number) or self._read(trial)

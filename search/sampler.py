@@ -18,8 +18,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
 from threadpoolctl import threadpool_limits
 
-from ..spaces.policy import Policy, digest
+from ..spaces.policy import Policy
 from ..spaces.space import Space
+from .breeding import PARENTS, breed, fresh
 from .costs import Costs, QuickCosts
 from .encoding import Encoder
 from .experience import Experience
@@ -30,15 +31,8 @@ from .records import Rung
 from .surrogate import RUNGS, Describer, Surrogate
 
 LEAST_TRIALS = 6
-GENERATIONS = 4
-POPULATION = 5000
-PARENTS = 200
-PRICED = 48
-"""Candidates of a proposal whose costs are predicted exactly."""
 SHORT = RUNGS.index(Rung.SHORT)
 """How far a trial of the search goes."""
-SAME_SPEED = 0.1
-"""Width of a class of latencies, as a logarithm."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
 Array = NDArray[np.float64]
@@ -183,19 +177,9 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         """A population after some generations, the most promising first."""
         tried = self.experience.rows
         parents = np.vstack([tried, self._survivors]) if self._survivors is not None else tried
-        pool = np.vstack([self.encoder.random(POPULATION // 5, generator),
-                          self.encoder.children(parents, POPULATION, generator)])  # fmt: skip
-        worth = self._worth(pool, surrogate, target)
-        for _ in range(GENERATIONS - 1):
-            best = np.argsort(-worth, kind="stable")[:PARENTS]
-            born = self.encoder.children(pool[best], POPULATION, generator)
-            pool, worth = (
-                np.vstack([pool[best], born]),
-                np.concatenate([worth[best], self._worth(born, surrogate, target)]),
-            )
-        order = np.argsort(-worth, kind="stable")
-        self._survivors = pool[order[:PARENTS]]
-        return pool[order]
+        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, target), generator)
+        self._survivors = found[:PARENTS]
+        return found
 
     def _worth(self, rows: Array, surrogate: Surrogate, target: Target) -> Array:
         costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
@@ -217,7 +201,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
 
     def _best(self, rows: Array, surrogate: Surrogate, target: Target) -> Policy | None:
         """The best of the most promising new ones, at their exact costs."""
-        chosen = self._new(rows)
+        chosen = fresh(self.encoder, rows, self._quick_costs(), self.experience.digests)
         if not chosen:
             return None
         policies = list(chosen.values())
@@ -225,25 +209,6 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         free = self.options.free_objectives
         costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
         return policies[int(np.argmax(self._gain_a_second(found, costs, surrogate, target)))]
-
-    def _new(self, rows: Array) -> dict[str, Policy]:
-        """At most :data:`PRICED` policies that were never tried, from the most promising rows on; not too many that run
-        equally fast, because the quick costs may be wrong about all of those alike."""
-        chosen: dict[str, Policy] = {}
-        most = 20 * PRICED
-        speeds = np.round(np.log(self._quick_costs()(rows[:most])[:, 0]) / SAME_SPEED).tolist()
-        counts: dict[float, int] = {}
-        for row, speed in zip(rows[:most], speeds, strict=True):
-            if counts.get(speed, 0) >= PRICED // 4:
-                continue
-            policy = self.encoder.policy(row)
-            key = digest(policy)
-            if key not in self.experience.digests and key not in chosen:
-                chosen[key] = policy
-                counts[speed] = counts.get(speed, 0) + 1
-            if len(chosen) == PRICED:
-                break
-        return chosen
 
 
 @dataclass(slots=True)
