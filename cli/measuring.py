@@ -1,5 +1,6 @@
 """What calibrate and apply do between parsing and printing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
-from ..evaluators.latency.profile import calibrate, profile_to_dict
-from ..evaluators.latency.target import Target, target_to_dict
+from ..evaluators.latency.kit import RecordedTimer, read_results, write_kit
+from ..evaluators.latency.profile import Profile, calibrate, profile_to_dict
+from ..evaluators.latency.target import Target
 from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
@@ -27,17 +29,48 @@ from .output import write_json
 
 def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
     """Calibrate and write the profile; returns the command's JSON."""
+    _check_folder(out)
+    profile = calibrate(anatomy, _policies(anatomy, target, count, seed, task), target)
+    return _write_profile(profile, out)
+
+
+def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
+    """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
+    _check_folder(out)
+    found = read_results(results, anatomy)
+    with RecordedTimer(found) as timer:
+        profile = calibrate(anatomy, found.policies, found.target, timer=timer)
+    return _write_profile(
+        replace(profile, device=found.device, remote=True, seconds=found.seconds, date=found.date), out
+    )
+
+
+def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
+    """The policies that a calibration here would measure, as a kit."""
+    try:
+        return write_kit(anatomy, _policies(anatomy, target, count, seed, task), target, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+def _policies(anatomy: Anatomy, target: Target, count: int, seed: int, task: str) -> list[Policy]:
+    space = space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+    generator = np.random.default_rng(seed)
+    return [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
+
+
+def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise InputError(f"{out}: its folder does not exist.")
-    space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=target))
-    generator = np.random.default_rng(seed)
-    policies = [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
-    profile = calibrate(anatomy, policies, target)
+
+
+def _write_profile(profile: Profile, out: Path) -> dict[str, Any]:
     data = profile_to_dict(profile)
     write_json(out, data)
     return {
         "profile": str(out),
-        "target": target_to_dict(target),
+        "target": data["target"],
+        "device": data["device"],
         "models_measured": len(profile.points),
         "seconds": profile.seconds,
         "design": profile.predictor.design,

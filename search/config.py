@@ -108,6 +108,8 @@ class RunConfig:
     out: Path
     target: Target = field(default_factory=Target)
     target_profile: str | None = None
+    force: bool = False
+    """Whether a profile of another model or device is taken all the same."""
     seed: int = 0
     until: str | None = None
     budget_seconds: float | None = None

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -22,7 +23,7 @@ from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.importance import saliency, scores
 from ..evaluators.inspect import inspect, network_of
 from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from ..evaluators.latency.profile import Profile, calibrate, is_remote, load_profile, profile_to_dict
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
@@ -38,6 +39,7 @@ from .proposals import baselines, probes, sensitivity_of
 from .session import Prepared, Session, quality_of
 from .worker import Failure
 
+log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
@@ -53,7 +55,8 @@ def prepare(session: Session) -> None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     places = find_places(config.search, session.folder.path)
     session.provide(places=places)
-    places.check_target(config.target)
+    if config.target_profile is None or not is_remote(Path(config.target_profile)):
+        places.check_target(config.target)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
@@ -71,6 +74,7 @@ def prepare(session: Session) -> None:
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+        runtime=config.target.runtime,
     )  # fmt: skip
     prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
     session.provide(prepared=prepared, jobs=_jobs(session, prepared, recipe))
@@ -220,13 +224,20 @@ def calibrate_target(session: Session) -> None:
     """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
-    known = own if own.is_file() else Path(config.target_profile) if config.target_profile is not None else None
-    if known is not None:
-        profile = load_profile(known, anatomy, session.places.fingerprint(config.target))
+    if own.is_file():
+        forced = config.force or bool(session.state.get("forced"))
+        profile = load_profile(own, anatomy, here=session.places.fingerprint(config.target), force=forced)
+    elif config.target_profile is not None:
+        here = session.places.fingerprint(config.target)
+        profile = load_profile(Path(config.target_profile), anatomy, here=here, force=config.force)
     else:
         profile = _calibrate(session)
     session.folder.write_json(TARGET, profile_to_dict(profile))
     session.provide(profile=profile)
+    for difference in profile.forced:
+        log.warning("the profile is used all the same: %s", difference)
+        session.folder.decide("calibrate", "the profile is used all the same", difference)
+    session.update(forced=session.forced)
     _check_limits(session)
 
 
@@ -235,15 +246,11 @@ def _calibrate(session: Session) -> Profile:
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
     policies += list(rules_of(session).values())
-    with session.measuring(), session.places.timer(config.target) as timer:
+    with session.timer("calibrate") as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
         )
     held = profile.predictor.heldout
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
     session.folder.decide(
         "calibrate", f"predict latency by {profile.predictor.design}",
         f"held-out error {held.mape:.1%} over {held.n} measured policies, "

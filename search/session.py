@@ -1,11 +1,13 @@
 """What all phases of a night share, and how they are told to stop."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import optuna
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, Timer, Timing
+from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
 from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..evaluators.task import Task
@@ -38,6 +41,8 @@ from .worker import Failure
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 MINUTE_SECONDS = 60.0
+BUSY_CORES = 0.2
+"""Of other processes during a measurement, from which on it is worth a warning."""
 
 
 class InterruptionError(Exception):
@@ -244,25 +249,60 @@ class Session:
             self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
         return self._cost_cache[key]
 
+    @property
+    def forced(self) -> str | None:
+        """What every number from the profile must carry: in what it differs from this model or device."""
+        return "; ".join(self.profile.forced) or None
+
+    def predicted(self, policy: Policy) -> Latency:
+        """A policy's predicted latency as a record."""
+        latency, low, high, _ = self.predict(policy)
+        return Latency(latency_ms=latency, low_ms=low, high_ms=high, measured=False, forced=self.forced)
+
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
-        """Keep the reference's own figures: the noise of the night."""
-        if REFERENCE not in timings:
-            return
-        timing = timings[REFERENCE]
+        """Keep the reference's own figures, the noise of the night, and warn of what makes it."""
+        if REFERENCE in timings:
+            self.note_noise(timings[REFERENCE], phase, sum(not timing.settled for timing in timings.values()))
+
+    def note_noise(self, reference: Timing, phase: str, unsettled: int) -> None:
+        """Keep one measurement of the reference; ``unsettled`` models never had two windows that agree."""
         entry = {
-            "time": time.time(),
-            "phase": phase,
-            "reference_ms": timing.latency_ms,
-            "repeat_error": timing.repeat_error,
-        }
+            "time": time.time(), "phase": phase, "reference_ms": reference.latency_ms,
+            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": unsettled,
+        }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
+        for text in noise_warnings(reference, unsettled):
+            log.warning("%s: %s", phase, text)
+            self.state.setdefault("warnings", []).append({"time": entry["time"], "phase": phase, "text": text})
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
         """Time files while nothing of ours trains."""
-        with self.measuring(), Timer(self.config.target) as timer:
-            timings = timer.time(files, reference)
-        self.measured(timings, phase)
-        return timings
+        with self.timer(phase) as timer:
+            return timer.time(files, reference)
+
+    @contextmanager
+    def timer(self, phase: str) -> Generator[Timer]:
+        """A timer of the target device; its seconds are counted, and the noise that it hears is kept."""
+        listener = partial(self.measured, phase=phase)
+        with self.measuring(), self.places.timer(self.config.target, listener) as timer:
+            yield timer
+
+
+def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
+    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
+    found: list[str] = []
+    busy = reference.busy_cores
+    if busy is not None and busy >= BUSY_CORES:
+        found.append(
+            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
+            f"{os.getloadavg()[0]:.1f} on {cores()}): end them for the night, or the figures hold for a busy machine"
+        )
+    if unsettled:
+        found.append(
+            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
+            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
+        )
+    return found
 
 
 def file_size(planned: Plan) -> int:
@@ -279,6 +319,7 @@ def latency_of(timing: Timing) -> Latency:
         measured=True,
         repeat_error=timing.repeat_error,
         reference_ms=timing.reference_ms,
+        settled=timing.settled,
     )
 
 

@@ -55,7 +55,9 @@ def known_of(run: RunRecord) -> Known:
     target = _target(run)
     anatomy, _ = inspect(task, step_of=target.channel_step)
     if run.state.get("model") != anatomy.digest:
-        raise InputError(f"{run.path}: a run of model {run.state.get('model')}, but the task's is {anatomy.digest} now.")
+        raise InputError(
+            f"{run.path}: a run of model {run.state.get('model')}, but the task's is {anatomy.digest} now."
+        )
     encoder = Encoder(space_of_run(run, anatomy, target))
     experience = Experience(encoder)
     experience.take(run.trials)

@@ -115,6 +115,18 @@ def test_a_model_is_timed_without_a_reference_too(timer: Timer, files: dict[str,
 
 
 @pytest.mark.slow
+def test_the_runtimes_own_times_of_nodes_come_beside_the_windows(timer: Timer, files: dict[str, Path]) -> None:
+    timings = timer.time({"half": files["half"]}, files["whole"], least_rounds=1, most_rounds=1, kernels=True)
+
+    integer = {kernel.op_type for kernel in timings["half"].kernels.values()}
+    assert {"QuantizeLinear", "QLinearConv"} <= integer  # conversions as they are, layers fused
+    assert "Conv" not in integer
+    assert {kernel.op_type for kernel in timings[REFERENCE].kernels.values()} >= {"Conv", "ReorderOutput"}
+    for timing in timings.values():
+        assert all(kernel.ms > 0 for kernel in timing.kernels.values())
+
+
+@pytest.mark.slow
 def test_a_refused_file_is_one_line_and_the_timer_goes_on(timer: Timer, files: dict[str, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(files["half"].read_bytes()[:100])

@@ -181,9 +181,10 @@ class FormulaTimer(Timer):
         self.target = Target()
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
-    ) -> dict[str, Timing]:
-        del least_rounds, most_rounds
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12,
+        kernels: bool = False,
+    ) -> dict[str, Timing]:  # fmt: skip
+        del least_rounds, most_rounds, kernels
         files = {**models, REFERENCE: reference} if reference is not None else {**models}
         latency_ms = {key: 0.01 + path.stat().st_size / 1e7 for key, path in files.items()}
         return {

@@ -47,6 +47,10 @@ class Profile:
     seconds: float
     date: str
     predictor: Predictor
+    remote: bool = False
+    """Whether a kit was measured on another device: nothing here can measure what it predicts."""
+    forced: tuple[str, ...] = ()
+    """In what it differs from the model and device that it was loaded for, where that was overridden."""
     overheads: NDArray[np.float64]
     """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
 
@@ -100,6 +104,8 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "device": {**asdict(profile.device), "flags": list(profile.device.flags)},
         "date": profile.date,
         "seconds": profile.seconds,
+        "remote": profile.remote,
+        "forced": list(profile.forced),
         "reference_ms": profile.reference_ms,
         "reference_repeat_error": profile.reference_repeat_error,
         "design": profile.predictor.design,
@@ -119,10 +125,11 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_profile(path: Path, anatomy: Anatomy, here: Fingerprint | None = None) -> Profile:
+def load_profile(path: Path, anatomy: Anatomy, *, here: Fingerprint | None = None, force: bool = False) -> Profile:
     """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one.
 
-    Raises InputError when the file is not a profile, or is one of another model, device or runtime.
+    Raises InputError when the file is not a profile, or is one of another model, device or runtime; with ``force``
+    it is taken all the same and the differences are kept in it. A profile of a kit is meant to be used elsewhere.
     """
     try:
         data: Any = json.loads(path.read_text())
@@ -131,7 +138,7 @@ def load_profile(path: Path, anatomy: Anatomy, here: Fingerprint | None = None) 
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
-        return _profile_from_dict(data, path, anatomy, here)
+        return _profile_from_dict(data, path, anatomy, here, force)
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -139,24 +146,20 @@ def load_profile(path: Path, anatomy: Anatomy, here: Fingerprint | None = None) 
 
 
 def _profile_from_dict(
-    data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None
+    data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None, force: bool
 ) -> Profile:
-    if data["model"] != anatomy.digest:
-        raise InputError(
-            f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is "
-            f"{anatomy.digest}."
-        )
     target = target_from_dict(data["target"])
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
-    here = here or fingerprint(target)
-    for field in fields(Fingerprint):
-        then, now = getattr(device, field.name), getattr(here, field.name)
-        if then != now:
-            raise InputError(
-                f"{path}: a profile holds for one device; {field.name} was {then!r} when it was made, here it is "
-                f"{now!r}: calibrate again."
-            )
+    remote = bool(data.get("remote", False))
+    differences = tuple(data.get("forced", ())) + differences_of(
+        data["model"], device, anatomy.digest, device if remote else here or fingerprint(target)
+    )
+    if differences and not force:
+        raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
+    if data["model"] != anatomy.digest:
+        points_of = [{**p, "policy": {**p["policy"], "model": anatomy.digest}} for p in data["points"]]
+        data = {**data, "model": anatomy.digest, "points": points_of}
     points = tuple(
         Point(
             policy=policy_from_dict(p["policy"], str(path)), latency_ms=float(p["measured_ms"]),
@@ -171,7 +174,31 @@ def _profile_from_dict(
         model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
         date=str(data["date"]), predictor=_fitted(anatomy, points), overheads=_overheads(anatomy, points),
+        remote=remote, forced=differences,
     )  # fmt: skip
+
+
+def differences_of(model: str, device: Fingerprint, model_now: str, device_now: Fingerprint) -> tuple[str, ...]:
+    """Why a profile does not hold here, each as a sentence without its full stop."""
+    found: list[str] = []
+    if model != model_now:
+        found.append(f"a profile belongs to one model; this one is for {model}, the task's model is {model_now}")
+    for field in fields(Fingerprint):
+        then, now = getattr(device, field.name), getattr(device_now, field.name)
+        if then != now:
+            found.append(
+                f"a profile holds for one device; {field.name} was {then!r} when it was made, here it is {now!r}"
+            )
+    return tuple(found)
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a profile was made from a kit; False where the file is no profile, which loading it will say."""
+    try:
+        data: Any = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and bool(data.get("remote"))
 
 
 def _point(policy: Policy, timing: Timing, size_bytes: int) -> Point:

@@ -1,17 +1,14 @@
 """Where a model will run: runtime, threads, batch, session options, and what that runtime can do."""
 
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...spaces.errors import InputError
 from ...spaces.policy import FP32, INT8, LayerBits
+from . import timer
 
-RUNTIMES = ("onnxruntime",)
+RUNTIMES = tuple(timer.BACKENDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +47,31 @@ class Fingerprint:
     flags: tuple[str, ...]
     cores: int
     runtime_version: str
-
-
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+    accelerator: str | None = None
 
 
 def fingerprint(target: Target) -> Fingerprint:
-    """This device. Flags are those that choose kernels."""
-    info = _cpuinfo()
-    return Fingerprint(
-        machine=platform.machine(),
-        cpu=info.get("model name") or platform.processor() or "unknown",
-        flags=tuple(f for f in _FLAGS if f in info.get("flags", "").split()),
-        cores=len(os.sched_getaffinity(0)),
-        runtime_version=version(target.runtime),
+    """This device. Raises InputError when the target's runtime is not installed."""
+    found = timer.device(target.runtime)
+    if found["runtime_version"] is None:
+        raise InputError(missing_runtime(target.runtime) or f"{target.runtime} has no version.")
+    return Fingerprint(**{**found, "flags": tuple(found["flags"])})
+
+
+def missing_runtime(runtime: str) -> str | None:
+    """Why this machine cannot run a runtime, with what would mend it, as one sentence; None where it can."""
+    if timer.runtime_version(runtime) is None:
+        return f"The runtime {runtime} is not installed here: pip install 'nightpress[{runtime}]'."
+    if runtime not in timer.PROVIDERS:
+        return None
+    import onnxruntime  # its list of providers; half a second that the other commands need not wait
+
+    missing = [p for p in timer.PROVIDERS[runtime] if p not in cast("Any", onnxruntime).get_available_providers()]
+    if not missing:
+        return None
+    return (
+        f"The runtime {runtime} needs {missing[0]}, which the installed onnxruntime does not have: on a machine with "
+        "such a device, pip install onnxruntime-gpu in place of onnxruntime."
     )
 
 
@@ -71,7 +79,10 @@ def check_target(target: Target) -> None:
     """Raises InputError when this machine cannot run the target."""
     if target.runtime not in RUNTIMES:
         raise InputError(f"target.runtime must be one of {', '.join(RUNTIMES)}, but got {target.runtime!r}.")
-    cores = len(os.sched_getaffinity(0))
+    missing = missing_runtime(target.runtime)
+    if missing is not None:
+        raise InputError(missing)
+    cores = timer.cores()
     if not 1 <= target.threads <= cores:
         raise InputError(
             f"target.threads must be between 1 and this machine's {cores} cores, but got {target.threads}."
@@ -88,12 +99,3 @@ def target_from_dict(data: Mapping[str, Any]) -> Target:
     """The inverse of :func:`target_to_dict`. Raises KeyError or TypeError when something is missing or unknown."""
     values: dict[str, Any] = {**data, "disabled_optimizers": tuple(data["disabled_optimizers"])}
     return Target(**values)
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    first = path.read_text(errors="replace").split("\n\n")[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
