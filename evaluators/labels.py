@@ -7,7 +7,8 @@ parameters and tensors that can only go together. Channels that look the same fr
 
 An axis is a product of parts, because attention folds heads into channels and windows into the batch; one part of an
 axis can carry labels. When a labelled axis is split, the part that the labels stay with is the one that the graph later
-treats as a batch of matrices (heads), never the one that it contracts or picks from (Michel et al. 2019 prune heads).
+treats as a batch of matrices (heads), never the one that it contracts or picks from (Michel et al. 2019 prune heads);
+where it does neither (a channel shuffle), the longer one.
 """
 
 import math
@@ -371,6 +372,8 @@ def _split(labelling: Labelling, part: Part, size: int, key: str) -> tuple[Part,
     free = [i for i in (0, 1) if _PICKED not in roles[i]]
     heads = [i for i in free if _HEADS in roles[i] and _CONTRACTED not in roles[i]]
     chosen = free[0] if len(free) == 1 else heads[0] if heads else None
+    if chosen is None and not any(roles):
+        chosen = int(sizes[1] >= sizes[0])
     if chosen is None:
         labelling.equal(None, part.labels)
         return Part(sizes[0], key=keys[0]), Part(sizes[1], key=keys[1])
