@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow  # a page with its 5 MB of script takes a second or more to open
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 NIGHT = full_run()
 DRAWN = 8
 """Figures of that night: all but the staircase, which its target did not measure."""
@@ -48,17 +40,6 @@ class Served(NamedTuple):
 
     url: str
     told: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra 'test'")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGUMENTS))
-        yield chromium
-        chromium.close()
 
 
 def open_page(browser: "Browser", out: Path, *, scheme: str = "light") -> Opened:
