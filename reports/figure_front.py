@@ -210,7 +210,12 @@ def front_text(info: FrontInfo) -> str:
 
 def front_figure(info: FrontInfo) -> "Figure":
     """Draw the picture. Each marker's customdata starts with its trial's number."""
-    figure = blank("latency, ms", "accuracy, %", height=540, margin_t=34)
+    sizes = [dot.size_bytes for dot in info.dots]
+    scale = (min(sizes, default=0.0), max(sizes, default=1.0))
+    scaled = scale[1] > scale[0]
+    # Room for the ticks, the legend and the colour bar: plotly draws everything once more where it has to make room.
+    room = {"l": 60, "t": 34, "b": 90, "r": 90 if scaled else 16}
+    figure = blank("latency, ms", "accuracy, %", height=540, margin=room)
     _draw_limits(figure, info)
     line_x, line_y = _staircase(info)
     figure.add_scatter(
@@ -221,8 +226,6 @@ def front_figure(info: FrontInfo) -> "Figure":
         name="front",
         hoverinfo="skip",
     )
-    sizes = [dot.size_bytes for dot in info.dots]
-    scale = (min(sizes, default=0.0), max(sizes, default=1.0))
     for kind in SHAPES:
         dots = [dot for dot in info.dots if dot.kind == kind]
         if dots:
@@ -230,7 +233,7 @@ def front_figure(info: FrontInfo) -> "Figure":
     _draw_labels(figure, info)
     figure.update_xaxes(_axis(info.x_range, info.logarithmic))
     figure.update_yaxes(range=[100 * v for v in info.y_range])
-    if scale[1] > scale[0]:
+    if scaled:
         _draw_scale(figure, scale)
     figure.update_layout(hovermode="closest")
     return figure

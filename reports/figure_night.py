@@ -226,12 +226,14 @@ def phases_figure(info: PhasesInfo) -> "Figure":
             y=names,
             x=[seconds / factor for seconds in values],
             text=[duration(seconds) for seconds in values],
-            textposition="auto",
+            textposition="outside",  # inside a short bar it would shrink to nothing
             cliponaxis=False,
             name=name,
             marker={"color": colour},
             hovertemplate="%{y}, " + name + ": %{text}<extra></extra>",
         )
+    longest = max(max(values, default=0.0) for _, _, values in bars)
+    figure.update_xaxes(range=[0, 1.3 * longest / factor])
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_layout(bargap=0.3, barmode="group", legend={"traceorder": "normal"}, showlegend=bool(info.planned))
     return figure

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,10 @@ def write_run(config: Path) -> Path:
     (settings.out / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings)))
     (settings.out / "state.json").write_text(json.dumps({"state": "interrupted", "phase": "inspect"}))
     return settings.out
+
+
+Cli = Callable[..., Result]
+"""What the fixture ``cli`` gives: :func:`call` with the test's own output."""
 
 
 def call(*words: object, capsys: pytest.CaptureFixture[str]) -> Result:

@@ -119,12 +119,11 @@ function stages(trial) {
     {},
     el("h4", {}, "Accuracy, stage by stage"),
     table(
-      ["Stage", "Rung", "Split", "#Examples", "#Accuracy"],
+      ["Stage", "Split", "#Examples", "#Accuracy"],
       trial.stages.map((s) => [
-        s.name,
-        s.rung,
+        el("span", {}, s.name, el("br"), el("small", { class: "muted" }, `${s.rung} rung`)),
         s.split,
-        s.samples.toLocaleString("en"),
+        decimal(s.samples, 0),
         withError(s.accuracy, s.se ?? null),
       ]),
     ),
