@@ -1,6 +1,5 @@
 """Commands on a task, a target or policies; each is one step of a night, on its own."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +8,6 @@ import typer
 
 from .options import Force, ForceProfile, Json, PolicyFiles, TargetRef, TaskRef
 from .output import emit, log_to_stderr, say, table
-
-log = logging.getLogger("nightpress")
 
 if TYPE_CHECKING:
     from ..evaluators.latency.target import Target
@@ -39,16 +36,22 @@ def init(
     say(f"next: put your model into {folder / 'task.py'}, then nightpress run {folder / 'config.yaml'} --until 07:00")
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the kernels anew.")] = False, json: Json = False
+) -> None:
     """What is installed, devices, kernels, and how noisy this machine is. Example: nightpress doctor"""
-    from .doctor import examine
+    from .doctor import examine, kernel_lines
 
-    found = examine()
+    log_to_stderr()
+    found = examine(fresh)
     if json:
         emit(found)
         return
     table("Packages", [{"package": k, "version": v} for k, v in found["packages"].items()])
     table("Machine", [{"what": k, "value": v} for k, v in found["machine"].items()])
+    table("Runtimes", found["runtimes"])
+    for line in kernel_lines(found["kernels"]):
+        say(line)
     say(found["noise"]["meaning"])
 
 
@@ -118,7 +121,10 @@ def calibrate(
     results: Annotated[
         Path | None, typer.Option("--from", metavar="results.json", help="What a kit measured on another device.")
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=10, max=500, help="Policies to measure; without it, until the error stops falling."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     json: Json = False,
 ) -> None:
@@ -127,7 +133,7 @@ def calibrate(
     from .measuring import calibrate_from_results, calibrate_to_file
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, target)
+    _, anatomy, where = find_anatomy(task, target, measured=results is None)
     if results is not None:
         data = calibrate_from_results(anatomy, results, out)
     else:
@@ -159,7 +165,7 @@ def predict(
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
         planned = plan(anatomy, policy)
-        latency, low, high = profile.predict(planned)
+        latency, low, high = (float(value) for value in profile.predict([policy])[0])
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
              "size_bytes": file_size(planned), "macs": planned.macs, "forced": "; ".join(profile.forced) or None}
@@ -171,9 +177,9 @@ def predict(
 
 def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxruntime", json: Json = False) -> None:
     """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
-    from ..evaluators.latency.measure import REFERENCE, measure_policies
-    from ..search.session import noise_warnings
+    from ..evaluators.latency.measure import measure_policies
     from ..spaces.policy import digest
+    from .measuring import warn_of_noise
 
     log_to_stderr()
     _, anatomy, where = find_anatomy(task, target)
@@ -185,8 +191,7 @@ def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxrunti
          "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)]}
         for path, policy in read
     ]  # fmt: skip
-    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
-        log.warning("%s", text)
+    warn_of_noise(timings)
     _show("policies", "Measured", rows, json)
 
 
@@ -213,9 +218,13 @@ def apply(
         say(f"wrote {out}: {data['params']:,} parameters, {data['macs'] / 1e6:.1f} M MACs")
 
 
-def find_anatomy(task: str, target: str, runs_here: bool = True, **settings: int) -> "tuple[Task, Anatomy, Target]":
-    """Task, anatomy and target of a command; ``settings`` replace fields of the target. Raises InputError."""
+def find_anatomy(
+    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int
+) -> "tuple[Task, Anatomy, Target]":
+    """Task, anatomy and target of a command; ``settings`` replace fields of the target, ``measured`` takes the steps
+    that its kernels were measured to have. Raises InputError."""
     from ..evaluators.inspect import inspect as look
+    from ..evaluators.latency.capabilities import capabilities
     from ..evaluators.latency.target import check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
@@ -223,6 +232,8 @@ def find_anatomy(task: str, target: str, runs_here: bool = True, **settings: int
     where = replace(parse_target(target, Path(), "--target")[0], **settings)
     if runs_here:
         check_target(where)
+    if measured:
+        where = capabilities(where).applied(where)
     found = load_task(task, Path.cwd())
     check_task(found)
     anatomy, _ = look(found, step_of=where.channel_step)

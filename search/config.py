@@ -117,7 +117,8 @@ class RunConfig:
     space: SpaceConfig = field(default_factory=SpaceConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    calibration_policies: int = 40
+    calibration_policies: int | None = None
+    """Policies to measure; None lets the agent stop when the held-out error has stopped falling."""
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
     seeds: tuple[str, ...] = ()

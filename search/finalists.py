@@ -20,6 +20,7 @@ from .clock import SHARES
 from .disk import find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
+from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .proposals import baselines
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
@@ -62,7 +63,10 @@ def remeasure_front(session: Session) -> None:
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
     with session.timer("search") as timer:
-        timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target, timer)
+        timings, sizes = measure_policies(
+            session.prepared.anatomy, policies, session.config.target, timer, kernels=True
+        )
+    feed_back(session, policies, timings, sizes)
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
     session.folder.decide(

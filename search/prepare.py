@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 import math
 import os
@@ -22,15 +23,16 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.importance import saliency, scores
 from ..evaluators.inspect import inspect, network_of
-from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, is_remote, load_profile, profile_to_dict
+from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
+from ..evaluators.latency.profile import is_remote, load_profile
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Distill, Policy
+from ..spaces.policy import INT8, Distill, LayerBits, Policy
 from ..spaces.space import Space, uniform
 from .config import RunConfig
+from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .jobs import Jobs
@@ -57,6 +59,7 @@ def prepare(session: Session) -> None:
     session.provide(places=places)
     if config.target_profile is None or not is_remote(Path(config.target_profile)):
         places.check_target(config.target)
+    config = _capable(session, config)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
@@ -94,6 +97,31 @@ def _jobs(session: Session, prepared: Prepared, recipe: Recipe) -> Jobs:
         expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
         tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
     )  # fmt: skip
+
+
+def _capable(session: Session, config: RunConfig) -> RunConfig:
+    """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
+    and a resumed night keeps those that it began with."""
+    if config.target_profile is not None or session.places.target_node:
+        return config
+    known = session.state.get("capabilities")
+    if known is None:
+        session.update(activity="measuring what the target can do")
+        known = capabilities(config.target).to_dict()
+        session.update(capabilities=known)
+    found = capabilities_from_dict(known)
+    target = found.applied(config.target, [LayerBits(weights=w, activations=a) for w in config.space.bits.weights
+                                           for a in config.space.bits.activations])  # fmt: skip
+    kernels = ", ".join(f"{w.weights}/{w.activations} on {w.kernel} kernels {w.speedup:.2g}×" for w in found.widths)
+    steps = ", ".join(f"{step} from {first} channels" for first, step in target.channel_steps)
+    session.folder.decide(
+        "inspect", f"channel steps: {steps}",
+        f"stairs of {len(found.stairs)} kinds of layers; speed by bits of weights/activations: {kernels}; a change of "
+        f"precision costs {1000 * found.change_ms:.1f} µs on {found.change_elements} numbers",
+        settled=found.settled,
+    )  # fmt: skip
+    session.config = replace(config, target=target)
+    return session.config
 
 
 def _data_digest(train: Arrays) -> str:
@@ -231,9 +259,9 @@ def calibrate_target(session: Session) -> None:
         here = session.places.fingerprint(config.target)
         profile = load_profile(Path(config.target_profile), anatomy, here=here, force=config.force)
     else:
-        profile = _calibrate(session)
-    session.folder.write_json(TARGET, profile_to_dict(profile))
-    session.provide(profile=profile)
+        profile = measure_target(session)
+    session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
+    session.keep_profile(profile)
     for difference in profile.forced:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
@@ -241,27 +269,13 @@ def calibrate_target(session: Session) -> None:
     _check_limits(session)
 
 
-def _calibrate(session: Session) -> Profile:
-    config, prepared = session.config, session.prepared
-    generator = np.random.default_rng(config.seed)
-    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(rules_of(session).values())
-    with session.timer("calibrate") as timer:
-        profile = calibrate(
-            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-        )
-    held = profile.predictor.heldout
-    session.folder.decide(
-        "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
-        f"the best of {len(profile.predictor.candidates)} designs",
-        designs=profile.predictor.candidates,
-    )  # fmt: skip
-    return profile
-
-
-def _tell(session: Session, text: str) -> None:
-    session.update(activity=text)
+def _beside_profile(session: Session) -> dict[str, Any]:
+    """What the target's file holds beside the profile: the run's own measurement, or that of the config's profile."""
+    if session.config.target_profile is None:
+        known = session.state.get("capabilities")
+        return beside_profile(capabilities_from_dict(known)) if known is not None else {}
+    data = json.loads(Path(session.config.target_profile).read_text())
+    return {key: data[key] for key in MEASURED_BESIDE if key in data}
 
 
 def _check_limits(session: Session) -> None:

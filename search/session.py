@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +12,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
-from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.profile import Profile, profile_to_dict
 from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
@@ -27,7 +30,7 @@ from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
 from .clock import Clock, length
 from .config import RunConfig
-from .folder import STATE, RunFolder
+from .folder import STATE, TARGET, RunFolder
 from .jobs import Jobs
 from .notify import notify
 from .pareto import losses, non_dominated
@@ -137,6 +140,16 @@ class Session:
     def provide(self, **parts: Any) -> None:
         self._parts.update(parts)
 
+    def use_profile(self, profile: Profile) -> None:
+        """From now on predict by this one; what was predicted before is forgotten."""
+        self.provide(profile=profile)
+        self._cost_cache.clear()
+
+    def keep_profile(self, profile: Profile) -> None:
+        """Use this profile and write it to the run's folder, with what was measured beside it."""
+        self.use_profile(profile)
+        self.folder.write_json(TARGET, {**profile_to_dict(profile), **self._parts.get("beside_profile", {})})
+
     @contextmanager
     def phase(self, name: str, *followers: str) -> Generator[None]:
         """Mark a phase in state and log; its seconds are counted even when it is interrupted. It ends with an
@@ -237,8 +250,13 @@ class Session:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         """Predicted latency in ms and file size in bytes, quick enough for thousands of policies."""
-        planned = plan(self.prepared.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return self.costs_of([policy])[0]
+
+    def costs_of(self, policies: Sequence[Policy]) -> list[tuple[float, int]]:
+        """The same for many policies at once, which is quicker by far."""
+        latencies = self._predicted(policies)[:, 0]
+        sizes = [self.profile.predict_size(plan(self.prepared.anatomy, policy)) for policy in policies]
+        return [(float(latency), size) for latency, size in zip(latencies, sizes, strict=True)]
 
     def predict(self, policy: Policy) -> tuple[float, float, float, int]:
         """Predicted latency with the ends of its interval (ms), and the file size in bytes, for which the
@@ -246,7 +264,8 @@ class Session:
         key = digest(policy)
         if key not in self._cost_cache:
             planned = plan(self.prepared.anatomy, policy)
-            self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
+            latency, low, high = (float(value) for value in self._predicted([policy])[0])
+            self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
 
     @property
@@ -258,6 +277,16 @@ class Session:
         """A policy's predicted latency as a record."""
         latency, low, high, _ = self.predict(policy)
         return Latency(latency_ms=latency, low_ms=low, high_ms=high, measured=False, forced=self.forced)
+
+    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
+        try:
+            return self.profile.predict(policies)
+        except UnseenKernelError as error:
+            if len(policies) > 1:
+                return np.concatenate([self._predicted([policy]) for policy in policies])
+            self._parts["measure_unseen"](self, policies[0], error)
+            return self.profile.predict(policies)
 
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
         """Keep the reference's own figures, the noise of the night, and warn of what makes it."""

@@ -24,6 +24,8 @@ AGREE = 0.02
 """Windows are added until the two lowest lie within this share of each other."""
 LEAST_ROUNDS, MOST_ROUNDS = 4, 20
 KERNEL_PASSES = 3
+WINDOW_MS, ROUND_MS = 25, 600
+"""A burst of other work lasts one to two seconds: rounds are spread so that it meets few windows of a model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,23 +128,24 @@ class Timer:
         least_rounds: int = LEAST_ROUNDS,
         most_rounds: int = MOST_ROUNDS,
         kernels: bool = False,
+        window_ms: float = WINDOW_MS,
+        round_ms: float = ROUND_MS,
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementError."""
         timings: dict[str, Timing] = {}
         for chunk in _chunks(models):
             files = {REFERENCE: reference, **chunk} if reference is not None else chunk
-            answer = self._ask(files, least_rounds, most_rounds, KERNEL_PASSES if kernels else 0)
+            passes = KERNEL_PASSES if kernels else 0
+            answer = self._ask(files, settings(least_rounds, most_rounds, passes, window_ms, round_ms))
             # The reference was timed in each chunk: its figures are those of the last one.
             timings |= timings_of(answer)
         if self._listener is not None:
             self._listener(timings)
         return timings
 
-    def _ask(
-        self, models: Mapping[str, Path], least_rounds: int, most_rounds: int, kernel_passes: int
-    ) -> dict[str, Any]:
+    def _ask(self, models: Mapping[str, Path], how: Mapping[str, float]) -> dict[str, Any]:
         request = {
-            **settings(least_rounds, most_rounds, kernel_passes),
+            **how,
             **for_script(self.target),
             "models": {key: str(path) for key, path in models.items()},
         }
@@ -165,12 +168,13 @@ class Timer:
 
 
 def settings(
-    least_rounds: int = LEAST_ROUNDS, most_rounds: int = MOST_ROUNDS, kernel_passes: int = KERNEL_PASSES
-) -> dict[str, float]:
-    """How the timing script measures: windows and rounds in ms, spread so that a burst of other work meets few."""
+    least_rounds: int = LEAST_ROUNDS, most_rounds: int = MOST_ROUNDS, kernel_passes: int = KERNEL_PASSES,
+    window_ms: float = WINDOW_MS, round_ms: float = ROUND_MS,
+) -> dict[str, float]:  # fmt: skip
+    """How the timing script measures."""
     return {
         "least_rounds": max(least_rounds, kernel_passes), "most_rounds": max(most_rounds, kernel_passes),
-        "window_ms": 25, "round_ms": 600, "agree": AGREE, "kernel_passes": kernel_passes,
+        "window_ms": window_ms, "round_ms": round_ms, "agree": AGREE, "kernel_passes": kernel_passes,
     }  # fmt: skip
 
 
@@ -195,13 +199,15 @@ def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
 
 
 def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
-    """What the timing script answered, typed."""
+    """What the timing script answered, typed. A kit was measured in parts, each with the reference in it: its results
+    say of each model what the reference took."""
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
+    references: dict[str, float] = answer.get("reference_ms", {})
     return {
         key: Timing(
             windows_ms=tuple(found),
-            reference_ms=reference_ms,
+            reference_ms=references.get(key, reference_ms),
             kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
             busy_cores=answer["busy_cores"],
         )

@@ -8,6 +8,8 @@ from ...spaces.errors import InputError
 from ...spaces.policy import FP32, INT8, LayerBits
 from . import timer
 
+CHANNEL_STEPS = ((0, 4), (64, 8))
+"""Where nothing was measured: ONNX Runtime's fp32 convolutions leave the blocked layout off a grid of 4."""
 RUNTIMES = tuple(timer.BACKENDS)
 
 
@@ -20,6 +22,10 @@ class Target:
     threads: int = 1
     batch: int = 1
     disabled_optimizers: tuple[str, ...] = ("WeightBiasQuantization",)
+    channel_steps: tuple[tuple[int, int], ...] = CHANNEL_STEPS
+    """(from this width on, this step), by width; measured where the target was calibrated."""
+    integer_kernels: bool = True
+    """Whether layers of 8 bits run on integers."""
 
     def bit_choices(self, weights: tuple[int, ...], activations: tuple[int, ...]) -> tuple[LayerBits, ...]:
         """(weights, activations) pairs worth offering: fp32, integer kernels, and weights stored small.
@@ -29,13 +35,13 @@ class Target:
         """
         pairs = [FP32] if 32 in weights and 32 in activations else []
         pairs += [LayerBits(weights=16)] if 16 in weights and 32 in activations else []
-        for width in sorted(w for w in weights if w <= 8):
+        for width in sorted(w for w in weights if w <= 8 and self.integer_kernels):
             pairs += [LayerBits(weights=width, activations=a) for a in sorted(activations) if a != 16]
-        return tuple(pairs) or (INT8,)
+        return tuple(pairs) or (INT8 if self.integer_kernels else FP32,)
 
     def channel_step(self, channels: int) -> int:
-        """Channel steps on which the kernels run well: fp32 convolutions leave the blocked layout off a grid of 4."""
-        return 8 if channels >= 64 else 4
+        """The step on which the kernels run well for a layer of this width."""
+        return next(step for first, step in reversed(self.channel_steps) if channels >= first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +98,16 @@ def check_target(target: Target) -> None:
 
 
 def target_to_dict(target: Target) -> dict[str, Any]:
-    return {**asdict(target), "disabled_optimizers": list(target.disabled_optimizers)}
+    return {
+        **asdict(target),
+        "disabled_optimizers": list(target.disabled_optimizers),
+        "channel_steps": [list(pair) for pair in target.channel_steps],
+    }
 
 
 def target_from_dict(data: Mapping[str, Any]) -> Target:
     """The inverse of :func:`target_to_dict`. Raises KeyError or TypeError when something is missing or unknown."""
     values: dict[str, Any] = {**data, "disabled_optimizers": tuple(data["disabled_optimizers"])}
+    if "channel_steps" in data:
+        values["channel_steps"] = tuple((int(first), int(step)) for first, step in data["channel_steps"])
     return Target(**values)
