@@ -105,14 +105,19 @@ def read_truth(path: Path) -> tuple[list[Policy], np.ndarray]:
     return policies, np.array([p["windows_ms"] for p in data["policies"]])
 
 
-def measure(name: str, threads: int, cache: Path) -> None:
-    anatomy, target = anatomy_of(name, cache), Target(threads=threads)
-    path = cache / f"{name}.{threads}.truth.json"
+def files_of(name: str, target: Target, cache: Path) -> tuple[Path, Path]:
+    """Where the truth and the calibration are kept."""
+    key = f"{name}.{'' if target.runtime == 'onnxruntime' else target.runtime + '.'}{target.threads}"
+    return cache / f"{key}.truth.json", cache / f"{key}.profile.json"
+
+
+def measure(name: str, target: Target, cache: Path) -> None:
+    anatomy = anatomy_of(name, cache)
+    path, profile = files_of(name, target, cache)
     if not path.is_file():
         path.write_text(json.dumps(measure_truth(anatomy, target)))
-    path = cache / f"{name}.{threads}.profile.json"
-    if not path.is_file():
-        path.write_text(json.dumps(measure_profile(anatomy, target)))
+    if not profile.is_file():
+        profile.write_text(json.dumps(measure_profile(anatomy, target)))
 
 
 def measure_profile(anatomy: Anatomy, target: Target) -> dict[str, Any]:
@@ -135,11 +140,12 @@ def main() -> None:
     parser.add_argument("network", nargs="?", choices=tuple(SIDES))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runtime", default="onnxruntime", help="or openvino")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     args.cache.mkdir(parents=True, exist_ok=True)
     if args.step == "measure":
-        measure(args.network, args.threads, args.cache)
+        measure(args.network, Target(runtime=args.runtime, threads=args.threads), args.cache)
 
 
 if __name__ == "__main__":

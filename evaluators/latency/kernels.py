@@ -88,7 +88,8 @@ class _Layouts:
         self.stored[position] = stored & ~int8 & there
         if op.kind == "linear":
             # Over tokens its sum is not requantised, because the bias is added in fp32.
-            self.bytes_[position] = int8 & self.plans.quantised[position] if len(op.shape) == 2 else 0
+            requantised = self.plans.quantised[position] | self.plans.fused[position]
+            self.bytes_[position] = int8 & requantised if len(op.shape) == 2 else 0
             return
         self.bytes_[position] = self.last[position] = int8
         blocked = there & ~int8 & ~stored & self._on_grid(position, op)
