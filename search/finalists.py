@@ -15,10 +15,8 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
-from .clock import SHARES
 from .disk import find_room, free_disk, is_full
 from .pareto import dominated_by, losses, non_dominated, spread
-from .proposals import baselines
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
 from .session import Session, latency_of, quality_of
 from .store import policy_of
@@ -30,12 +28,7 @@ MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
 MOST_EPOCHS = 20
 """Of a long fine-tune: what it can use."""
-MARGIN = 1.15
-MOST_SHARE = 0.7
-"""Of what is left before the verification."""
-LEAST_VERIFY_SECONDS = 12.0
 LEAST_VERIFIED = 3
-LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
@@ -109,9 +102,9 @@ def choose(session: Session) -> list[TrialRecord]:
 def _extrapolation(session: Session) -> Callable[[float], float]:
     """Short accuracy → long accuracy, a line through the baselines that have both; as it is with fewer than four."""
     pairs = [
-        (t.quality.accuracy, _load(_outcome_file(session, t.number)).search.accuracy)
+        (t.quality.accuracy, _load(outcome_file(session, t.number)).search.accuracy)
         for t in complete(session, "baseline")
-        if t.quality and _outcome_file(session, t.number).is_file()
+        if t.quality and outcome_file(session, t.number).is_file()
     ]
     short, long = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
     if len(pairs) < 4 or short.std() < 1e-6:
@@ -140,7 +133,7 @@ def train_long(session: Session) -> None:
     """
     rules = sorted((t for t in complete(session, "baseline") if session.store.ours(t)),
                    key=lambda t: t.name != UNCOMPRESSED)  # fmt: skip
-    likely = _ours(session, choose(session))
+    likely = ours(session, choose(session))
     _size_long(session, rules + likely)
     end = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
     _train(session, rules, end + _expected_seconds(session, likely))
@@ -151,57 +144,18 @@ def train_long(session: Session) -> None:
             "chosen greedily by the hypervolume that each adds to those before it, at the accuracy to be expected "
             "after the long fine-tune",
         )  # fmt: skip
-    _train(session, _ours(session, chosen), end)
+    _train(session, ours(session, chosen), end)
 
 
-def _ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
     """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
     return [t for t in trials if session.store.ours(t)]
-
-
-def plan_finalists(session: Session) -> None:
-    """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
-    to be trained for longer than before."""
-    rungs, clock = session.state["rungs"], session.clock
-    queue = _ours(session, complete(session, "baseline") + choose(session))
-    queue = [t for t in queue if not _outcome_file(session, t.number).is_file()]
-    if not queue:
-        return
-    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(_long_costs(session, t) for t in queue),
-                                                                   strict=True))  # fmt: skip
-    given = session.config.finetune.long_steps
-    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
-    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
-    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds))
-    planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
-    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
-        session.replan(
-            {"finalists": planned},
-            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
-        )
-
-
-def plan_verify(session: Session) -> None:
-    """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
-    profile, clock = session.profile, session.clock
-    rounds = session.state["seconds"].get("calibrate", 0.0)
-    if rounds < profile.seconds:  # the profile was measured on another day
-        return
-    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
-    each = profile.seconds / max(1, len(profile.points))
-    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
-    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
-    session.replan(
-        {"verify": planned, "report": page},
-        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
-        f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
-    )
 
 
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
     deadline."""
-    jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
+    jobs = {t.number: _job(session, t) for t in trials if not outcome_file(session, t.number).is_file()}
     if not jobs:
         return
     if not find_room(session, jobs):
@@ -217,7 +171,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
-            _save(_outcome_file(session, number), result)
+            _save(outcome_file(session, number), result)
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
 
@@ -225,7 +179,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
 def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
-    costs = (_long_costs(session, t) for t in trials)
+    costs = (long_costs(session, t) for t in trials)
     return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
@@ -235,7 +189,7 @@ def _size_long(session: Session, queue: list[TrialRecord]) -> None:
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
         return
     seconds = 0.9 * session.clock.left_before("verify", "report") * session.workers
-    fixed, a_step = (sum(parts) for parts in zip(*(_long_costs(session, t) for t in queue), strict=True))
+    fixed, a_step = (sum(parts) for parts in zip(*(long_costs(session, t) for t in queue), strict=True))
     affordable = int((seconds - fixed) / max(a_step, 1e-9))
     steps = max(rungs["short_steps"], min(MOST_EPOCHS * rungs["epoch_steps"], affordable))
     session.folder.decide(
@@ -245,7 +199,7 @@ def _size_long(session: Session, queue: list[TrialRecord]) -> None:
     session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
 
 
-def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
 
     The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
@@ -268,7 +222,7 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 def verify(session: Session) -> None:
     """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
     trials = {t.number: t for t in session.store.trials()}
-    outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    outcomes = {n: _load(outcome_file(session, n)) for n in trials if outcome_file(session, n).is_file()}
     outcomes = _affordable(session, trials, outcomes)
     if not outcomes:
         return
@@ -380,7 +334,7 @@ def _losses(
     return losses(later(trial.quality.accuracy), trial.latency.latency_ms, trial.size_bytes)
 
 
-def _outcome_file(session: Session, number: int) -> Path:
+def outcome_file(session: Session, number: int) -> Path:
     return session.folder.artifacts(number) / OUTCOME
 
 

@@ -16,12 +16,12 @@ import yaml
 
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, prepare
+from . import finalists, planning, prepare
 from .claims import without_password
-from .clock import Clock, Deadline, length
+from .clock import Clock, Deadline
 from .config import RunConfig
 from .disk import find_room
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
 from .pareto import losses, non_dominated
@@ -42,8 +42,6 @@ JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
-"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
 WHERE = ("runner", "address", "workers", "resources")
 
 
@@ -110,10 +108,10 @@ def _phases(session: Session) -> None:
         prepare.prepare(session)
         prepare.size_rungs(session)
         session.update(workers=session.workers)
-        check_budget(session)
+        planning.check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
-    finalists.plan_verify(session)
+    planning.plan_verify(session)
     trials = _open_study(session)
     try:
         _evaluate(session, trials)
@@ -239,7 +237,7 @@ def search(session: Session, trials: Trials) -> None:
     while (reason := _enough(session, trials)) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
-            finalists.plan_finalists(session)
+            planning.plan_finalists(session)
             find_room(session, trials.running)
             continue
         most = session.config.search.max_trials
@@ -272,29 +270,6 @@ def _trial_seconds(session: Session) -> float:
     """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
     spans = session.store.tally().spans
     return spans[(3 * len(spans)) // 4] if spans else 0.0
-
-
-def check_budget(session: Session) -> None:
-    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
-
-    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
-    """
-    prepared, config, clock = session.prepared, session.config, session.clock
-    if session.folder.path.joinpath(TARGET).is_file():
-        return  # a resumed night has been through it
-    step = prepared.step_ms / 1000
-    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
-    trained = 2 * (config.finetune.short_steps or prepare.LEAST_STEPS) + passes
-    rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
-    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
-    if clock.left_seconds < least:
-        raise InputError(
-            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
-            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
-            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
-        )
 
 
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
