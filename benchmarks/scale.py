@@ -12,7 +12,7 @@ jumps to the next event where the driver has nothing to do, and moves with the d
 
 import argparse
 import heapq
-import os
+import itertools
 import statistics
 import sys
 import tempfile
@@ -44,8 +44,8 @@ from nightpress.search.trials import Trials
 from nightpress.search.worker import Failure
 
 DAY_SECONDS = 86_400.0
-SHORT_SHARE = 0.9
-"""Of a simulated trial's time; the rest goes into the first rung."""
+SHORT_SHARE = 0.1
+"""Of a simulated trial's time; the first rung takes the rest, so that a trial which is stopped takes as long."""
 
 
 def main() -> None:
@@ -59,13 +59,16 @@ def main() -> None:
     simulating.add_argument("--trials", type=int, default=100_000)
     simulating.add_argument("--seconds", type=float, default=30.0)
     simulating.add_argument("--sampler", default="random")
+    simulating.add_argument("--cpu", action="store_true", help="count the driver's CPU time: others use the machine")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-scale-") as name:
         folder = Path(name)
         if arguments.command == "driver":
             driver(folder, arguments.trials, arguments.sampler)
         else:
-            simulate(folder, arguments.workers, arguments.trials, arguments.seconds, arguments.sampler)
+            driving_time = time.process_time if arguments.cpu else time.perf_counter
+            simulated = Simulation(arguments.workers, arguments.seconds, driving_time)
+            simulate(folder, simulated, arguments.trials, arguments.sampler)
 
 
 def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
@@ -94,7 +97,7 @@ def outcome(job: Job, seconds: float) -> Outcome:
     policy = job.policy
     lost = sum(0.1 * ratio**2 for ratio in policy.prune.values()) + 0.05 * len(policy.removed_blocks)
     lost += 0.002 * len(policy.bits) + (0.1 if job.rung == "bn" else 0.0)
-    luck = np.random.default_rng(abs(hash(str(job.folder)))).normal(0, 0.01)
+    luck = np.random.default_rng(int(job.folder.name)).normal(0, 0.01)
     score = Score(accuracy=float(np.clip(0.95 - lost + luck, 0, 1)), accuracy_se=0.01, samples=400, seconds=0.0)
     return Outcome(search=score, seconds=seconds)
 
@@ -127,7 +130,7 @@ def driver(folder: Path, count: int, sampler: str) -> None:
         trials.collect(0.0)
         while len(marks) <= trials.finished:
             marks.append(time.perf_counter())
-    spans = [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+    spans = [1000 * (b - a) for a, b in itertools.pairwise(marks)]
     part = max(1, count // 10)
     print(f"{count} trials, sampler {sampler}: {statistics.mean(spans):.1f} ms a trial")
     for start in range(0, count, part):
@@ -144,6 +147,8 @@ class Simulation:
 
     workers: int
     seconds: float
+    driver: Callable[[], float]
+    """The driver's own time, in seconds."""
     progress: float = 0.0
     skipped: float = 0.0
     """Seconds that were jumped over."""
@@ -152,7 +157,7 @@ class Simulation:
     _queue: list[tuple[float, int, Job]] = field(default_factory=list[tuple[float, int, Job]])
 
     def now(self) -> float:
-        return time.perf_counter() + self.skipped
+        return self.driver() + self.skipped
 
     def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
         share = SHORT_SHARE if job.rung == "short" else 1 - SHORT_SHARE
@@ -168,30 +173,35 @@ class Simulation:
             _, key, job = heapq.heappop(self._queue)
             yield key, outcome(job, self.seconds)
 
+    def done(self) -> float:
+        """Seconds of work that lie behind all workers together."""
+        now = self.now()
+        return self.worked - sum(max(0.0, end - now) for end, *_ in self._queue)
+
     def close(self) -> None:
         self._queue.clear()
 
 
-def simulate(folder: Path, workers: int, count: int, seconds: float, sampler: str) -> None:
+def simulate(folder: Path, simulated: Simulation, count: int, sampler: str) -> None:
     """How busy the driver keeps so many workers, over the whole and by tenths."""
-    simulated = Simulation(workers, seconds)
-    clock: Callable[[], float] = simulated.now
-    trials = begun(folder, simulated, Times(wall=clock, awake=clock, boot=clock), sampler)
-    start, real = simulated.now(), time.perf_counter()
-    before = (start, 0.0, real)
-    print(f"{workers} workers, {count} trials of {seconds:.0f} s, sampler {sampler}", flush=True)
+    now, workers = simulated.now, simulated.workers
+    trials = begun(folder, simulated, Times(wall=now, awake=now, boot=now), sampler)
+    start = now()
+    before = (start, 0.0, simulated.skipped)
+    print(f"{workers} workers, {count} trials of {simulated.seconds:.0f} s, sampler {sampler}", flush=True)
     for part in range(1, 11):
         while trials.finished < count * part // 10:
             more = trials.fill(workers)
             trials.collect(0.0 if more else 0.25)
-        now, done = simulated.now(), simulated.worked - sum(max(0.0, end - simulated.now()) for end, *_ in simulated._queue)
-        span, spent = now - before[0], time.perf_counter() - before[2]
+        then, done, skipped = now(), simulated.done(), simulated.skipped
+        span = then - before[0]
+        own = span - (skipped - before[2])
         print(f"  up to trial {trials.finished:6}: {(done - before[1]) / workers / span:6.1%} busy, "
-              f"{1000 * spent / (count / 10):5.1f} ms of the driver a trial", flush=True)  # fmt: skip
-        before = (now, done, time.perf_counter())
-    total = simulated.now() - start
-    print(f"  all: {before[1] / workers / total:.1%} busy over {total / 3600:.2f} simulated hours, which took the driver "
-          f"{time.perf_counter() - real:.0f} s; {os.times().user:.0f} s CPU")  # fmt: skip
+              f"{1000 * own / (count / 10):5.1f} ms of the driver a trial", flush=True)  # fmt: skip
+        before = (then, done, skipped)
+    total = before[0] - start
+    print(f"  all: {before[1] / workers / total:.1%} busy over {total / 3600:.2f} simulated hours, "
+          f"{total - before[2]:.0f} s of them the driver's")  # fmt: skip
 
 
 if __name__ == "__main__":

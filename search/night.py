@@ -51,10 +51,12 @@ def run_night(
     *,
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
+    search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
 
-    ``deadline`` None takes the run's own when it resumes, else eight hours.
+    ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
+    :func:`search`.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
@@ -74,7 +76,7 @@ def run_night(
             mark=mark(config.task, config.base),
         )  # fmt: skip
         with graceful(session):
-            return _run(session)
+            return _run(session, search_by or search)
     except InputError:
         if not resume and not (folder.path / ARTIFACTS).exists():
             shutil.rmtree(folder.path)  # nothing was trained: the corrected config may use the same folder
@@ -86,9 +88,9 @@ def run_night(
         folder.release()
 
 
-def _run(session: Session) -> str:
+def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
     try:
-        _phases(session)
+        _phases(session, search_by)
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
@@ -103,7 +105,7 @@ def _run(session: Session) -> str:
     return str(session.state["state"])
 
 
-def _phases(session: Session) -> None:
+def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
@@ -114,7 +116,7 @@ def _phases(session: Session) -> None:
     planning.plan_verify(session)
     trials = _open_study(session)
     try:
-        _evaluate(session, trials)
+        _evaluate(session, trials, search_by)
     except OverdueError:
         phase = str(session.state["phase"])
         session.folder.decide(phase, "gave up what was running", "the verification would not be over by the deadline")
@@ -126,7 +128,7 @@ def _phases(session: Session) -> None:
             record_layers(session)
 
 
-def _evaluate(session: Session, trials: Trials) -> None:
+def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
     """All that trains. Raises OverdueError when it would take the verification's time."""
     with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
@@ -137,7 +139,7 @@ def _evaluate(session: Session, trials: Trials) -> None:
         _enqueue_seeds(session)
         _aim(session)
     with session.phase("search", *ENDING):
-        search(session, trials)
+        search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
         finalists.train_long(session)
@@ -234,7 +236,7 @@ def _earlier(session: Session) -> list[Policy]:
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
-    while (reason := _enough(session, trials)) is None:
+    while (reason := enough(session, trials)) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
             planning.plan_finalists(session)
@@ -247,7 +249,7 @@ def search(session: Session, trials: Trials) -> None:
     session.folder.decide("search", "ended the search", reason)
 
 
-def _enough(session: Session, trials: Trials) -> str | None:
+def enough(session: Session, trials: Trials) -> str | None:
     """Why the search ends; None while it goes on."""
     most = session.config.search.max_trials
     if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):

@@ -20,7 +20,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .attributes import WORD, approvals_in, record_of
 from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
-from .journal import JournalFile, ReadJournal
+from .journal import JournalFile, OneWriterJournal, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
 from .tally import Tally
@@ -47,7 +47,7 @@ def open_storage(
     Raises InputError when a URL is none or does not answer; the message names no password.
     """
     if url is None:
-        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL, make_room))
+        return OneWriterJournal(JournalFile(run / JOURNAL, make_room))
     told, file = without_password(url), sqlite_file(url)
     if file is not None and not new and not Path(file).is_file():
         raise InputError(f"search.storage: there is no file {file}, so the run's record cannot be read.")

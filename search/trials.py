@@ -131,13 +131,17 @@ class Trials:
     def collect(self, timeout_seconds: float = TICK_SECONDS) -> None:
         """Take results that come within the timeout and move their trials on."""
         for number, result in self.session.results(timeout_seconds):
-            job = self.running.pop(number)
-            if is_full(result):
-                self.held[number] = job
-            elif isinstance(result, Failure):
-                self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
-            else:
-                self._advance(number, job, result)
+            self.take(number, result)
+
+    def take(self, number: int, result: Outcome | Failure) -> None:
+        """Move a trial on by the result of the job it is at."""
+        job = self.running.pop(number)
+        if is_full(result):
+            self.held[number] = job
+        elif isinstance(result, Failure):
+            self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
+        else:
+            self._advance(number, job, result)
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
