@@ -9,8 +9,8 @@ from .proposals import baselines
 from .session import Session
 
 MARGIN = 1.15
-MOST_SHARE = 0.7
-"""Of what is left before the verification."""
+MOST_SHARE = 0.5
+"""Of the night, for the finalists: without a search there would be none."""
 LEAST_VERIFY_SECONDS = 12.0
 LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
@@ -30,8 +30,7 @@ def plan_finalists(session: Session) -> None:
     given = session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
     most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
-    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds))
-    planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
+    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds), MOST_SHARE * clock.total_seconds)
     if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
         session.replan(
             {"finalists": planned},
