@@ -71,7 +71,8 @@ def prepare(session: Session) -> None:
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
     )  # fmt: skip
     prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
-    session.provide(prepared=prepared, jobs=_jobs(session, prepared, recipe))
+    session.provide(prepared=prepared, make=partial(Evaluator, recipe))
+    session.provide(jobs=_jobs(session, recipe))
     session.update(
         task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
         dimensions=space.dimensions, data=_data_digest(train), code=_code_digest(config),
@@ -80,11 +81,12 @@ def prepare(session: Session) -> None:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
 
 
-def _jobs(session: Session, prepared: Prepared, recipe: Recipe) -> Jobs:
+def _jobs(session: Session, recipe: Recipe) -> Jobs:
     """The workers, with what is known of how long a job takes: its steps, and a pass over all data for the judging."""
+    prepared = session.prepared
     epoch = prepared.train_items / recipe.batch_size
     return Jobs(
-        session.places.start(partial(Evaluator, recipe), session.folder.path), recipe.batch_size,
+        session.places.start(session.make, session.folder.path), recipe.batch_size,
         expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
         tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
     )  # fmt: skip

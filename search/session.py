@@ -33,7 +33,7 @@ from .proposals import Sensitivity
 from .records import Latency, Quality, TrialState, row
 from .runner import Runner
 from .store import Store
-from .worker import Failure
+from .worker import Factory, Failure
 
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
@@ -95,6 +95,11 @@ class Session:
     @property
     def places(self) -> Places:
         return self._parts["places"]
+
+    @property
+    def make(self) -> Factory:
+        """Makes a worker's evaluator."""
+        return self._parts["make"]
 
     @property
     def jobs(self) -> Jobs:
