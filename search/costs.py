@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces.policy import Policy
-from .encoding import Encoder, Shapes
+from .encoding import Encoder
 
 Array = NDArray[np.float64]
 Costs = Callable[[Policy], tuple[float, int]]
@@ -26,7 +26,7 @@ class QuickCosts:
 
     def __init__(self, encoder: Encoder, exact: Costs, seed: int = 0) -> None:
         self.exact = exact
-        self._encoder, self._shapes = encoder, Shapes(encoder)
+        self._encoder, self._shapes = encoder, encoder.shapes
         self._rows = np.zeros((0, len(encoder.columns)))
         self._truth = np.zeros((0, 2))
         rows = encoder.random(EXAMPLES, np.random.default_rng(seed))
@@ -57,7 +57,8 @@ class QuickCosts:
         return np.column_stack(
             [
                 np.ones(len(rows)), macs * int8, macs * (1 - int8), elements * int8, elements * (1 - int8),
-                alive * int8, alive, changes, (weights * self._shapes.bytes_each(rows)).sum(axis=1), weights.sum(axis=1),
+                alive * int8, alive, changes, weights.sum(axis=1),
+                (weights * self._shapes.bytes_each(rows)).sum(axis=1),
             ]
         )  # fmt: skip
 

@@ -34,6 +34,11 @@ UNCOMPRESSED = "uncompressed"
 MOST_EPOCHS = 20
 """Of a long fine-tune: what it can use."""
 MARGIN = 1.15
+LONG_SHARE = 0.5
+"""Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
+whole front, and more trials only its choice."""
+LONGER, LEAST_FINALISTS = 3, 4
+"""A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
 MOST_SHARE = 0.7
 """Of what is left before the verification."""
 LEAST_VERIFY_SECONDS = 12.0
@@ -144,9 +149,9 @@ def train_rules(session: Session) -> None:
     """The long fine-tune of the baselines, before the search: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
     rules = _rules(session)
-    share = session.clock.share_seconds("finalists")
-    _size_long(session, rules, share)
-    _train(session, rules, session.clock.left_seconds - share)
+    seconds = LONG_SHARE * session.clock.left_before("verify", "report")
+    _size_long(session, rules, seconds)
+    _train(session, rules, session.clock.left_seconds - seconds)
 
 
 def train_long(session: Session) -> None:
@@ -188,7 +193,7 @@ def plan_finalists(session: Session) -> None:
     given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
     most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
-    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds))
+    planned = most if rungs.get("long_sized") else min(most, max(least, SHARES["finalists"] * clock.total_seconds))
     planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
     if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
         session.replan(
@@ -253,16 +258,19 @@ def _size_long(session: Session, rules: list[TrialRecord], share_seconds: float)
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not rules:
         return
     costs = np.array([_long_costs(session, t) for t in rules])
-    count = rungs["finalists"]
-    fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
-    affordable = int((0.9 * share_seconds * session.workers - fixed) / max(a_step, 1e-9))
+    affordable, count = 0, rungs["finalists"]
+    for count in range(rungs["finalists"], min(rungs["finalists"], LEAST_FINALISTS) - 1, -1):
+        fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
+        affordable = int((0.9 * share_seconds * session.workers - fixed) / max(a_step, 1e-9))
+        if affordable >= LONGER * rungs["short_steps"]:  # else fewer are trained, but well
+            break
     steps = max(rungs["short_steps"], min(MOST_EPOCHS * rungs["epoch_steps"], affordable))
     session.folder.decide(
         "search", f"long fine-tunes of {steps} steps",
         f"{len(rules)} baselines and {count} finalists, at what the short ones took, fit into the time for it",
         affordable=affordable, least=rungs["short_steps"], most=MOST_EPOCHS * rungs["epoch_steps"],
     )  # fmt: skip
-    session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
+    session.update(rungs={**rungs, "long_steps": steps, "finalists": count, "long_sized": True})
 
 
 def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:

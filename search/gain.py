@@ -9,14 +9,14 @@ from .pareto import non_dominated
 from .surrogate import Scale
 
 Array = NDArray[np.float64]
-MOST_FRONT = 40
+MOST_FRONT = 25
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """``front`` rows are (accuracy, latency_ms, size_bytes); ``corner`` the same, beyond which a point is worth nothing."""
+    """Rows of ``front`` are (accuracy, latency_ms, size_bytes), as is ``corner``: beyond it a point is worthless."""
 
     front: Array
     corner: Array

@@ -33,6 +33,8 @@ from .surrogate import RUNGS, Describer, Surrogate
 LEAST_TRIALS = 6
 SHORT = RUNGS.index(Rung.SHORT)
 """How far a trial of the search goes."""
+SCREENED = 600
+"""Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
 Array = NDArray[np.float64]
@@ -122,6 +124,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         self._quick: QuickCosts | None = None
         self._fitted: tuple[int, Any] | None = None
         self._survivors: Array | None = None
+        self._spread = 0.2
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._described
@@ -182,14 +185,23 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         return found
 
     def _worth(self, rows: Array, surrogate: Surrogate, target: Target) -> Array:
+        """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
         costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
-        return self._gain_a_second(rows, costs, surrogate, target)
+        mean = surrogate.mean(rows)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, target)
+        best = np.argsort(-rough, kind="stable")[:SCREENED]
+        worth = rough - 1e3
+        hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
+        self._spread = float(np.median(hoped[1]))
+        worth[best] = self._by_effort(rows[best], costs[best], hoped, surrogate, target)
+        return worth
 
-    def _gain_a_second(self, rows: Array, costs: Array, surrogate: Surrogate, target: Target) -> Array:
-        """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where nothing
-        can gain, the nearness to the box counts instead."""
-        mean, spread = surrogate.hoped(rows, min(SHORT, surrogate.rung))
-        gains = expected_gain(mean, spread, surrogate.scale, costs, target)
+    def _by_effort(
+        self, rows: Array, costs: Array, hoped: tuple[Array, Array], surrogate: Surrogate, target: Target
+    ) -> Array:  # fmt: skip
+        """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
+        nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
+        gains = expected_gain(*hoped, surrogate.scale, costs, target)
         effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
         beyond = np.maximum(costs / target.corner[1:] - 1, 0).sum(axis=1)
         return np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
@@ -208,7 +220,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         found = np.stack([self.encoder.row(policy) for policy in policies])
         free = self.options.free_objectives
         costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
-        return policies[int(np.argmax(self._gain_a_second(found, costs, surrogate, target)))]
+        hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
+        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, target)))]
 
 
 @dataclass(slots=True)

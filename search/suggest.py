@@ -49,13 +49,15 @@ class Known:
 
 
 def known_of(run: RunRecord) -> Known:
-    """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has no
-    complete trial yet, or belongs to another model or device."""
+    """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has
+    no complete trial yet, or belongs to another model or device."""
     task = load_task(str(run.config["task"]), Path(run.config["base"]) if run.config.get("base") else None)
     target = _target(run)
     anatomy, _ = inspect(task, step_of=target.channel_step)
     if run.state.get("model") != anatomy.digest:
-        raise InputError(f"{run.path}: a run of model {run.state.get('model')}, but the task's is {anatomy.digest} now.")
+        raise InputError(
+            f"{run.path}: a run of model {run.state.get('model')}, but the task's is {anatomy.digest} now."
+        )
     encoder = Encoder(space_of_run(run, anatomy, target))
     experience = Experience(encoder)
     experience.take(run.trials)

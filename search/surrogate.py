@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
 from ..spaces.policy import Policy
-from .encoding import Encoder, Shapes
+from .encoding import Encoder
 from .proposals import Sensitivity
 from .records import Rung
 
 Array = NDArray[np.float64]
 RUNGS = tuple(str(rung) for rung in Rung)
-MOST_OBSERVATIONS = 320
+MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
 _PLACES = np.array([0.0, 1.0, 1.4])
@@ -69,10 +69,10 @@ def scale_of(observations: Sequence[Observation]) -> Scale:
 
 
 class Describer:
-    """Rows as the surrogate sees them: what is known to matter (linear), the network (smooth), the fine-tune (hyper)."""
+    """Rows as the surrogate sees them: what is known to matter (linear), the network (smooth), fine-tuning (hyper)."""
 
     def __init__(self, encoder: Encoder, sensitivity: Sensitivity) -> None:
-        self.encoder, self.shapes = encoder, Shapes(encoder)
+        self.encoder, self.shapes = encoder, encoder.shapes
         anatomy = encoder.space.anatomy
         self._channels = np.array([g.channels for g in anatomy.groups], dtype=np.float64)
         damages = [sensitivity.groups.get(g.name, 0.0) for g in anatomy.groups]
@@ -109,7 +109,7 @@ class Describer:
         linear = np.column_stack([compute / 3, stored / 3, damage / 3, least / 3])
         removed, low = rows[:, self.encoder.block], self._low_bits(rows)
         smooth = np.column_stack([narrow * self._weights[0] / 2, removed * self._weights[1], low, linear / 2])
-        return linear, smooth, self._fine_tune(rows)
+        return tuple(part.astype(np.float32) for part in (linear, smooth, self._fine_tune(rows)))  # type: ignore
 
     def _low_bits(self, rows: Array) -> Array:
         """How much each layer's bits are known to damage, as a share; integers of eight bits are nearly free."""
@@ -249,6 +249,11 @@ class Surrogate:
         """Mean and standard deviation of u at ``rung``, each of shape (n,); without the noise of a test."""
         mean, spread, _ = self._posterior(rows, self.rung)
         return mean, spread
+
+    def mean(self, rows: Array) -> Array:
+        """Mean of u at ``rung``, shape (n,); cheaper than :meth:`predict`."""
+        near = self.kernel.near(self.describer(rows), self._rows)
+        return self.kernel(near, np.array([self.rung]), self._rungs) @ self._alpha + self._mean
 
     def hoped(self, rows: Array, rung: int) -> tuple[Array, Array]:
         """Mean of u at ``self.rung``, and how far an evaluation at ``rung`` is likely to move it (one standard
