@@ -10,8 +10,8 @@ from .costs import QuickCosts
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 4
-POPULATION = 5000
+GENERATIONS = 3
+POPULATION = 4000
 PARENTS = 200
 PRICED = 48
 """Candidates whose costs are predicted exactly."""

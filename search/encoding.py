@@ -116,12 +116,13 @@ class Encoder:
     def children(self, parents: Array, count: int, generator: np.random.Generator) -> Array:
         """Crossed and mutated rows. Most keep one parent's fine-tune whole, since those choices work together."""
         first, second = (parents[generator.integers(len(parents), size=count)] for _ in range(2))
-        share = generator.choice([0.0, 0.3, 0.5], size=(count, 1))
-        rows = np.where(generator.uniform(size=first.shape) < share, second, first)
+        share = generator.choice([0.0, 0.3, 0.5], size=(count, 1)).astype(np.float32)
+        single = np.float32
+        rows = np.where(generator.random(first.shape, dtype=single) < share, second, first)
         rows[:, self.hyper] = first[:, self.hyper]
         size = len(self.columns)
         changes = generator.choice([1, 2, 3, max(3, size // 6)], size=(count, 1))
-        touched = generator.uniform(size=rows.shape) < changes / size
+        touched = generator.random(rows.shape, dtype=single) < changes / size
         touched[np.arange(count), generator.integers(size, size=count)] = True
         self._mutate(rows, touched, generator)
         self._shift_all(rows, generator)

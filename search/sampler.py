@@ -24,7 +24,7 @@ from .breeding import PARENTS, breed, fresh
 from .costs import Costs, QuickCosts
 from .encoding import Encoder
 from .experience import Experience
-from .gain import Target, expected_gain
+from .gain import Target, expected_gain, target
 from .netadapt import NetAdaptSampler
 from .proposals import Sensitivity
 from .records import Rung
@@ -152,9 +152,9 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
         surrogate = self.surrogate()
-        target = self._target(surrogate)
-        rows = self._bred(surrogate, target, generator)
-        return self._best(rows, surrogate, target) or self.space.random(generator)
+        aim = self._aim(surrogate)
+        rows = self._bred(surrogate, aim, generator)
+        return self._best(rows, surrogate, aim) or self.space.random(generator)
 
     def surrogate(self) -> Surrogate:
         """Fitted to all that is known; its kernel is looked for again only now and then."""
@@ -168,42 +168,42 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._fitted = len(observations), found.kernel
         return found
 
-    def _target(self, surrogate: Surrogate) -> Target:
+    def _aim(self, surrogate: Surrogate) -> Target:
         """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
         assert self.reference is not None
         rows = self.experience.rows
         expected = surrogate.scale.down(surrogate.predict(rows)[0])
-        front = np.column_stack([expected, self.experience.costs])
-        return Target(front=front, corner=np.array([-self.reference[0], *self.reference[1:]]))
+        points = np.column_stack([expected, self.experience.costs])
+        return target(points, np.array([-self.reference[0], *self.reference[1:]]))
 
-    def _bred(self, surrogate: Surrogate, target: Target, generator: np.random.Generator) -> Array:
+    def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
         tried = self.experience.rows
         parents = np.vstack([tried, self._survivors]) if self._survivors is not None else tried
-        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, target), generator)
+        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, aim), generator)
         self._survivors = found[:PARENTS]
         return found
 
-    def _worth(self, rows: Array, surrogate: Surrogate, target: Target) -> Array:
+    def _worth(self, rows: Array, surrogate: Surrogate, aim: Target) -> Array:
         """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
         costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
         mean = surrogate.mean(rows)
-        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, target)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim)
         best = np.argsort(-rough, kind="stable")[:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
         self._spread = float(np.median(hoped[1]))
-        worth[best] = self._by_effort(rows[best], costs[best], hoped, surrogate, target)
+        worth[best] = self._by_effort(rows[best], costs[best], hoped, surrogate, aim)
         return worth
 
     def _by_effort(
-        self, rows: Array, costs: Array, hoped: tuple[Array, Array], surrogate: Surrogate, target: Target
+        self, rows: Array, costs: Array, hoped: tuple[Array, Array], surrogate: Surrogate, aim: Target
     ) -> Array:  # fmt: skip
         """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
         nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
-        gains = expected_gain(*hoped, surrogate.scale, costs, target)
+        gains = expected_gain(*hoped, surrogate.scale, costs, aim)
         effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
-        beyond = np.maximum(costs / target.corner[1:] - 1, 0).sum(axis=1)
+        beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
         return np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
 
     def _quick_costs(self) -> QuickCosts:
@@ -211,7 +211,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._quick = QuickCosts(self.encoder, self.costs, self.seed)
         return self._quick
 
-    def _best(self, rows: Array, surrogate: Surrogate, target: Target) -> Policy | None:
+    def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:
         """The best of the most promising new ones, at their exact costs."""
         chosen = fresh(self.encoder, rows, self._quick_costs(), self.experience.digests)
         if not chosen:
@@ -221,7 +221,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         free = self.options.free_objectives
         costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
         hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
-        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, target)))]
+        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, aim)))]
 
 
 @dataclass(slots=True)
