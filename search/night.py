@@ -32,6 +32,7 @@ from .session import InterruptionError, OverdueError, Session, graceful
 from .stopping import upper_bound, wrongly
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
+from .why import record_why
 
 log = logging.getLogger("nightpress")
 SEEDS, WALK = 8, 60
@@ -124,6 +125,7 @@ def _phases(session: Session) -> None:
         finalists.verify(session)
         with session.measuring():
             record_layers(session)
+        record_why(session)
 
 
 def _evaluate(session: Session, trials: Trials) -> None:

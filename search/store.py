@@ -156,6 +156,11 @@ class Store:
         """What the long fine-tune of a finished trial gave on the search split, so that the sampler learns of it."""
         self.study.set_user_attr(f"{LONG}{number}", asdict(quality))
 
+    def longs(self) -> dict[int, float]:
+        """Search-split accuracy after the long fine-tune, by number."""
+        found = self.study.user_attrs.items()
+        return {int(k.removeprefix(LONG)): v["accuracy"] for k, v in found if k.startswith(LONG)}
+
     def constrain(self, number: int, excess: Mapping[str, float]) -> None:
         """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""
         trial = Trial(self.study, self._id(number))
