@@ -102,12 +102,15 @@ def find_room(session: Session, running: Iterable[int]) -> bool:
     short = _shortage(session)
     if short is None:
         return True
-    session.trouble(f"{short}: the search pauses")
+    if session.state.get("disk_full"):  # it was waited for already
+        return False
+    session.trouble(f"{short}: the night pauses")
     end = time.monotonic() + min(PAUSE_SECONDS, PAUSE_SHARE * session.clock.total_seconds)
     while short is not None and time.monotonic() < end:
         time.sleep(1)
         session.tick()
         short = _shortage(session)
+    session.update(disk_full=short is not None)
     session.folder.decide(str(session.state["phase"]), "went on" if short is None else "no room was made",
                           short or "there is room again")  # fmt: skip
     return short is None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,10 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
-from .clock import SHARES
 from .disk import find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
 from .pareto import dominated_by, losses, non_dominated, spread
-from .proposals import baselines
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
 from .rungs import agreements
 from .session import Session, latency_of, quality_of
@@ -34,16 +33,12 @@ MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
 MOST_EPOCHS = 20
 """Of a long fine-tune: what it can use."""
-MARGIN = 1.15
 LONG_SHARE = 0.5
 """Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
 whole front, and more trials only its choice."""
 LONGER, LEAST_FINALISTS = 3, 4
 """A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
-MOST_SHARE = 0.7
-"""Of what is left before the verification."""
-LEAST_VERIFY_SECONDS = 12.0
-LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
+LEAST_VERIFIED = 3
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
@@ -168,7 +163,7 @@ def train_long(session: Session) -> None:
             "after the long fine-tune", expected={str(number): round(value, 4) for number, value in expected.items()},
             alternatives=len(complete(session, "search")),
         )  # fmt: skip
-    _train(session, _ours(session, chosen), end)
+    _train(session, ours(session, chosen), end)
     _judge_rungs(session)
 
 
@@ -192,54 +187,15 @@ def _rules(session: Session) -> list[TrialRecord]:
                   key=lambda t: t.name != UNCOMPRESSED)  # fmt: skip
 
 
-def _ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
     """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
     return [t for t in trials if session.store.ours(t)]
-
-
-def plan_finalists(session: Session) -> None:
-    """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
-    to be trained for longer than before."""
-    rungs, clock = session.state["rungs"], session.clock
-    queue = _ours(session, complete(session, "baseline") + choose(session))
-    queue = [t for t in queue if not _outcome_file(session, t.number).is_file()]
-    if not queue:
-        return
-    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(_long_costs(session, t) for t in queue),
-                                                                   strict=True))  # fmt: skip
-    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
-    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
-    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
-    planned = most if rungs.get("long_sized") else min(most, max(least, SHARES["finalists"] * clock.total_seconds))
-    planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
-    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
-        session.replan(
-            {"finalists": planned},
-            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
-        )
-
-
-def plan_verify(session: Session) -> None:
-    """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
-    profile, clock = session.profile, session.clock
-    rounds = session.state["seconds"].get("calibrate", 0.0)
-    if rounds < profile.seconds:  # the profile was measured on another day
-        return
-    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
-    each = profile.seconds / max(1, len(profile.points))
-    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
-    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
-    session.replan(
-        {"verify": planned, "report": page},
-        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
-        f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
-    )
 
 
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
     deadline."""
-    jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
+    jobs = {t.number: _job(session, t) for t in trials if not outcome_file(session, t.number).is_file()}
     if not jobs:
         return
     if not find_room(session, jobs):
@@ -255,7 +211,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
-            _save(_outcome_file(session, number), result)
+            _save(outcome_file(session, number), result)
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
@@ -264,7 +220,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
 def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
-    costs = (_long_costs(session, t) for t in trials)
+    costs = (long_costs(session, t) for t in trials)
     return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
@@ -274,7 +230,7 @@ def _size_long(session: Session, rules: list[TrialRecord], share_seconds: float)
     rungs = session.state["rungs"]
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not rules:
         return
-    costs = np.array([_long_costs(session, t) for t in rules])
+    costs = np.array([long_costs(session, t) for t in rules])
     affordable, count = 0, rungs["finalists"]
     for count in range(rungs["finalists"], min(rungs["finalists"], LEAST_FINALISTS) - 1, -1):
         fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
@@ -290,7 +246,7 @@ def _size_long(session: Session, rules: list[TrialRecord], share_seconds: float)
     session.update(rungs={**rungs, "long_steps": steps, "finalists": count, "long_sized": True})
 
 
-def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
 
     The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
@@ -313,7 +269,8 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 def verify(session: Session) -> None:
     """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
     trials = {t.number: t for t in session.store.trials()}
-    outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    outcomes = {n: _load(outcome_file(session, n)) for n in trials if outcome_file(session, n).is_file()}
+    outcomes = _affordable(session, trials, outcomes)
     if not outcomes:
         return
     session.update(activity=f"verifying {len(outcomes)} exported models")
@@ -339,6 +296,22 @@ def verify(session: Session) -> None:
         for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
             (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
     session.update(reference_ms=timings[REFERENCE].latency_ms)
+
+
+def _affordable(
+    session: Session, trials: Mapping[int, TrialRecord], outcomes: Mapping[int, Outcome]
+) -> dict[int, Outcome]:
+    """What there is time to measure, at what a model took during calibration: the uncompressed one, then what was
+    found, then the rules. The others stay unverified, and that is said."""
+    each = session.profile.seconds / max(1, len(session.profile.points))
+    most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / max(each, 1e-9)))
+    order = sorted(outcomes, key=lambda n: (trials[n].name != UNCOMPRESSED, trials[n].role == "baseline", n))
+    if len(order) > most:
+        session.folder.decide(
+            "verify", f"{len(order) - most} exported models left unverified",
+            f"a model takes {each:.2g} s here, and the deadline leaves time for {most}",
+        )  # fmt: skip
+    return {number: outcomes[number] for number in order[:most]}
 
 
 def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Timing) -> Verified:
@@ -407,7 +380,7 @@ def _losses(trial: TrialRecord, accuracy: float | None = None) -> tuple[float, f
     return losses(seen, trial.latency.latency_ms, trial.size_bytes)
 
 
-def _outcome_file(session: Session, number: int) -> Path:
+def outcome_file(session: Session, number: int) -> Path:
     return session.folder.artifacts(number) / OUTCOME
 
 

@@ -37,6 +37,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self.pressed = False
+        """Whether the ballast had to be given up."""
 
     def acquire(self) -> None:
         """Raises InputError naming the other driver's pid and host."""
@@ -72,6 +74,7 @@ class RunFolder:
 
     def lay_ballast(self) -> None:
         """Set space aside for the record; without it where the disk is full already."""
+        self.pressed = False
         try:
             with (self.path / BALLAST).open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
@@ -84,6 +87,7 @@ class RunFolder:
             (self.path / BALLAST).unlink()
         except FileNotFoundError:
             return False
+        self.pressed = True
         log.warning("the disk is full: space that was set aside for the record is used now")
         return True
 

@@ -9,14 +9,43 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from ..spaces.errors import InputError
+
+FOLLOWED = frozenset({"digest", "started", "role", "predicted", "size_bytes", "macs", "reason", "finished"})
+"""Attributes of a trial; ``policy``, ``params`` and ``state`` come after them."""
+
+
+class OneWriterJournal(JournalStorage):
+    """A journal's study with one driver. Only it adds trials that wait, so that it need not look at all trials for each
+    proposal to find that none does."""
+
+    def __init__(self, backend: BaseJournalBackend) -> None:
+        super().__init__(backend)
+        self._may_wait = True
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        self._may_wait = self._may_wait or template_trial is not None
+        return super().create_new_trial(study_id, template_trial)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        only_waiting = states == (TrialState.WAITING,)
+        if only_waiting and not self._may_wait:
+            return []
+        found = super().get_all_trials(study_id, deepcopy, states)
+        if only_waiting:
+            self._may_wait = bool(found)
+        return found
 
 
 class JournalFile(BaseJournalBackend):
@@ -65,11 +94,10 @@ class JournalFile(BaseJournalBackend):
             ) from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries. They survive the death of the process at once, and a power cut when this returns, but for a
-        trial's single parameters, of which there are dozens and which its policy attribute repeats. Raises OSError when
-        they cannot be written; then none of them stands in the file."""
+        """Append entries. They survive the death of the process at once, and a power cut when this returns, but for
+        those that :func:`_followed` names. Raises OSError when they cannot be written; then none stands in the file."""
         data = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
-        durable = not all("param_name" in log for log in logs)
+        durable = not all(_followed(log) for log in logs)
         with self._locked() as file:
             _cut_torn_tail(file)
             try:
@@ -98,6 +126,12 @@ class ReadJournal(JournalFile):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Raises InputError."""
         raise InputError(f"{self._path}: it was opened for reading only.")
+
+
+def _followed(log: Mapping[str, Any]) -> bool:
+    """Whether the entry needs no flush of its own: a trial's single parameters, of which there are dozens and which its
+    policy attribute repeats, and attributes that are always followed by one whose flush takes them along."""
+    return "param_name" in log or not FOLLOWED.isdisjoint(log.get("user_attr", ()))
 
 
 def _append(file: int, data: bytes, *, durable: bool) -> None:

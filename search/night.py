@@ -16,19 +16,20 @@ import yaml
 
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, prepare
+from . import finalists, planning, prepare
 from .claims import without_password
-from .clock import Clock, Deadline, length
+from .clock import Clock, Deadline
 from .config import RunConfig
 from .disk import find_room
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
+from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
-from .proposals import baselines, greedy_rules, greedy_walk, own_policies, pointless, spread_out
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import TrialState
 from .sampler import NightpressSampler, Options, make_sampler
-from .session import InterruptionError, OverdueError, Session, graceful
+from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
 from .stopping import upper_bound, wrongly
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
@@ -39,10 +40,10 @@ SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 ENDING = ("verify", "report")
 """Phases that must have their time whatever came before."""
+JUDGED = 50
+"""A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
-"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
 WHERE = ("runner", "address", "workers", "resources")
 
 
@@ -52,10 +53,12 @@ def run_night(
     *,
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
+    search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
 
-    ``deadline`` None takes the run's own when it resumes, else eight hours.
+    ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
+    :func:`search`.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
@@ -71,10 +74,11 @@ def run_night(
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
-            host=socket.gethostname(), reason=None,
+            host=socket.gethostname(), reason=None, disk_full=False,
+            mark=mark(config.task, config.base),
         )  # fmt: skip
         with graceful(session):
-            return _run(session)
+            return _run(session, search_by or search)
     except InputError:
         if not resume and not (folder.path / ARTIFACTS).exists():
             shutil.rmtree(folder.path)  # nothing was trained: the corrected config may use the same folder
@@ -86,9 +90,9 @@ def run_night(
         folder.release()
 
 
-def _run(session: Session) -> str:
+def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
     try:
-        _phases(session)
+        _phases(session, search_by)
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
@@ -103,19 +107,19 @@ def _run(session: Session) -> str:
     return str(session.state["state"])
 
 
-def _phases(session: Session) -> None:
+def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
         own_policies(session.config.seeds, session.prepared.space)
         session.update(workers=session.workers)
-        check_budget(session)
+        planning.check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
-    finalists.plan_verify(session)
+    planning.plan_verify(session)
     trials = _open_study(session)
     try:
-        _evaluate(session, trials)
+        _evaluate(session, trials, search_by)
     except OverdueError:
         phase = str(session.state["phase"])
         session.folder.decide(phase, "gave up what was running", "the verification would not be over by the deadline")
@@ -128,7 +132,7 @@ def _phases(session: Session) -> None:
         record_why(session)
 
 
-def _evaluate(session: Session, trials: Trials) -> None:
+def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
     """All that trains. Raises OverdueError when it would take the verification's time."""
     with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
@@ -141,7 +145,7 @@ def _evaluate(session: Session, trials: Trials) -> None:
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
         finalists.train_rules(session)
-        _search(session, trials)
+        search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
         finalists.train_long(session)
@@ -259,19 +263,18 @@ def _earlier(session: Session) -> list[Policy]:
     return found
 
 
-def _search(session: Session, trials: Trials) -> None:
+def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
-    while (reason := _enough(session, trials)) is None:
-        if time.monotonic() - looked > LOOK_SECONDS:
+    while (reason := enough(session, trials)) is None:
+        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
-            finalists.plan_finalists(session)
-            if not find_room(session, trials.running):
-                reason = "the disk is full"
-                break
+            planning.plan_finalists(session)
+            find_room(session, trials.running)
+            continue
         most = session.config.search.max_trials
-        trials.fill(session.workers if most is None else most - _begun(session))
-        trials.collect()
+        more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
+        trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
     _judge_stopping(session)
@@ -290,20 +293,18 @@ def _judge_stopping(session: Session) -> None:
         )  # fmt: skip
 
 
-def _begun(session: Session) -> int:
-    return sum(t.role != "baseline" for t in session.store.trials())
-
-
-def _enough(session: Session, trials: Trials) -> str | None:
+def enough(session: Session, trials: Trials) -> str | None:
     """Why the search ends; None while it goes on."""
     most = session.config.search.max_trials
     if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
         return "the time for it is used up"
-    if most is not None and _begun(session) >= most:
+    if most is not None and session.store.tally().begun >= most:
         return f"max_trials {most} is reached"
+    if session.state.get("disk_full"):
+        return "the disk is full"
     if trials.dry:
         return "the sampler proposes only policies that are known"
-    if trials.finished == trials.judged:
+    if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None
     trials.judged = trials.finished
     reference = session.state["reference"]
@@ -313,35 +314,8 @@ def _enough(session: Session, trials: Trials) -> str | None:
 
 def _trial_seconds(session: Session) -> float:
     """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
-    spans = sorted(
-        sum(q.seconds for q in t.qualities)
-        for t in session.store.trials()
-        if t.state is TrialState.COMPLETE and t.reused_from is None
-    )
+    spans = session.store.tally().spans
     return spans[(3 * len(spans)) // 4] if spans else 0.0
-
-
-def check_budget(session: Session) -> None:
-    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
-
-    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
-    """
-    prepared, config, clock = session.prepared, session.config, session.clock
-    if session.folder.path.joinpath(TARGET).is_file():
-        return  # a resumed night has been through it
-    step = prepared.step_ms / 1000
-    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
-    trained = 2 * (config.finetune.short_steps or prepare.LEAST_STEPS) + passes
-    rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
-    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
-    if clock.left_seconds < least:
-        raise InputError(
-            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
-            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
-            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
-        )
 
 
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:

@@ -4,11 +4,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..evaluators.latency.measure import Timer
+from ..evaluators.latency.target import Fingerprint, Target, check_target, fingerprint
 from ..spaces.errors import InputError
 from .cluster import Cluster, Needs, connect
 from .config import AUTO, RAY, SearchConfig
 from .ray_runner import RayRunner, check_nodes
 from .runner import MEMORY_SHARE, LocalRunner, Runner
+from .target_node import NodeTimer
 from .worker import Factory
 
 
@@ -21,12 +24,33 @@ class Places:
     """None where the room alone decides, which may change on a cluster."""
     needs: Needs
     cluster: Cluster | None = None
+    target_node: bool = False
+    """Whether the target device is a node of the cluster; otherwise it is this machine, and all night long."""
 
     def start(self, make: Factory, run: Path) -> Runner:
         """The runner; ``run`` is the run's folder."""
         if self.cluster is not None:
             return RayRunner(self.cluster, make, self.needs, self.most, run)
         return LocalRunner(make, self.workers, self.needs.memory_bytes)
+
+    def timer(self, target: Target) -> Timer:
+        """Times models on the target device; on this machine nothing of ours may train meanwhile."""
+        if self.cluster is not None and self.target_node:
+            return NodeTimer(self.cluster, target)
+        return Timer(target)
+
+    def fingerprint(self, target: Target) -> Fingerprint:
+        """The target device as profiles name it."""
+        if self.cluster is not None and self.target_node:
+            return NodeTimer(self.cluster, target).fingerprint()
+        return fingerprint(target)
+
+    def check_target(self, target: Target) -> None:
+        """Raises InputError when the target device cannot run the target."""
+        if self.cluster is not None and self.target_node:
+            NodeTimer(self.cluster, target).check()
+        else:
+            check_target(target)
 
     def close(self) -> None:
         if self.cluster is not None:
@@ -54,7 +78,7 @@ def find_places(config: SearchConfig, run: Path) -> Places:
     except BaseException:
         cluster.close()
         raise
-    return Places(workers=workers, most=most, needs=needs, cluster=cluster)
+    return Places(workers=workers, most=most, needs=needs, cluster=cluster, target_node=cluster.has_target)
 
 
 def _here(config: SearchConfig, cores: int, most: int | None, needs: Needs) -> Places:

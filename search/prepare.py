@@ -21,10 +21,8 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.importance import saliency, scores
 from ..evaluators.inspect import inspect, network_of
-from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
-from ..evaluators.latency.target import check_target
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
@@ -48,7 +46,6 @@ FINALISTS_WANTED = 8
 def prepare(session: Session) -> None:
     """Build the anatomy and the space, choose how to train, start the workers. Raises InputError."""
     config = session.config
-    check_target(config.target)
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
     least = config.limits.min_accuracy
@@ -56,6 +53,7 @@ def prepare(session: Session) -> None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     places = find_places(config.search, session.folder.path)
     session.provide(places=places)
+    places.check_target(config.target)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
@@ -222,10 +220,9 @@ def calibrate_target(session: Session) -> None:
     """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
-    if own.is_file():
-        profile = load_profile(own, anatomy)
-    elif config.target_profile is not None:
-        profile = load_profile(Path(config.target_profile), anatomy)
+    known = own if own.is_file() else Path(config.target_profile) if config.target_profile is not None else None
+    if known is not None:
+        profile = load_profile(known, anatomy, session.places.fingerprint(config.target))
     else:
         profile = _calibrate(session)
     session.folder.write_json(TARGET, profile_to_dict(profile))
@@ -238,7 +235,7 @@ def _calibrate(session: Session) -> Profile:
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
     policies += list(rules_of(session).values())
-    with session.measuring(), Timer(config.target) as timer:
+    with session.measuring(), session.places.timer(config.target) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
         )

@@ -67,11 +67,11 @@ class RayRunner:
         try:
             return self._cluster.ray.get(reference)
         except errors.OutOfMemoryError as error:
-            return Failure(OUT_OF_MEMORY, _first_line(error))
+            return Failure(OUT_OF_MEMORY, first_line(error))
         except errors.RayTaskError as error:
-            return Failure(type(error.cause).__name__, _first_line(error.cause))
+            return Failure(type(error.cause).__name__, first_line(error.cause))
         except errors.RayError as error:  # of a worker or node that has ended
-            return Failure(WORKER_LOST, _first_line(error))
+            return Failure(WORKER_LOST, first_line(error))
 
 
 _worker: tuple[object, Worker] | None = None  # this process's, with the name of the factory that made it
@@ -111,7 +111,7 @@ def check_nodes(cluster: Cluster, needs: Needs, run: Path) -> None:
             seen = ray.get(reference)
         except ray.exceptions.RayError as error:
             raise InputError(
-                f"search.address: node {asked[reference]} cannot run nightpress: {_first_line(error)}."
+                f"search.address: node {asked[reference]} cannot run nightpress: {first_line(error)}."
             ) from None
         if not seen:
             raise InputError(
@@ -124,5 +124,6 @@ def _sees(run: str) -> bool:
     return Path(run).is_dir()
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What Ray says of an error, without the rest."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -18,19 +18,21 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .attributes import WORD, approvals_in, record_of
 from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
-from .journal import JournalFile, ReadJournal
+from .journal import JournalFile, OneWriterJournal, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
+from .tally import Tally
 
 STUDY = "nightpress"
 SCHEMA = 2
 """Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
-_WORD = "word:"
 LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
+_LATER = ("measured:", "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
@@ -47,7 +49,7 @@ def open_storage(
     Raises InputError when a URL is none or does not answer; the message names no password.
     """
     if url is None:
-        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL, make_room))
+        return OneWriterJournal(JournalFile(run / JOURNAL, make_room))
     told, file = without_password(url), sqlite_file(url)
     if file is not None and not new and not Path(file).is_file():
         raise InputError(f"search.storage: there is no file {file}, so the run's record cannot be read.")
@@ -83,6 +85,10 @@ class Store:
         self.study = _study_of(storage, study, sampler)
         self._study_id = storage.get_study_id_from_name(study)
         self._asked: list[Trial] = []
+        self._seen: list[TrialRecord | None] = []  # by number, None where a trial has not begun
+        self._open: set[int] = set()  # whose records may still change
+        self._tally = Tally()
+        self._look(*range(len(self.study.get_trials(deepcopy=False))))
         self.claims: Claims = OneDriver()
         if driver is not None and isinstance(storage, optuna.storages.RDBStorage):
             self.claims = DatabaseClaims(storage.engine, study, driver)
@@ -141,6 +147,7 @@ class Store:
         if "role" not in trial.user_attrs:
             trial.set_user_attr("role", "search")
         trial.set_user_attr("policy", policy_to_dict(policy))  # last: who has a policy has the rest
+        self._look(trial.number)
 
     def note(self, number: int, **values: Any) -> None:
         """Attributes of a running trial."""
@@ -188,26 +195,65 @@ class Store:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     def verify(self, number: int, verified: Verified) -> None:
-        self.study.set_user_attr(f"verified:{number}", asdict(verified))
+        self._attach(number, "verified", asdict(verified))
 
     def remeasure(self, number: int, latency: Latency) -> None:
-        self.study.set_user_attr(f"measured:{number}", asdict(latency))
+        self._attach(number, "measured", asdict(latency))
 
     def approve(self, entry: Mapping[str, Any]) -> None:
         """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
-        self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
+        self.study.set_user_attr(f"{WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
         """All words that people have given, in order."""
         return approvals_in(self.study.user_attrs)
 
     def trial(self, number: int) -> TrialRecord:
-        return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
+        return self._record(self._storage.get_trial(self._id(number)), self._attached())
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All trials that have begun, in order."""
-        extra = self.study.user_attrs
-        return tuple(self._record(t, extra) for t in self.study.get_trials(deepcopy=False) if "policy" in t.user_attrs)
+        """All trials that have begun, in order. Reads only what may have changed since the last call."""
+        self._refresh()
+        return tuple(record for record in self._seen if record is not None)
+
+    def tally(self) -> Tally:
+        """Figures over the trials, in a time that does not grow with their number unless the study is shared."""
+        self._refresh()
+        return self._tally
+
+    def _look(self, *numbers: int) -> None:
+        """Trials that there are now."""
+        self._seen += [None] * (max(numbers, default=-1) + 1 - len(self._seen))
+        self._open.update(numbers)
+
+    def _refresh(self) -> None:
+        extra = self._attached()
+        if self.driver is not None:  # others add trials, and what they learn of theirs
+            self._look(*range(len(self._seen), len(self.study.get_trials(deepcopy=False))))
+        for number in sorted(self._open):
+            frozen = self._storage.get_trial(self._id(number))
+            if "policy" in frozen.user_attrs:
+                record = self._record(frozen, extra)
+                self._tally.begun += self._seen[number] is None and record.role != "baseline"
+                self._seen[number] = record
+                if frozen.state.is_finished():
+                    self._tally.add(record)
+            if frozen.state.is_finished():
+                self._open.discard(number)
+        if self.driver is not None:
+            for number in {int(key.partition(":")[2]) for key in extra if key.startswith(_LATER)}:
+                self._seen[number] = self.trial(number)
+
+    def _attached(self) -> Mapping[str, Any]:
+        """The study's attributes, not copied."""
+        return self._storage.get_study_user_attrs(self._study_id)
+
+    def _attach(self, number: int, kind: str, data: Mapping[str, Any]) -> None:
+        """Keep what was learned of a trial after it had ended."""
+        self.study.set_user_attr(f"{kind}:{number}", dict(data))
+        if number < len(self._seen) and self._seen[number] is not None:
+            self._seen[number] = self.trial(number)
+            self._tally.refront(record for record in self._seen if record is not None)
 
     def waiting(self, role: str) -> int:
         """How many enqueued policies of a role have not begun."""
@@ -251,36 +297,6 @@ class Store:
 
     def _record(self, frozen: FrozenTrial, extra: Mapping[str, Any]) -> TrialRecord:
         return record_of(frozen.number, frozen.user_attrs, extra)
-
-
-def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -> TrialRecord:
-    """A trial from its attributes and the study's. Raises KeyError, TypeError or ValueError when they are damaged."""
-    return TrialRecord(
-        number=number,
-        state=TrialState(attrs.get("state", "RUNNING")),
-        role=attrs.get("role", "search"),
-        name=attrs.get("name"),
-        digest=attrs.get("digest", ""),
-        policy=attrs.get("policy", {}),
-        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
-        predicted=_latency(attrs.get("predicted")),
-        measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
-        size_bytes=attrs.get("size_bytes"),
-        macs=attrs.get("macs"),
-        params=attrs.get("params"),
-        reason=attrs.get("reason"),
-        reused_from=attrs.get("reused_from"),
-        started=attrs.get("started"),
-        finished=attrs.get("finished"),
-        verified=_verified(extra.get(f"verified:{number}")),
-        driver=attrs.get("driver"),
-    )
-
-
-def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """What people said of trials, in order, from a study's attributes; the first version kept it in one list."""
-    words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
-    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
 
 def check_schema(schema: object) -> None:
@@ -349,20 +365,3 @@ def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None, s
 def policy_of(record: TrialRecord) -> Policy:
     """The trial's policy as a value."""
     return policy_from_dict(dict(record.policy), f"trial {record.number}")
-
-
-def _quality(data: Mapping[str, Any]) -> Quality:
-    values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
-    return Quality(**values)
-
-
-def _latency(data: Mapping[str, Any] | None) -> Latency | None:
-    return Latency(**data) if data is not None else None
-
-
-def _verified(data: Mapping[str, Any] | None) -> Verified | None:
-    if data is None:
-        return None
-    values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
-    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
-    return Verified(**values)

@@ -1,23 +1,24 @@
 """One trial after another: propose, look at the free objectives, train rung by rung, record."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .disk import free_disk, is_full
+from .disk import find_room, is_full
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
-from .session import Session, quality_of
+from .session import TICK_SECONDS, Session, quality_of
 from .stopping import spared, verdict
 from .store import policy_of
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
 MOST_REPEATS = 60
-_DONE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 
 @dataclass(slots=True)
@@ -33,17 +34,22 @@ class Trials:
     finished: int = 0
     judged: int = 0
     """How many had finished when the search was last judged."""
-    repeated: set[int] = field(default_factory=set[int])
-    """Trials that found the disk full once."""
+    held: dict[int, Job] = field(default_factory=dict[int, Job])
+    """Jobs that found the disk full; they go on when there is room."""
+    _points: dict[str, Point] = field(default_factory=dict[str, Point])
 
     @property
     def dry(self) -> bool:
         """Whether the sampler has proposed nothing new for a while."""
         return self.repeats >= MOST_REPEATS
 
-    def fill(self, most: int) -> None:
-        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
-        begun = 0
+    def fill(self, most: int) -> bool:
+        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first.
+
+        Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
+        """
+        self._take_up_held()
+        begun, end = 0, time.monotonic() + TICK_SECONDS
         while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
@@ -52,6 +58,9 @@ class Trials:
                 begun += 1
             else:
                 break
+            if time.monotonic() >= end:
+                return True
+        return False
 
     def _adopt(self, record: TrialRecord) -> None:
         """Go on at the rung after the trial's last result; from its start where that was not yet on record."""
@@ -89,7 +98,7 @@ class Trials:
             predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
-        point = next((p for p in session.profile.points if digest(p.policy) == digest(policy)), None)
+        point = self._measured_points().get(digest(policy))
         if point is not None:  # it was measured during calibration
             store.note(
                 number,
@@ -115,30 +124,44 @@ class Trials:
             found["max_size_bytes"] = size_bytes / limits.max_size_bytes - 1
         return found
 
-    def collect(self) -> None:
-        """Take results of one tick and move their trials on."""
-        for number, result in self.session.results():
-            job = self.running.pop(number)
-            if is_full(result) and number not in self.repeated:
-                self.repeated.add(number)
-                free_disk(self.session, self.running)
-                self._submit(number, job.policy, Rung(job.rung))
-            elif isinstance(result, Failure):
-                self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
-            else:
-                self._advance(number, job, result)
+    def collect(self, timeout_seconds: float = TICK_SECONDS) -> None:
+        """Take results that come within the timeout and move their trials on."""
+        for number, result in self.session.results(timeout_seconds):
+            self.take(number, result)
+
+    def take(self, number: int, result: Outcome | Failure) -> None:
+        """Move a trial on by the result of the job it is at."""
+        job = self.running.pop(number)
+        if is_full(result):
+            self.held[number] = job
+        elif isinstance(result, Failure):
+            self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
+        else:
+            self._advance(number, job, result)
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
-        while self.running or self.adopted:
+        while self.running or self.adopted or self.held:
             self.fill(0)
             self.collect()
 
+    def _take_up_held(self) -> None:
+        if not self.held:
+            return
+        room = find_room(self.session, [*self.running, *self.held])
+        for number, job in self.held.items():
+            if room:
+                self._submit(number, job.policy, Rung(job.rung))
+            else:
+                self._finish(number, TrialState.FAILED, "the disk is full")
+        self.held.clear()
+
     def give_up(self, reason: str) -> None:
         """Close what is running as failed; its workers are gone."""
-        for number in list(self.running):
-            del self.running[number]
+        for number in [*self.running, *self.held]:
             self._finish(number, TrialState.FAILED, reason)
+        self.running.clear()
+        self.held.clear()
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
@@ -178,14 +201,15 @@ class Trials:
         return policy
 
     def _known(self, policy_digest: str, number: int) -> TrialRecord | None:
-        return next(
-            (
-                t
-                for t in self.session.store.trials()
-                if t.digest == policy_digest and t.number != number and t.state in _DONE
-            ),
-            None,
-        )
+        """Another trial that has measured the policy."""
+        known = self.session.store.tally().number_of(policy_digest)
+        return self.session.store.trial(known) if known is not None and known != number else None
+
+    def _measured_points(self) -> Mapping[str, Point]:
+        """What was measured during calibration, by digest."""
+        if not self._points:
+            self._points = {digest(point.policy): point for point in self.session.profile.points}
+        return self._points
 
     def _reuse(self, number: int, known: TrialRecord) -> None:
         self.repeats += 1

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 @pytest.fixture(scope="module")
 def cluster() -> Generator[Cluster]:
-    started = connect(None, cpus=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where workers find the fake
+        started = connect(None, cpus=2)
     yield started
     started.close()
 

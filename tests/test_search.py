@@ -168,7 +168,9 @@ def test_trials_read_back_from_the_folder_equal_those_written(tmp_path: Path, sp
 
 
 def test_a_storage_that_does_not_answer_is_one_sentence_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"search.storage: the postgresql storage does not answer") as caught:
+    with pytest.raises(
+        InputError, match=r"search.storage: postgresql://someone@localhost:1/none does not answer"
+    ) as caught:
         open_storage(tmp_path, "postgresql://someone:hunter2@localhost:1/none")
     assert "hunter2" not in str(caught.value)
 

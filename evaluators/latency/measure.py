@@ -15,7 +15,7 @@ from ...spaces.anatomy import Anatomy
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy
 from ..onnx_graph import build_onnx, random_tensors
-from .target import Target
+from .target import Fingerprint, Target, fingerprint
 
 REFERENCE = "reference"
 AT_ONCE = 32  # models open at the same time, to bound memory
@@ -68,6 +68,10 @@ class Timer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def fingerprint(self) -> Fingerprint:
+        """The device that it times on."""
+        return fingerprint(self.target)
 
     def close(self) -> None:
         """End the child."""

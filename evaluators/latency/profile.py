@@ -80,7 +80,7 @@ def calibrate(
     return Profile(
         model=anatomy.digest,
         target=target,
-        device=fingerprint(target),
+        device=timer.fingerprint() if timer is not None else fingerprint(target),
         reference_ms=timings[REFERENCE].latency_ms,
         reference_repeat_error=timings[REFERENCE].repeat_error,
         points=points,
@@ -119,8 +119,8 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_profile(path: Path, anatomy: Anatomy) -> Profile:
-    """Read a profile and fit its predictor again.
+def load_profile(path: Path, anatomy: Anatomy, here: Fingerprint | None = None) -> Profile:
+    """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one.
 
     Raises InputError when the file is not a profile, or is one of another model, device or runtime.
     """
@@ -131,14 +131,16 @@ def load_profile(path: Path, anatomy: Anatomy) -> Profile:
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
-        return _profile_from_dict(data, path, anatomy)
+        return _profile_from_dict(data, path, anatomy, here)
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
-def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Profile:
+def _profile_from_dict(
+    data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None
+) -> Profile:
     if data["model"] != anatomy.digest:
         raise InputError(
             f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is "
@@ -147,7 +149,7 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) ->
     target = target_from_dict(data["target"])
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
-    here = fingerprint(target)
+    here = here or fingerprint(target)
     for field in fields(Fingerprint):
         then, now = getattr(device, field.name), getattr(here, field.name)
         if then != now:
