@@ -26,15 +26,17 @@ from .layer_costs import record_layers
 from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
-from .proposals import baselines, greedy_walk
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import TrialState
-from .sampler import NightpressSampler, make_sampler
+from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
+from .stopping import upper_bound, wrongly
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
+from .why import record_why
 
 log = logging.getLogger("nightpress")
-SEEDS = 8
+SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 ENDING = ("verify", "report")
 """Phases that must have their time whatever came before."""
@@ -109,6 +111,7 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
+        own_policies(session.config.seeds, session.prepared.space)
         session.update(workers=session.workers)
         planning.check_budget(session)
     with session.phase("calibrate"):
@@ -126,6 +129,7 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         finalists.verify(session)
         with session.measuring():
             record_layers(session)
+        record_why(session)
 
 
 def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
@@ -139,6 +143,8 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _enqueue_seeds(session)
         _aim(session)
     with session.phase("search", *ENDING):
+        _run_enqueued(session, trials)
+        finalists.train_rules(session)
         search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
@@ -175,13 +181,29 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.sensitivity = session.sensitivity
-        reference = session.state["reference"]
-        sampler.reference = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+        reference, limits = session.state["reference"], session.config.limits
+        sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
+        sampler.reference = losses(
+            max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
+            min(reference["latency_ms"], limits.max_latency_ms or math.inf),
+            min(reference["size_bytes"], limits.max_size_bytes or math.inf),
+        )
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    rules = baselines(session.prepared.anatomy, bool(session.config.space.distill))
-    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items()])
+    rules = prepare.rules_of(session)
+    left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items() if name not in left_out])
+    if left_out and not session.state.get("pointless"):
+        session.folder.decide(
+            "baselines", f"left out {', '.join(left_out)}",
+            "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
+        )  # fmt: skip
+    session.update(pointless=list(left_out))
+    _run_enqueued(session, trials)
+
+
+def _run_enqueued(session: Session, trials: Trials) -> None:
     while session.store.waiting("baseline"):
         trials.fill(1)
         trials.collect()
@@ -194,18 +216,26 @@ def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str |
     store = session.store
     if store.claims.take(role) != (store.driver or ""):
         return
-    known = store.enqueued(role)
+    kept = "baseline" if role == "greedy" else role  # a rule too, but one that is known only later
+    known = store.enqueued(kept)
     for policy, name in policies:
         if digest(policy) not in known:
-            enqueue(session, policy, role, name)
+            enqueue(session, policy, kept, name)
 
 
 def _enqueue_seeds(session: Session) -> None:
     if session.state.get("seeds_enqueued", False):
         return
     prepared = session.prepared
-    walk = greedy_walk(prepared.space, session.sensitivity, session.costs, SEEDS)
-    _enqueue(session, "seed", [(policy, None) for policy in [*_earlier(session), *walk]])
+    steps = greedy_walk(prepared.space, session.sensitivity, session.costs, WALK)
+    rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
+    _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
+    walk = [] if "seeds" in session.config.search.without else spread_out(steps, SEEDS)
+    own = own_policies(session.config.seeds, prepared.space)
+    seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
+    _enqueue(session, "seed", [(policy, None) for policy in seeds])
+    if own:
+        session.folder.decide("sensitivity", f"enqueued {len(own)} policies of the user", "seeds")
     if INT8 in prepared.space.bit_choices:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
@@ -247,6 +277,20 @@ def search(session: Session, trials: Trials) -> None:
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
+    _judge_stopping(session)
+
+
+def _judge_stopping(session: Session) -> None:
+    """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
+    hopes = session.store.noted("spared")
+    stopped, finished, wrong = wrongly(session.store.trials(), {n: v["hope"] for n, v in hopes.items()})
+    if stopped or finished:
+        session.folder.decide(
+            "search", f"stopped {stopped} trials early",
+            f"of {finished} more that were finished all the same, {wrong} came onto the front; at most "
+            f"{upper_bound(wrong, finished):.0%} are stopped wrongly (one-sided 95 % interval)",
+            stopped=stopped, finished=finished, wrong=wrong, wrong_most=upper_bound(wrong, finished),
+        )  # fmt: skip
 
 
 def enough(session: Session, trials: Trials) -> str | None:

@@ -27,7 +27,7 @@ def plan_finalists(session: Session) -> None:
         return
     fixed, a_step = (sum(parts) / session.workers for parts in zip(*(long_costs(session, t) for t in queue),
                                                                    strict=True))  # fmt: skip
-    given = session.config.finetune.long_steps
+    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
     most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
     planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds), MOST_SHARE * clock.total_seconds)

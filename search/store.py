@@ -30,6 +30,8 @@ SCHEMA = 2
 """Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
+LONG = "long:"
+"""Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 _LATER = ("measured:", "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
@@ -152,6 +154,19 @@ class Store:
         storage, trial_id = self._storage, self._id(number)
         for key, value in values.items():
             storage.set_trial_user_attr(trial_id, key, value)
+
+    def noted(self, key: str) -> dict[int, Any]:
+        """One attribute of all trials that have it, by number."""
+        return {t.number: t.user_attrs[key] for t in self.study.get_trials(deepcopy=False) if key in t.user_attrs}
+
+    def note_long(self, number: int, quality: Quality) -> None:
+        """What the long fine-tune of a finished trial gave on the search split, so that the sampler learns of it."""
+        self.study.set_user_attr(f"{LONG}{number}", asdict(quality))
+
+    def longs(self) -> dict[int, float]:
+        """Search-split accuracy after the long fine-tune, by number."""
+        found = self.study.user_attrs.items()
+        return {int(k.removeprefix(LONG)): v["accuracy"] for k, v in found if k.startswith(LONG)}
 
     def constrain(self, number: int, excess: Mapping[str, float]) -> None:
         """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""
