@@ -24,6 +24,7 @@ from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
+from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
@@ -180,6 +181,7 @@ def _aim(session: Session) -> None:
     """Tell our sampler what it may build on."""
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
+        sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
         reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
