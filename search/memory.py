@@ -48,7 +48,7 @@ class Memory:
 def _read(path: Path) -> Arrays | None:
     try:
         with path.open("rb") as file:  # numpy leaves a file that it cannot read open
-            arrays = cast("Any", np.load(file, allow_pickle=False))
+            arrays = np.load(file, allow_pickle=False)
             return {name: arrays[name] for name in arrays.files} if NUMBER in arrays.files else None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
