@@ -39,6 +39,6 @@ space:
   bits: {weights: [8, 32], activations: [8, 32]}
   blocks: true
   distill: true
-search: {sampler: nightpress, runner: local, workers: 1}
+search: {sampler: nightpress, runner: local, workers: 1}     # workers: auto; runner: ray, see docs/cluster.md
 device: auto                   # cpu | cuda
 """
