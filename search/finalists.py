@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timing, measure_policies
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
@@ -60,8 +60,13 @@ def remeasure_front(session: Session) -> None:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
-    with session.measuring():
-        timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
+    anatomy, target = session.prepared.anatomy, session.config.target
+    try:
+        timings, _ = session.on_target(lambda timer: measure_policies(anatomy, policies, target, timer))
+    except MeasurementError as error:
+        session.trouble(f"the front is not measured, its latencies are predictions: {error}")
+        session.folder.decide("search", "the front was not re-measured", str(error))
+        return
     session.measured(timings, "search")
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))

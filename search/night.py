@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
@@ -56,7 +57,8 @@ def run_night(
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
-    """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
+    """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
+    the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
     :func:`search`.
@@ -97,6 +99,13 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
+    except MeasurementError as error:
+        if not session.begun:  # nothing was searched yet
+            session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
+            raise
+        reason = f"the target device was lost: {error}; --resume verifies what was trained"
+        session.trouble(reason)
+        session.update(state="failed", current=None, activity=None, reason=reason)
     except KeyboardInterrupt:
         session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
         raise
@@ -128,6 +137,9 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
         finalists.verify(session)
+        if session.places.target_node:
+            session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
+            return
         with session.measuring():
             record_layers(session)
         record_why(session)

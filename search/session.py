@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, Timer, Timing
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timer, Timing
 from ..evaluators.latency.profile import Profile
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
@@ -37,6 +37,7 @@ from .worker import Factory, Failure
 
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
+T = TypeVar("T")
 MINUTE_SECONDS = 60.0
 
 
@@ -263,11 +264,25 @@ class Session:
         self.state.setdefault("noise", []).append(entry)
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
-        """Time files while nothing of ours trains."""
-        with self.measuring(), Timer(self.config.target) as timer:
-            timings = timer.time(files, reference)
+        """Time files while nothing of ours trains. Raises MeasurementError."""
+        timings = self.on_target(lambda timer: timer.time(files, reference))
         self.measured(timings, phase)
         return timings
+
+    def on_target(self, measure: Callable[[Timer], T]) -> T:
+        """Measure on the target while nothing of ours trains there, and once more when it was lost meanwhile.
+
+        Raises MeasurementError when it is lost again.
+        """
+        try:
+            return self._on_target(measure)
+        except MeasurementError as error:
+            self.folder.decide(str(self.state.get("phase")), "the measurement is repeated", f"it was lost: {error}")
+            return self._on_target(measure)
+
+    def _on_target(self, measure: Callable[[Timer], T]) -> T:
+        with self.measuring(), self.places.timer(self.config.target) as timer:
+            return measure(timer)
 
 
 def file_size(planned: Plan) -> int:
