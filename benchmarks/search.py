@@ -73,7 +73,7 @@ def main() -> None:
 def run_nights(arguments: argparse.Namespace) -> None:
     folder = arguments.out / arguments.task
     folder.mkdir(parents=True, exist_ok=True)
-    task = _task_of(arguments)
+    task = _task_of(arguments, folder)
     profile = folder / "profile.json"
     if not profile.is_file():
         _nightpress("calibrate", task, "--target", "onnxruntime", "--out", profile)
@@ -100,13 +100,25 @@ def _night(
     _nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
 
 
-def _task_of(arguments: argparse.Namespace) -> str:
+def _task_of(arguments: argparse.Namespace, folder: Path) -> str:
+    """The task's name; for CIFAR-10 a task file that knows where the data are."""
     if arguments.task != "resnet20":
         return arguments.task
     if arguments.data is None:
-        raise SystemExit("--task resnet20 needs --data")
-    here = Path(__file__).resolve().parent / "cifar10.py"
-    return f"{here}:resnet20"
+        raise SystemExit("--task resnet20 needs --data, the folder of the CIFAR-10 JPEGs and weights")
+    here, data = Path(__file__).resolve().parent, arguments.data.resolve()
+    text = f"""import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(here)!r})
+from cifar10 import task
+
+
+def build():
+    return task("resnet20", Path({str(data)!r}))
+"""
+    (folder / "task.py").write_text(text)
+    return f"{folder.resolve() / 'task.py'}:build"
 
 
 def _nightpress(*words: object) -> None:
