@@ -27,10 +27,10 @@ from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
-from .records import TrialState
+from .records import RunRecord, TrialState
+from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
-from .stopping import upper_bound, wrongly
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
 from .why import record_why
@@ -111,7 +111,8 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
-        own_policies(session.config.seeds, session.prepared.space)
+        own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
+        _runs_before(session)
         session.update(workers=session.workers)
         planning.check_budget(session)
     with session.phase("calibrate"):
@@ -247,20 +248,25 @@ def _enqueue_seeds(session: Session) -> None:
 def _earlier(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
     found: list[Policy] = []
-    for earlier in session.config.warm_start:
-        run = read_run(Path(earlier))
-        if run.state.get("model") != session.prepared.anatomy.digest:
-            raise InputError(
-                f"warm_start: {earlier} is a run of model {run.state.get('model')}, this one's is "
-                f"{session.prepared.anatomy.digest}."
-            )
+    for run in _runs_before(session):
         done = [t for t in run.trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
         points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
                   if t.quality and t.latency and t.size_bytes]  # fmt: skip
         front = [done[i] for i in non_dominated(points)]
         found += [policy_of(trial) for trial in front]
-        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {earlier}", "warm_start")
+        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
     return found
+
+
+def _runs_before(session: Session) -> list[RunRecord]:
+    runs = [read_run(Path(earlier)) for earlier in session.config.warm_start]
+    for run in runs:
+        if run.state.get("model") != session.prepared.anatomy.digest:
+            raise InputError(
+                f"warm_start: {run.path} is a run of model {run.state.get('model')}, this one's is "
+                f"{session.prepared.anatomy.digest}."
+            )
+    return runs
 
 
 def search(session: Session, trials: Trials) -> None:
@@ -277,20 +283,7 @@ def search(session: Session, trials: Trials) -> None:
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
-    _judge_stopping(session)
-
-
-def _judge_stopping(session: Session) -> None:
-    """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
-    hopes = session.store.noted("spared")
-    stopped, finished, wrong = wrongly(session.store.trials(), {n: v["hope"] for n, v in hopes.items()})
-    if stopped or finished:
-        session.folder.decide(
-            "search", f"stopped {stopped} trials early",
-            f"of {finished} more that were finished all the same, {wrong} came onto the front; at most "
-            f"{upper_bound(wrong, finished):.0%} are stopped wrongly (one-sided 95 % interval)",
-            stopped=stopped, finished=finished, wrong=wrong, wrong_most=upper_bound(wrong, finished),
-        )  # fmt: skip
+    judge_stopping(session)
 
 
 def enough(session: Session, trials: Trials) -> str | None:
