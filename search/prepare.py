@@ -285,8 +285,8 @@ def _check_limits(session: Session) -> None:
     ]
     if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
         raise InputError(
-            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} contradict "
-            f"each other: the smallest file that is fast enough has {min(together)} bytes."
+            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
+            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
         )
 
 

@@ -1,5 +1,5 @@
-"""How far the cheap rungs could be trusted: whether they ranked policies as the long fine-tune did, and how often a trial
-was stopped wrongly."""
+"""How far the cheap rungs could be trusted: whether they ranked policies as the long fine-tune did, and how often a
+trial was stopped wrongly."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
