@@ -11,12 +11,12 @@ nights of a task share one calibration, which ``nights`` measures first, so that
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from nightpress.search.folder import read_run
 from nightpress.search.pareto import hypervolume
 from nightpress.search.records import Quality, RunRecord, TrialRecord, TrialState
 from nightpress.search.sampler import NightpressSampler, TrialSuggest, make_sampler
-from nightpress.search.store import Store, open_storage
+from nightpress.search.store import JOURNAL, Store, open_storage
 from nightpress.spaces.anatomy import Anatomy, Block, Group, Layer, Op
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy
@@ -73,7 +73,7 @@ def main() -> None:
 def run_nights(arguments: argparse.Namespace) -> None:
     folder = arguments.out / arguments.task
     folder.mkdir(parents=True, exist_ok=True)
-    task = _task_of(arguments)
+    task = _task_of(arguments, folder)
     profile = folder / "profile.json"
     if not profile.is_file():
         _nightpress("calibrate", task, "--target", "onnxruntime", "--out", profile)
@@ -100,13 +100,25 @@ def _night(
     _nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
 
 
-def _task_of(arguments: argparse.Namespace) -> str:
+def _task_of(arguments: argparse.Namespace, folder: Path) -> str:
+    """The task's name; for CIFAR-10 a task file that knows where the data are."""
     if arguments.task != "resnet20":
         return arguments.task
     if arguments.data is None:
-        raise SystemExit("--task resnet20 needs --data")
-    here = Path(__file__).resolve().parent / "cifar10.py"
-    return f"{here}:resnet20"
+        raise SystemExit("--task resnet20 needs --data, the folder of the CIFAR-10 JPEGs and weights")
+    here, data = Path(__file__).resolve().parent, arguments.data.resolve()
+    text = f"""import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(here)!r})
+from cifar10 import task
+
+
+def build():
+    return task("resnet20", Path({str(data)!r}))
+"""
+    (folder / "task.py").write_text(text)
+    return f"{folder.resolve() / 'task.py'}:build"
 
 
 def _nightpress(*words: object) -> None:
@@ -177,33 +189,34 @@ def _losses(trial: TrialRecord, level: float) -> tuple[float, float]:
 
 def print_overhead(counts: list[int], samplers: list[str]) -> None:
     space = Space(anatomy=deep_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8), distill=("none", "logit"))
+    costs, accuracy = toy_costs(space.anatomy), _Accuracy(space)
     print(f"{space.dimensions} dimensions; milliseconds a proposal with its suggests, median (worst) of 5 in a row")
-    for name in samplers:
-        with tempfile.TemporaryDirectory() as folder:
-            for count, spans, opened in _proposals(Path(folder), space, name, counts):
+    with tempfile.TemporaryDirectory() as folder:
+        filler = Store(open_storage(Path(folder), None), make_sampler("random", 0, 0, space, costs))
+        for count in sorted(counts):
+            while len(filler.trials()) < count:
+                _finish(filler, space, costs, accuracy)
+            for name in samplers:
+                spans, opened = _proposals(Path(folder), space, name, count)
                 memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 print(f"{name:12} {count:5d} trials: {statistics.median(spans):7.0f} ({max(spans):.0f}) ms, "
                       f"study opened in {opened:.2f} s, peak memory so far {memory:.0f} MB", flush=True)  # fmt: skip
 
 
-def _proposals(
-    folder: Path, space: Space, name: str, counts: list[int]
-) -> Iterator[tuple[int, list[float], float]]:  # fmt: skip
+def _proposals(folder: Path, space: Space, name: str, count: int) -> tuple[list[float], float]:
+    """Milliseconds of proposals on a copy of the study, as a resumed night would make them, and seconds to open it."""
     costs = toy_costs(space.anatomy)
-    filler, generator = Store(open_storage(folder, None), make_sampler("random", 0, 0, space, costs)), _Accuracy(space)
-    for count in sorted(counts):
-        while len(filler.trials()) < count:
-            for _ in range(min(100, count - len(filler.trials()))):
-                _finish(filler, space, costs, generator)
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copy(folder / JOURNAL, copy)
         start = time.perf_counter()
         sampler = make_sampler(name, 1, count, space, costs)
-        store = Store(open_storage(folder, None), sampler)
+        store = Store(open_storage(Path(copy), None), sampler)
         opened = time.perf_counter() - start
         if isinstance(sampler, NightpressSampler):
             latency, size = costs(Policy(model=space.anatomy.digest))
             sampler.reference = (-0.5, latency, float(size))
         _ask(store, space)  # the first proposal also builds what the others share
-        yield count, [_ask(store, space) for _ in range(5)], opened
+        return [_ask(store, space) for _ in range(5)], opened
 
 
 def _ask(store: Store, space: Space) -> float:
@@ -253,8 +266,8 @@ def toy_costs(anatomy: Anatomy) -> Costs:
     return costs
 
 
-def deep_anatomy(blocks: int = 27) -> Anatomy:
-    """A residual network of 55 layers as data: 27 blocks of two convolutions, as ResNet-56 has."""
+def deep_anatomy(blocks: int = 29) -> Anatomy:
+    """A residual network of 59 layers as data: blocks of two convolutions, a little deeper than ResNet-56."""
     ops = [Op(name="x", kind="input", inputs=(), shape=(1, 3, 32, 32)), _conv("stem", "x", 3, 64, {})]
     groups, layers, found = [], [_layer(ops[-1], 3 * 64 * 9)], []
     before = "stem"

@@ -21,7 +21,7 @@ from .encoding import Encoder
 from .experience import Experience
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
-from .rungs import agreements
+from .rungs import judge_rungs
 from .session import Session, latency_of, quality_of
 from .store import policy_of
 from .surrogate import Describer, Surrogate
@@ -169,22 +169,7 @@ def train_long(session: Session) -> None:
             alternatives=len(complete(session, "search")),
         )  # fmt: skip
     _train(session, ours(session, chosen), end)
-    _judge_rungs(session)
-
-
-def _judge_rungs(session: Session) -> None:
-    """Say how far the cheap rungs ranked as the long fine-tune did, over all that went through it."""
-    long = session.store.longs()
-    seen = [
-        {q.rung: q.accuracy for q in t.qualities} | {Rung.LONG.value: long[t.number]}
-        for t in session.store.trials() if t.number in long
-    ]  # fmt: skip
-    for found in agreements(seen):
-        session.folder.decide(
-            "finalists", f"rung {found.rung} ranks as the long fine-tune with {found.rank_correlation:.2f}",
-            f"rank correlation over {found.pairs} policies, 90 % interval {found.low:.2f} to {found.high:.2f}",
-            **found._asdict(),
-        )  # fmt: skip
+    judge_rungs(session)
 
 
 def _rules(session: Session) -> list[TrialRecord]:

@@ -28,7 +28,7 @@ from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, Policy
-from ..spaces.space import Space, uniform
+from ..spaces.space import Space, canonical, uniform
 from .config import RunConfig
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
@@ -267,6 +267,9 @@ def _check_limits(session: Session) -> None:
     harsh = [
         uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
     ]
+    if space.blocks:
+        blocks = tuple(b.name for b in prepared.anatomy.blocks)
+        harsh += [canonical(replace(policy, removed_blocks=blocks), prepared.anatomy) for policy in harsh]
     tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
     predicted = [session.predict(policy) for policy in tried]
     fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
@@ -278,6 +281,14 @@ def _check_limits(session: Session) -> None:
     if limits.max_size_bytes is not None and least > limits.max_size_bytes:
         raise InputError(
             f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
+        )
+    together = [
+        size for low, size in ((low, size) for _, low, _, size in predicted) if low <= (limits.max_latency_ms or low)
+    ]
+    if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
+        raise InputError(
+            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
+            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
         )
 
 

@@ -1,4 +1,5 @@
-"""How far the cheap rungs can be trusted: do they rank policies as the long fine-tune does?"""
+"""How far the cheap rungs could be trusted: whether they ranked policies as the long fine-tune did, and how often a
+trial was stopped wrongly."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,6 +8,8 @@ import numpy as np
 
 from ..evaluators.latency.predictor import spearman
 from .records import Rung
+from .session import Session
+from .stopping import upper_bound, wrongly
 
 LEAST_PAIRS = 6
 DRAWS = 500
@@ -46,3 +49,31 @@ def agreements(seen: Sequence[dict[str, float]]) -> list[Agreement]:
         for rung in (Rung.BN.value, Rung.SHORT.value)
     ]
     return [a for a in found if a is not None]
+
+
+def judge_rungs(session: Session) -> None:
+    """Say how far the cheap rungs ranked as the long fine-tune did, over all that went through it."""
+    long = session.store.longs()
+    seen = [
+        {q.rung: q.accuracy for q in t.qualities} | {Rung.LONG.value: long[t.number]}
+        for t in session.store.trials() if t.number in long
+    ]  # fmt: skip
+    for found in agreements(seen):
+        session.folder.decide(
+            "finalists", f"rung {found.rung} ranks as the long fine-tune with {found.rank_correlation:.2f}",
+            f"rank correlation over {found.pairs} policies, 90 % interval {found.low:.2f} to {found.high:.2f}",
+            **found._asdict(),
+        )  # fmt: skip
+
+
+def judge_stopping(session: Session) -> None:
+    """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
+    hopes = session.store.noted("spared")
+    stopped, finished, wrong = wrongly(session.store.trials(), {n: v["hope"] for n, v in hopes.items()})
+    if stopped or finished:
+        session.folder.decide(
+            "search", f"stopped {stopped} trials early",
+            f"of {finished} more that were finished all the same, {wrong} came onto the front; at most "
+            f"{upper_bound(wrong, finished):.0%} are stopped wrongly (one-sided 95 % interval)",
+            stopped=stopped, finished=finished, wrong=wrong, wrong_most=upper_bound(wrong, finished),
+        )  # fmt: skip

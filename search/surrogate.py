@@ -325,7 +325,8 @@ def _useful(observations: Sequence[Observation]) -> list[Observation]:
         return list(observations)
     ranked = sorted(range(len(observations)), key=lambda i: (-observations[i].rung, -observations[i].accuracy))
     dear = ranked[: MOST_OBSERVATIONS // 2]
-    latest = [i for i in range(len(observations) - 1, -1, -1) if i not in set(dear)]
+    taken = set(dear)
+    latest = [i for i in range(len(observations) - 1, -1, -1) if i not in taken]
     return [observations[i] for i in sorted(dear + latest[: MOST_OBSERVATIONS - len(dear)])]
 
 
