@@ -28,6 +28,7 @@ from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
+from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
