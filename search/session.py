@@ -203,7 +203,7 @@ class Session:
         self.watch(self)
         self.check()
         if self.followers and self.clock.left_before(*self.followers) <= 0:
-            raise OverdueError
+            raise OverdueError(f"the time for {', '.join(self.followers)} has come")
 
     def replan(self, seconds: Mapping[str, float], reason: str) -> None:
         """Give phases that are to come another length, in seconds, because of what was learned."""

@@ -125,7 +125,7 @@ def test_a_phase_ends_when_it_would_take_the_time_of_the_verification(tmp_path: 
         machine.works(1000 - 0.08 * 1000 - 1)
         session.tick()
         machine.works(2)
-        with pytest.raises(OverdueError):
+        with pytest.raises(OverdueError, match="the time for verify, report has come"):
             session.tick()
     session.tick()  # the verification itself has no such followers
 
