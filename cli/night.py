@@ -60,7 +60,7 @@ def run(
         emit(data)
     else:
         _print_night(record, page)
-    return 130 if state == "interrupted" else 0
+    return {"interrupted": 130, "failed": 1}.get(state, 0)
 
 
 def status(folder: RunDir, json: Json = False) -> None:

@@ -41,5 +41,5 @@ def suggest(
     if not found["suggested"]:
         say("No untried policy is expected to be better.")
         return
-    table("Untried, expected to be better (90 % intervals)", found["suggested"],
-          ["digest", "accuracy", "accuracy_low", "accuracy_high", "latency_ms", "low_ms", "high_ms", "size_bytes"])  # fmt: skip
+    keys = ["digest", "accuracy", "accuracy_low", "accuracy_high", "latency_ms", "low_ms", "high_ms", "size_bytes"]
+    table("Untried, expected to be better (90 % intervals)", found["suggested"], keys)

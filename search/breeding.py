@@ -10,8 +10,8 @@ from .costs import QuickCosts
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 4
-POPULATION = 5000
+GENERATIONS = 3
+POPULATION = 4000
 PARENTS = 200
 PRICED = 48
 """Candidates whose costs are predicted exactly."""
@@ -22,8 +22,8 @@ SAME_SPEED = 0.1
 def breed(
     encoder: Encoder, parents: Array, worth: Callable[[Array], Array], generator: np.random.Generator
 ) -> Array:  # fmt: skip
-    """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children of
-    the parents, shape (n, columns), and with random rows."""
+    """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children
+    of the parents, shape (n, columns), and with random rows."""
     pool = np.vstack(
         [encoder.random(POPULATION // 5, generator), encoder.children(parents, POPULATION, generator)]
     )  # fmt: skip

@@ -68,6 +68,7 @@ class Encoder:
         )
         unheard = FP32 if FP32 in space.bit_choices else space.bit_choices[0]
         self._unheard_bits = space.bit_choices.index(unheard)
+        self.shapes = Shapes(self)
         self.hyper = np.array([i for i, c in enumerate(self.columns) if c.standard is not None], dtype=np.intp)
 
     def _of(self, kind: str) -> NDArray[np.intp]:
@@ -115,12 +116,13 @@ class Encoder:
     def children(self, parents: Array, count: int, generator: np.random.Generator) -> Array:
         """Crossed and mutated rows. Most keep one parent's fine-tune whole, since those choices work together."""
         first, second = (parents[generator.integers(len(parents), size=count)] for _ in range(2))
-        share = generator.choice([0.0, 0.3, 0.5], size=(count, 1))
-        rows = np.where(generator.uniform(size=first.shape) < share, second, first)
+        share = generator.choice([0.0, 0.3, 0.5], size=(count, 1)).astype(np.float32)
+        single = np.float32
+        rows = np.where(generator.random(first.shape, dtype=single) < share, second, first)
         rows[:, self.hyper] = first[:, self.hyper]
         size = len(self.columns)
         changes = generator.choice([1, 2, 3, max(3, size // 6)], size=(count, 1))
-        touched = generator.uniform(size=rows.shape) < changes / size
+        touched = generator.random(rows.shape, dtype=single) < changes / size
         touched[np.arange(count), generator.integers(size, size=count)] = True
         self._mutate(rows, touched, generator)
         self._shift_all(rows, generator)
@@ -195,6 +197,7 @@ class Shapes:
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
+        self._last: tuple[Array, tuple[Array, Array, Array]] | None = None
         anatomy = encoder.space.anatomy
         ops = {op.name: op for op in anatomy.ops}
         self._ops = [ops[layer.op] for layer in anatomy.layers]
@@ -205,12 +208,18 @@ class Shapes:
         self._bytes = np.where(self._bytes < 1, 1, self._bytes)
         self._int8 = np.array([pair.int8 for pair in pairs])
 
+    def work(self, rows: Array) -> tuple[Array, Array, Array]:
+        """MACs, weights and output elements of each layer, each of shape (n, layers). Several ask for the same rows one
+        after the other: the last answer is kept."""
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, self._work(rows)
+        return self._last[1]
+
     def alive(self, rows: Array) -> Array:
         """1 for each layer that no removed block takes away, shape (n, layers)."""
         return 1.0 - np.minimum(1.0, rows[:, self.encoder.block] @ self.encoder.block_layers)
 
-    def work(self, rows: Array) -> tuple[Array, Array, Array]:
-        """MACs, weights and output elements of each layer, each of shape (n, layers)."""
+    def _work(self, rows: Array) -> tuple[Array, Array, Array]:
         removed = self._removed(rows)
         parts = [_layer_work(op, before, removed) for op, before in zip(self._ops, self._inputs, strict=True)]
         macs, weights, elements = (np.stack(part, axis=1) for part in zip(*parts, strict=True))

@@ -98,8 +98,10 @@ def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -
         )
     session.folder.decide("search", "measured a policy", str(error))
     found = {"unseen": policy}
-    with session.timer("search") as timer:
-        timings, sizes = measure_policies(session.prepared.anatomy, found, session.config.target, timer, kernels=True)
+    anatomy, target = session.prepared.anatomy, session.config.target
+    timings, sizes = session.on_target(
+        "search", lambda timer: measure_policies(anatomy, found, target, timer, kernels=True)
+    )
     feed_back(session, found, timings, sizes)
 
 

@@ -11,19 +11,18 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, measure_policies
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, measure_policies
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
-from .clock import SHARES
 from .disk import find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
-from .proposals import baselines
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
+from .rungs import judge_rungs
 from .session import Session, latency_of, quality_of
 from .store import policy_of
 from .surrogate import Describer, Surrogate
@@ -35,12 +34,12 @@ MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
 MOST_EPOCHS = 20
 """Of a long fine-tune: what it can use."""
-MARGIN = 1.15
-MOST_SHARE = 0.7
-"""Of what is left before the verification."""
-LEAST_VERIFY_SECONDS = 12.0
+LONG_SHARE = 0.5
+"""Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
+whole front, and more trials only its choice."""
+LONGER, LEAST_FINALISTS = 3, 4
+"""A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
 LEAST_VERIFIED = 3
-LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
@@ -62,10 +61,15 @@ def remeasure_front(session: Session) -> None:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
-    with session.timer("search") as timer:
-        timings, sizes = measure_policies(
-            session.prepared.anatomy, policies, session.config.target, timer, kernels=True
+    anatomy, target = session.prepared.anatomy, session.config.target
+    try:
+        timings, sizes = session.on_target(
+            "search", lambda timer: measure_policies(anatomy, policies, target, timer, kernels=True)
         )
+    except MeasurementError as error:
+        session.trouble(f"the front is not measured, its latencies are predictions: {error}")
+        session.folder.decide("search", "the front was not re-measured", str(error))
+        return
     feed_back(session, policies, timings, sizes)
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
@@ -149,9 +153,9 @@ def train_rules(session: Session) -> None:
     """The long fine-tune of the baselines, before the search: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
     rules = _rules(session)
-    share = session.clock.share_seconds("finalists")
-    _size_long(session, rules, share)
-    _train(session, rules, session.clock.left_seconds - share)
+    seconds = LONG_SHARE * session.clock.left_before("verify", "report")
+    _size_long(session, rules, seconds)
+    _train(session, rules, session.clock.left_seconds - seconds)
 
 
 def train_long(session: Session) -> None:
@@ -167,7 +171,8 @@ def train_long(session: Session) -> None:
             "after the long fine-tune", expected={str(number): round(value, 4) for number, value in expected.items()},
             alternatives=len(complete(session, "search")),
         )  # fmt: skip
-    _train(session, _ours(session, chosen), end)
+    _train(session, ours(session, chosen), end)
+    judge_rungs(session)
 
 
 def _rules(session: Session) -> list[TrialRecord]:
@@ -175,54 +180,15 @@ def _rules(session: Session) -> list[TrialRecord]:
                   key=lambda t: t.name != UNCOMPRESSED)  # fmt: skip
 
 
-def _ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
     """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
     return [t for t in trials if session.store.ours(t)]
-
-
-def plan_finalists(session: Session) -> None:
-    """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
-    to be trained for longer than before."""
-    rungs, clock = session.state["rungs"], session.clock
-    queue = _ours(session, complete(session, "baseline") + choose(session))
-    queue = [t for t in queue if not _outcome_file(session, t.number).is_file()]
-    if not queue:
-        return
-    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(_long_costs(session, t) for t in queue),
-                                                                   strict=True))  # fmt: skip
-    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
-    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
-    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
-    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds))
-    planned = min(planned, MOST_SHARE * max(0.0, clock.left_before("verify", "report")))
-    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
-        session.replan(
-            {"finalists": planned},
-            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
-        )
-
-
-def plan_verify(session: Session) -> None:
-    """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
-    profile, clock = session.profile, session.clock
-    rounds = session.state["seconds"].get("calibrate", 0.0)
-    if rounds < profile.seconds:  # the profile was measured on another day
-        return
-    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
-    each = profile.seconds / max(1, len(profile.points))
-    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
-    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
-    session.replan(
-        {"verify": planned, "report": page},
-        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
-        f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
-    )
 
 
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
     deadline."""
-    jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
+    jobs = {t.number: _job(session, t) for t in trials if not outcome_file(session, t.number).is_file()}
     if not jobs:
         return
     if not find_room(session, jobs):
@@ -238,7 +204,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
-            _save(_outcome_file(session, number), result)
+            _save(outcome_file(session, number), result)
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
@@ -247,7 +213,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
 def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
-    costs = (_long_costs(session, t) for t in trials)
+    costs = (long_costs(session, t) for t in trials)
     return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
@@ -257,20 +223,23 @@ def _size_long(session: Session, rules: list[TrialRecord], share_seconds: float)
     rungs = session.state["rungs"]
     if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not rules:
         return
-    costs = np.array([_long_costs(session, t) for t in rules])
-    count = rungs["finalists"]
-    fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
-    affordable = int((0.9 * share_seconds * session.workers - fixed) / max(a_step, 1e-9))
+    costs = np.array([long_costs(session, t) for t in rules])
+    affordable, count = 0, rungs["finalists"]
+    for count in range(rungs["finalists"], min(rungs["finalists"], LEAST_FINALISTS) - 1, -1):
+        fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
+        affordable = int((0.9 * share_seconds * session.workers - fixed) / max(a_step, 1e-9))
+        if affordable >= LONGER * rungs["short_steps"]:  # else fewer are trained, but well
+            break
     steps = max(rungs["short_steps"], min(MOST_EPOCHS * rungs["epoch_steps"], affordable))
     session.folder.decide(
         "search", f"long fine-tunes of {steps} steps",
         f"{len(rules)} baselines and {count} finalists, at what the short ones took, fit into the time for it",
         affordable=affordable, least=rungs["short_steps"], most=MOST_EPOCHS * rungs["epoch_steps"],
     )  # fmt: skip
-    session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
+    session.update(rungs={**rungs, "long_steps": steps, "finalists": count, "long_sized": True})
 
 
-def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
 
     The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
@@ -293,7 +262,7 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 def verify(session: Session) -> None:
     """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
     trials = {t.number: t for t in session.store.trials()}
-    outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    outcomes = {n: _load(outcome_file(session, n)) for n in trials if outcome_file(session, n).is_file()}
     outcomes = _affordable(session, trials, outcomes)
     if not outcomes:
         return
@@ -418,7 +387,7 @@ def _losses(trial: TrialRecord, accuracy: float | None = None) -> tuple[float, f
     return losses(seen, trial.latency.latency_ms, trial.size_bytes)
 
 
-def _outcome_file(session: Session, number: int) -> Path:
+def outcome_file(session: Session, number: int) -> Path:
     return session.folder.artifacts(number) / OUTCOME
 
 

@@ -8,31 +8,33 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, prepare
-from .claims import without_password
-from .clock import Clock, Deadline, length
+from . import finalists, planning, prepare
+from .clock import Clock, Deadline
 from .config import RunConfig
 from .disk import find_room
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
+from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
-from .proposals import baselines, greedy_rules, greedy_walk, own_policies, pointless, spread_out
-from .records import TrialState
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
+from .records import RunRecord, TrialState
+from .resolved import check_same, resolved_config
+from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
-from .stopping import upper_bound, wrongly
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
+from .why import record_why
 
 log = logging.getLogger("nightpress")
 SEEDS, WALK = 8, 60
@@ -43,9 +45,6 @@ JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
-"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
-WHERE = ("runner", "address", "workers", "resources")
 
 
 def run_night(
@@ -56,7 +55,8 @@ def run_night(
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
-    """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
+    """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
+    the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
     :func:`search`.
@@ -97,6 +97,13 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
+    except MeasurementError as error:
+        if not session.begun:  # nothing was searched yet
+            session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
+            raise
+        reason = f"the target device was lost: {error}; --resume verifies what was trained"
+        session.trouble(reason)
+        session.update(state="failed", current=None, activity=None, reason=reason)
     except KeyboardInterrupt:
         session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
         raise
@@ -112,12 +119,13 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
-        own_policies(session.config.seeds, session.prepared.space)
+        own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
+        _runs_before(session)
         session.update(workers=session.workers)
-        check_budget(session)
+        planning.check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
-    finalists.plan_verify(session)
+    planning.plan_verify(session)
     trials = _open_study(session)
     try:
         _evaluate(session, trials, search_by)
@@ -128,8 +136,12 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
         finalists.verify(session)
+        if session.places.target_node:
+            session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
+            return
         with session.measuring():
             record_layers(session)
+        record_why(session)
 
 
 def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
@@ -180,6 +192,7 @@ def _aim(session: Session) -> None:
     """Tell our sampler what it may build on."""
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
+        sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
         reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
@@ -247,20 +260,25 @@ def _enqueue_seeds(session: Session) -> None:
 def _earlier(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
     found: list[Policy] = []
-    for earlier in session.config.warm_start:
-        run = read_run(Path(earlier))
-        if run.state.get("model") != session.prepared.anatomy.digest:
-            raise InputError(
-                f"warm_start: {earlier} is a run of model {run.state.get('model')}, this one's is "
-                f"{session.prepared.anatomy.digest}."
-            )
+    for run in _runs_before(session):
         done = [t for t in run.trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
         points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
                   if t.quality and t.latency and t.size_bytes]  # fmt: skip
         front = [done[i] for i in non_dominated(points)]
         found += [policy_of(trial) for trial in front]
-        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {earlier}", "warm_start")
+        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
     return found
+
+
+def _runs_before(session: Session) -> list[RunRecord]:
+    runs = [read_run(Path(earlier)) for earlier in session.config.warm_start]
+    for run in runs:
+        if run.state.get("model") != session.prepared.anatomy.digest:
+            raise InputError(
+                f"warm_start: {run.path} is a run of model {run.state.get('model')}, this one's is "
+                f"{session.prepared.anatomy.digest}."
+            )
+    return runs
 
 
 def search(session: Session, trials: Trials) -> None:
@@ -269,7 +287,7 @@ def search(session: Session, trials: Trials) -> None:
     while (reason := enough(session, trials)) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
-            finalists.plan_finalists(session)
+            planning.plan_finalists(session)
             find_room(session, trials.running)
             continue
         most = session.config.search.max_trials
@@ -277,20 +295,7 @@ def search(session: Session, trials: Trials) -> None:
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
-    _judge_stopping(session)
-
-
-def _judge_stopping(session: Session) -> None:
-    """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
-    hopes = session.store.noted("spared")
-    stopped, finished, wrong = wrongly(session.store.trials(), {n: v["hope"] for n, v in hopes.items()})
-    if stopped or finished:
-        session.folder.decide(
-            "search", f"stopped {stopped} trials early",
-            f"of {finished} more that were finished all the same, {wrong} came onto the front; at most "
-            f"{upper_bound(wrong, finished):.0%} are stopped wrongly (one-sided 95 % interval)",
-            stopped=stopped, finished=finished, wrong=wrong, wrong_most=upper_bound(wrong, finished),
-        )  # fmt: skip
+    judge_stopping(session)
 
 
 def enough(session: Session, trials: Trials) -> str | None:
@@ -318,29 +323,6 @@ def _trial_seconds(session: Session) -> float:
     return spans[(3 * len(spans)) // 4] if spans else 0.0
 
 
-def check_budget(session: Session) -> None:
-    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
-
-    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
-    """
-    prepared, config, clock = session.prepared, session.config, session.clock
-    if session.folder.path.joinpath(TARGET).is_file():
-        return  # a resumed night has been through it
-    step = prepared.step_ms / 1000
-    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
-    trained = 2 * (config.finetune.short_steps or prepare.LEAST_STEPS) + passes
-    rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
-    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
-    if clock.left_seconds < least:
-        raise InputError(
-            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
-            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
-            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
-        )
-
-
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     path = config.out
     written = path / CONFIG
@@ -348,7 +330,7 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     if resume:
         if not written.is_file():
             raise InputError(f"{path}: not a run folder, so there is nothing to resume: it has no {CONFIG}.")
-        _check_same(yaml.safe_load(written.read_text()), resolved, config, path)
+        check_same(yaml.safe_load(written.read_text()), resolved, config, path)
         return RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: the run folder exists already; choose another out, or go on with --resume.")
@@ -358,48 +340,6 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     except OSError as error:
         raise InputError(f"{path}: the run folder cannot be written: {error.strerror}.") from None
     return RunFolder(path)
-
-
-def resolved_config(config: RunConfig) -> dict[str, Any]:
-    """The config as a run keeps it: all defaults filled in, the time limits left to the state, and without what is
-    secret or nobody else's: the password of a storage, and who is told."""
-    data = asdict(config)
-    for key in ("out", "until", "budget_seconds", "notify", "force"):  # what force led to stands in the state
-        data.pop(key)
-    if config.search.storage is not None:
-        data["search"]["storage"] = without_password(config.search.storage)
-    return _plain(data)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _check_same(before: Any, now: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """A resumed run must mean the same thing; the time limit may differ, and so may where it runs and what it may use.
-    A key that the version before did not have must be at its default."""
-    before = before if isinstance(before, dict) else {}
-    default = resolved_config(RunConfig(task=config.task, base=config.base, out=config.out))
-    for key, value in now.items():
-        if key == "max_disk_bytes":
-            continue
-        was = before.get(key, default[key])
-        if key == "search":
-            was, value = _what({**default[key], **was} if isinstance(was, dict) else was), _what(value)
-        if was != value:
-            raise InputError(
-                f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
-                f"{value!r}."
-            )
-
-
-def _what(search: Any) -> Any:
-    """The part of ``search`` that says what is run; where it runs may differ."""
-    return {k: v for k, v in search.items() if k not in WHERE} if isinstance(search, dict) else search
 
 
 def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], resume: bool) -> Clock:

@@ -30,7 +30,7 @@ from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, LayerBits, Policy
-from ..spaces.space import Space, uniform
+from ..spaces.space import Space, canonical, uniform
 from .config import RunConfig
 from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
@@ -80,7 +80,8 @@ def prepare(session: Session) -> None:
         runtime=config.target.runtime,
     )  # fmt: skip
     prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
-    session.provide(prepared=prepared, jobs=_jobs(session, prepared, recipe))
+    session.provide(prepared=prepared, make=partial(Evaluator, recipe))
+    session.provide(jobs=_jobs(session, recipe))
     session.update(
         task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
         dimensions=space.dimensions, data=_data_digest(train), code=_code_digest(config),
@@ -89,11 +90,12 @@ def prepare(session: Session) -> None:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
 
 
-def _jobs(session: Session, prepared: Prepared, recipe: Recipe) -> Jobs:
+def _jobs(session: Session, recipe: Recipe) -> Jobs:
     """The workers, with what is known of how long a job takes: its steps, and a pass over all data for the judging."""
+    prepared = session.prepared
     epoch = prepared.train_items / recipe.batch_size
     return Jobs(
-        session.places.start(partial(Evaluator, recipe), session.folder.path), recipe.batch_size,
+        session.places.start(session.make, session.folder.path), recipe.batch_size,
         expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
         tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
     )  # fmt: skip
@@ -286,6 +288,9 @@ def _check_limits(session: Session) -> None:
     harsh = [
         uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
     ]
+    if space.blocks:
+        blocks = tuple(b.name for b in prepared.anatomy.blocks)
+        harsh += [canonical(replace(policy, removed_blocks=blocks), prepared.anatomy) for policy in harsh]
     tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
     predicted = [session.predict(policy) for policy in tried]
     fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
@@ -297,6 +302,14 @@ def _check_limits(session: Session) -> None:
     if limits.max_size_bytes is not None and least > limits.max_size_bytes:
         raise InputError(
             f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
+        )
+    together = [
+        size for low, size in ((low, size) for _, low, _, size in predicted) if low <= (limits.max_latency_ms or low)
+    ]
+    if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
+        raise InputError(
+            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
+            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
         )
 
 

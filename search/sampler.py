@@ -7,7 +7,7 @@ hypervolume after the long fine-tune.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,18 @@ from .breeding import PARENTS, breed, fresh
 from .costs import Costs, QuickCosts
 from .encoding import Encoder
 from .experience import Experience
-from .gain import Target, expected_gain
+from .gain import Target, expected_gain, target
+from .memory import Memory
 from .netadapt import NetAdaptSampler
 from .proposals import Sensitivity
 from .records import Rung
-from .surrogate import RUNGS, Describer, Surrogate
+from .surrogate import RUNGS, Describer, Kernel, Surrogate
 
 LEAST_TRIALS = 6
 SHORT = RUNGS.index(Rung.SHORT)
 """How far a trial of the search goes."""
+SCREENED = 600
+"""Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
 Array = NDArray[np.float64]
@@ -114,6 +117,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
+    memory: Memory | None = None
+    """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.space)
@@ -122,6 +127,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         self._quick: QuickCosts | None = None
         self._fitted: tuple[int, Any] | None = None
         self._survivors: Array | None = None
+        self._spread = 0.2
+        self._recalled = False
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._described
@@ -133,8 +140,11 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             return {}
         generator = np.random.default_rng((self.seed, trial.number))
         self.experience.read(study)
+        self._recall(trial.number)
         with threadpool_limits(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
             policy = self._propose(generator)
+        if self.memory is not None:
+            self.memory.keep(trial.number, self._remembered())
         return {name: value for name, value in self.space.params(policy).items() if name in search_space}
 
     def sample_independent(
@@ -149,9 +159,35 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
         surrogate = self.surrogate()
-        target = self._target(surrogate)
-        rows = self._bred(surrogate, target, generator)
-        return self._best(rows, surrogate, target) or self.space.random(generator)
+        aim = self._aim(surrogate)
+        rows = self._bred(surrogate, aim, generator)
+        return self._best(rows, surrogate, aim) or self.space.random(generator)
+
+    def _remembered(self) -> dict[str, Array]:
+        found = {"spread": np.array(self._spread)}
+        if self._fitted is not None:
+            found["fitted"] = np.array([self._fitted[0], *astuple(self._fitted[1])])
+        if self._survivors is not None:
+            found["survivors"] = self._survivors
+        if self._quick is not None:
+            found["rows"], found["truth"] = self._quick.examples
+        return found
+
+    def _recall(self, number: int) -> None:
+        """Once a process: what the driver before remembered."""
+        if self._recalled or self.memory is None:
+            return
+        self._recalled = True
+        known = self.memory.before(number)
+        if known is None:
+            return
+        self._spread = float(known["spread"])
+        if "fitted" in known:
+            count, *kernel = known["fitted"].tolist()
+            self._fitted = int(count), Kernel(*kernel)
+        self._survivors = known.get("survivors")
+        if "rows" in known:
+            self._quick_costs().recall(known["rows"], known["truth"])
 
     def surrogate(self) -> Surrogate:
         """Fitted to all that is known; its kernel is looked for again only now and then."""
@@ -165,33 +201,42 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._fitted = len(observations), found.kernel
         return found
 
-    def _target(self, surrogate: Surrogate) -> Target:
+    def _aim(self, surrogate: Surrogate) -> Target:
         """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
         assert self.reference is not None
         rows = self.experience.rows
         expected = surrogate.scale.down(surrogate.predict(rows)[0])
-        front = np.column_stack([expected, self.experience.costs])
-        return Target(front=front, corner=np.array([-self.reference[0], *self.reference[1:]]))
+        points = np.column_stack([expected, self.experience.costs])
+        return target(points, np.array([-self.reference[0], *self.reference[1:]]))
 
-    def _bred(self, surrogate: Surrogate, target: Target, generator: np.random.Generator) -> Array:
+    def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
         tried = self.experience.rows
         parents = np.vstack([tried, self._survivors]) if self._survivors is not None else tried
-        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, target), generator)
+        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, aim), generator)
         self._survivors = found[:PARENTS]
         return found
 
-    def _worth(self, rows: Array, surrogate: Surrogate, target: Target) -> Array:
+    def _worth(self, rows: Array, surrogate: Surrogate, aim: Target) -> Array:
+        """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
         costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
-        return self._gain_a_second(rows, costs, surrogate, target)
+        mean = surrogate.mean(rows)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim)
+        best = np.argsort(-rough, kind="stable")[:SCREENED]
+        worth = rough - 1e3
+        hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
+        self._spread = float(np.median(hoped[1]))
+        worth[best] = self._by_effort(rows[best], costs[best], hoped, surrogate, aim)
+        return worth
 
-    def _gain_a_second(self, rows: Array, costs: Array, surrogate: Surrogate, target: Target) -> Array:
-        """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where nothing
-        can gain, the nearness to the box counts instead."""
-        mean, spread = surrogate.hoped(rows, min(SHORT, surrogate.rung))
-        gains = expected_gain(mean, spread, surrogate.scale, costs, target)
+    def _by_effort(
+        self, rows: Array, costs: Array, hoped: tuple[Array, Array], surrogate: Surrogate, aim: Target
+    ) -> Array:  # fmt: skip
+        """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
+        nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
+        gains = expected_gain(*hoped, surrogate.scale, costs, aim)
         effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
-        beyond = np.maximum(costs / target.corner[1:] - 1, 0).sum(axis=1)
+        beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
         return np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
 
     def _quick_costs(self) -> QuickCosts:
@@ -199,7 +244,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._quick = QuickCosts(self.encoder, self.costs, self.seed)
         return self._quick
 
-    def _best(self, rows: Array, surrogate: Surrogate, target: Target) -> Policy | None:
+    def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:
         """The best of the most promising new ones, at their exact costs."""
         chosen = fresh(self.encoder, rows, self._quick_costs(), self.experience.digests)
         if not chosen:
@@ -208,7 +253,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         found = np.stack([self.encoder.row(policy) for policy in policies])
         free = self.options.free_objectives
         costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
-        return policies[int(np.argmax(self._gain_a_second(found, costs, surrogate, target)))]
+        hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
+        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, aim)))]
 
 
 @dataclass(slots=True)

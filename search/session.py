@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
+from ..evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing
 from ..evaluators.latency.profile import Profile, profile_to_dict
 from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
@@ -39,10 +39,11 @@ from .proposals import Sensitivity
 from .records import Latency, Quality, TrialState, row
 from .runner import Runner
 from .store import Store
-from .worker import Failure
+from .worker import Factory, Failure
 
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
+T = TypeVar("T")
 MINUTE_SECONDS = 60.0
 BUSY_CORES = 0.2
 """Of other processes during a measurement, from which on it is worth a warning."""
@@ -103,6 +104,11 @@ class Session:
     @property
     def places(self) -> Places:
         return self._parts["places"]
+
+    @property
+    def make(self) -> Factory:
+        """Makes a worker's evaluator."""
+        return self._parts["make"]
 
     @property
     def jobs(self) -> Jobs:
@@ -215,7 +221,7 @@ class Session:
         self.watch(self)
         self.check()
         if self.followers and self.clock.left_before(*self.followers) <= 0:
-            raise OverdueError
+            raise OverdueError(f"the time for {', '.join(self.followers)} has come")
 
     def replan(self, seconds: Mapping[str, float], reason: str) -> None:
         """Give phases that are to come another length, in seconds, because of what was learned."""
@@ -305,9 +311,8 @@ class Session:
             self.state.setdefault("warnings", []).append({"time": entry["time"], "phase": phase, "text": text})
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
-        """Time files while nothing of ours trains."""
-        with self.timer(phase) as timer:
-            return timer.time(files, reference)
+        """Time files while nothing of ours trains. Raises MeasurementError."""
+        return self.on_target(phase, lambda timer: timer.time(files, reference))
 
     @contextmanager
     def timer(self, phase: str) -> Generator[Timer]:
@@ -315,6 +320,19 @@ class Session:
         listener = partial(self.measured, phase=phase)
         with self.measuring(), self.places.timer(self.config.target, listener) as timer:
             yield timer
+
+    def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:
+        """Measure on the target while nothing of ours trains there, and once more when it was lost meanwhile.
+
+        Raises MeasurementError when it is lost again.
+        """
+        try:
+            with self.timer(phase) as timer:
+                return measure(timer)
+        except MeasurementError as error:
+            self.folder.decide(phase, "the measurement is repeated", f"it was lost: {error}")
+            with self.timer(phase) as timer:
+                return measure(timer)
 
 
 def noise_warnings(reference: Timing, unsettled: int) -> list[str]:

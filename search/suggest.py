@@ -24,8 +24,8 @@ from .costs import QuickCosts
 from .encoding import Encoder
 from .experience import Experience
 from .folder import TARGET
-from .gain import Target as Aim
 from .gain import expected_gain
+from .gain import target as aim_at
 from .proposals import sensitivity_of
 from .records import RunRecord, TrialRecord, row
 from .surrogate import Describer, Surrogate
@@ -49,8 +49,8 @@ class Known:
 
 
 def known_of(run: RunRecord) -> Known:
-    """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has no
-    complete trial yet, or belongs to another model or device."""
+    """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has
+    no complete trial yet, or belongs to another model or device."""
     task = load_task(str(run.config["task"]), Path(run.config["base"]) if run.config.get("base") else None)
     target = _target(run)
     anatomy, _ = inspect(task, step_of=target.channel_step)
@@ -135,7 +135,7 @@ def _untried(
     ])  # fmt: skip
     front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))
              for t in within if t.verified]  # fmt: skip
-    aim = Aim(front=np.array(front).reshape(len(front), 3), corner=corner)
+    aim = aim_at(np.array(front).reshape(len(front), 3), corner)
     quick = QuickCosts(encoder, known.costs, seed)
 
     def worth(rows: Array, costs: Array | None = None) -> Array:
@@ -160,7 +160,7 @@ def _untried(
         if gains[best] <= 1e-6 or costs[best, 0] > corner[1] or costs[best, 1] > corner[2]:
             break
         chosen.append(best)
-        aim = Aim(front=np.vstack([aim.front, [median[best], *costs[best]]]), corner=corner)
+        aim = aim.with_point(float(median[best]), costs[best])
     return [
         _entry(known, policies[i], float(median[i] + shift), float(low[i] + shift), float(high[i] + shift))
         for i in chosen

@@ -139,6 +139,11 @@ class Trials:
         else:
             self._advance(number, job, result)
 
+    def close(self, number: int, state: TrialState, reason: str) -> None:
+        """End a trial as it stands."""
+        del self.running[number]
+        self._finish(number, state, reason)
+
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
         while self.running or self.adopted or self.held:

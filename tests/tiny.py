@@ -27,9 +27,9 @@ from nightpress.evaluators.latency.profile import calibrate, profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
-from nightpress.search.night import resolved_config
 from nightpress.search.prepare import space_of
 from nightpress.search.records import Quality, TrialState
+from nightpress.search.resolved import resolved_config
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import Policy, policy_to_json
