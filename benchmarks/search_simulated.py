@@ -37,8 +37,8 @@ Array = NDArray[np.float64]
 
 
 class World:
-    """A truth: each group has a weight of its own, narrow groups cost, removed blocks cost, and a fine-tune away from its
-    best settings costs. Harsh policies lose most before the fine-tune and gain most by it."""
+    """A truth: each group has a weight of its own, narrow groups cost, removed blocks cost, and a fine-tune away from
+    its best settings costs. Harsh policies lose most before the fine-tune and gain most by it."""
 
     def __init__(self, space: Space, profile: Profile, seed: int) -> None:
         self.space, self.profile, self.encoder = space, profile, Encoder(space)
