@@ -194,7 +194,8 @@ def deadline(folder: Path, budget: str, runs: int, *, load: bool) -> None:
             f"{1 - worked / total:.1%} ({total - worked:.0f} s of {total:.0f} s)",
             flush=True,
         )
-        print(f"   seconds {state['seconds']}", flush=True)
+        print(f"   seconds {state['seconds']}, load average at the end {os.getloadavg()[1]:.1f} over five minutes",
+              flush=True)  # fmt: skip
     for process in burning:
         process.kill()
 

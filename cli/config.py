@@ -16,6 +16,7 @@ from ..search.claims import sqlite_file, without_password
 from ..search.clock import Deadline
 from ..search.config import (
     AUTO,
+    PARTS,
     RAY,
     RUNNERS,
     SAMPLERS,
@@ -97,6 +98,7 @@ class FileConfig:
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
     calibration_policies: int = 40
     warm_start: tuple[str, ...] = ()
+    seeds: tuple[str, ...] = ()
     device: str = "auto"
     max_disk: str = "20GB"
     notify: Notify = field(default_factory=Notify)
@@ -183,7 +185,8 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
         limits=file.limits,
         space=file.space.resolved,
         search=_search(file.search, base), finetune=file.finetune, calibration_policies=file.calibration_policies,
-        warm_start=tuple(str(base / earlier) for earlier in file.warm_start), device=file.device,
+        warm_start=tuple(str(base / earlier) for earlier in file.warm_start),
+        seeds=tuple(str(base / name) for name in file.seeds), device=file.device,
         max_disk_bytes=parse_size(file.max_disk, f"{where}: max_disk"), notify=file.notify,
     )  # fmt: skip
 
@@ -219,6 +222,7 @@ def _check_values(file: FileConfig, where: str) -> None:
     count = file.calibration_policies
     rules: list[tuple[str, object, bool, str]] = [
         ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("search.without", file.search.without, set(file.search.without) <= set(PARTS), f"a list out of {list(PARTS)}"),
         ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
         *_about_workers(file.search),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),

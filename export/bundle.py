@@ -85,6 +85,10 @@ def check_trial(run: RunRecord, trial: TrialRecord, options: Options) -> None:
 
 def _collect(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path, options: Options) -> Verified:
     """Put model, weights and, where there is one, the original into the folder; measure now what the night did not."""
+    if trial.driver not in {None, run.state.get("driver")}:
+        raise InputError(
+            f"{run.path}: another driver of this study trained trial {trial.number}; export it from its run folder."
+        )
     if trial.verified is None:
         if not options.run_task and not is_ours(run):
             raise InputError(

@@ -7,7 +7,8 @@ from typing import Literal
 from ..evaluators.latency.target import Target
 from ..spaces.policy import DISTILL_METHODS
 
-SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "random")
+SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
+PARTS = ("free_objectives", "rungs", "sensitivity", "seeds")
 LOCAL, RAY = RUNNERS = ("local", "ray")
 AUTO = "auto"
 
@@ -68,6 +69,8 @@ class SearchConfig:
     ``study`` are the same search together. ``max_trials`` None lets the clock decide."""
 
     sampler: str = "nightpress"
+    without: tuple[str, ...] = ()
+    """What the search does without, of ``PARTS``: to see what each of them is worth."""
     runner: str = LOCAL
     address: str | None = None
     workers: int | Literal["auto"] = 1
@@ -115,6 +118,8 @@ class RunConfig:
     calibration_policies: int = 40
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
+    seeds: tuple[str, ...] = ()
+    """Policy files that are tried first."""
     device: str = "auto"
     max_disk_bytes: int = 20_000_000_000
     """What the run's artefacts may take."""

@@ -17,25 +17,27 @@ import yaml
 from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, prepare
+from . import finalists, planning, prepare
 from .claims import without_password
-from .clock import Clock, Deadline, length
+from .clock import Clock, Deadline
 from .config import RunConfig
 from .disk import find_room
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, TARGET, JsonLog, RunFolder, read_run, read_state
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
 from .pareto import losses, non_dominated
 from .plateau import stalled
-from .proposals import baselines, greedy_walk
-from .records import TrialState
-from .sampler import NightpressSampler, make_sampler
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
+from .records import RunRecord, TrialState
+from .rungs import judge_stopping
+from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
+from .why import record_why
 
 log = logging.getLogger("nightpress")
-SEEDS = 8
+SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 ENDING = ("verify", "report")
 """Phases that must have their time whatever came before."""
@@ -43,8 +45,6 @@ JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
-"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
 WHERE = ("runner", "address", "workers", "resources")
 
 
@@ -120,11 +120,13 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
+        own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
+        _runs_before(session)
         session.update(workers=session.workers)
-        check_budget(session)
+        planning.check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
-    finalists.plan_verify(session)
+    planning.plan_verify(session)
     trials = _open_study(session)
     try:
         _evaluate(session, trials, search_by)
@@ -140,6 +142,7 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
             return
         with session.measuring():
             record_layers(session)
+        record_why(session)
 
 
 def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
@@ -153,6 +156,8 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _enqueue_seeds(session)
         _aim(session)
     with session.phase("search", *ENDING):
+        _run_enqueued(session, trials)
+        finalists.train_rules(session)
         search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
@@ -189,13 +194,29 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.sensitivity = session.sensitivity
-        reference = session.state["reference"]
-        sampler.reference = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+        reference, limits = session.state["reference"], session.config.limits
+        sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
+        sampler.reference = losses(
+            max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
+            min(reference["latency_ms"], limits.max_latency_ms or math.inf),
+            min(reference["size_bytes"], limits.max_size_bytes or math.inf),
+        )
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    rules = baselines(session.prepared.anatomy, bool(session.config.space.distill))
-    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items()])
+    rules = prepare.rules_of(session)
+    left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items() if name not in left_out])
+    if left_out and not session.state.get("pointless"):
+        session.folder.decide(
+            "baselines", f"left out {', '.join(left_out)}",
+            "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
+        )  # fmt: skip
+    session.update(pointless=list(left_out))
+    _run_enqueued(session, trials)
+
+
+def _run_enqueued(session: Session, trials: Trials) -> None:
     while session.store.waiting("baseline"):
         trials.fill(1)
         trials.collect()
@@ -208,18 +229,26 @@ def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str |
     store = session.store
     if store.claims.take(role) != (store.driver or ""):
         return
-    known = store.enqueued(role)
+    kept = "baseline" if role == "greedy" else role  # a rule too, but one that is known only later
+    known = store.enqueued(kept)
     for policy, name in policies:
         if digest(policy) not in known:
-            enqueue(session, policy, role, name)
+            enqueue(session, policy, kept, name)
 
 
 def _enqueue_seeds(session: Session) -> None:
     if session.state.get("seeds_enqueued", False):
         return
     prepared = session.prepared
-    walk = greedy_walk(prepared.space, session.sensitivity, session.costs, SEEDS)
-    _enqueue(session, "seed", [(policy, None) for policy in [*_earlier(session), *walk]])
+    steps = greedy_walk(prepared.space, session.sensitivity, session.costs, WALK)
+    rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
+    _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
+    walk = [] if "seeds" in session.config.search.without else spread_out(steps, SEEDS)
+    own = own_policies(session.config.seeds, prepared.space)
+    seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
+    _enqueue(session, "seed", [(policy, None) for policy in seeds])
+    if own:
+        session.folder.decide("sensitivity", f"enqueued {len(own)} policies of the user", "seeds")
     if INT8 in prepared.space.bit_choices:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
@@ -231,20 +260,25 @@ def _enqueue_seeds(session: Session) -> None:
 def _earlier(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
     found: list[Policy] = []
-    for earlier in session.config.warm_start:
-        run = read_run(Path(earlier))
-        if run.state.get("model") != session.prepared.anatomy.digest:
-            raise InputError(
-                f"warm_start: {earlier} is a run of model {run.state.get('model')}, this one's is "
-                f"{session.prepared.anatomy.digest}."
-            )
+    for run in _runs_before(session):
         done = [t for t in run.trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
         points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
                   if t.quality and t.latency and t.size_bytes]  # fmt: skip
         front = [done[i] for i in non_dominated(points)]
         found += [policy_of(trial) for trial in front]
-        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {earlier}", "warm_start")
+        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
     return found
+
+
+def _runs_before(session: Session) -> list[RunRecord]:
+    runs = [read_run(Path(earlier)) for earlier in session.config.warm_start]
+    for run in runs:
+        if run.state.get("model") != session.prepared.anatomy.digest:
+            raise InputError(
+                f"warm_start: {run.path} is a run of model {run.state.get('model')}, this one's is "
+                f"{session.prepared.anatomy.digest}."
+            )
+    return runs
 
 
 def search(session: Session, trials: Trials) -> None:
@@ -253,7 +287,7 @@ def search(session: Session, trials: Trials) -> None:
     while (reason := enough(session, trials)) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
-            finalists.plan_finalists(session)
+            planning.plan_finalists(session)
             find_room(session, trials.running)
             continue
         most = session.config.search.max_trials
@@ -261,6 +295,7 @@ def search(session: Session, trials: Trials) -> None:
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
+    judge_stopping(session)
 
 
 def enough(session: Session, trials: Trials) -> str | None:
@@ -286,29 +321,6 @@ def _trial_seconds(session: Session) -> float:
     """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
     spans = session.store.tally().spans
     return spans[(3 * len(spans)) // 4] if spans else 0.0
-
-
-def check_budget(session: Session) -> None:
-    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
-
-    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
-    """
-    prepared, config, clock = session.prepared, session.config, session.clock
-    if session.folder.path.joinpath(TARGET).is_file():
-        return  # a resumed night has been through it
-    step = prepared.step_ms / 1000
-    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
-    trained = 2 * (config.finetune.short_steps or prepare.LEAST_STEPS) + passes
-    rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
-    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
-    if clock.left_seconds < least:
-        raise InputError(
-            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
-            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
-            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
-        )
 
 
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:

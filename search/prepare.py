@@ -15,18 +15,20 @@ import numpy as np
 import torch
 
 from ..evaluators import dryrun
+from ..evaluators.apply import compressor
 from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
-from ..evaluators.inspect import inspect
+from ..evaluators.importance import saliency, scores
+from ..evaluators.inspect import inspect, network_of
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
-from ..evaluators.task import check_task, load_task, picked
+from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, Policy
-from ..spaces.space import Space, uniform
+from ..spaces.space import Space, canonical, uniform
 from .config import RunConfig
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
@@ -151,8 +153,9 @@ def _compute(session: Session, trainer: Trainer, space: Space) -> tuple[Compute,
     """How to train and what a step costs; probed once a run, so that a resumed night trains the same way."""
     known = session.state.get("compute")
     if known is None:
-        # With the dearest of the methods on offer, because the budget must pay for it.
-        method = next((m for m in space.distill if Distill(method=m).inner), "logit" if space.distill else "none")
+        # With the method that most trials use: the dearest would make all fine-tunes as short as its own must be.
+        logit = next((m for m in space.distill if Distill(method=m).logit), None)
+        method = logit or next(iter(space.distill), "none")
         policy = Policy(model=space.anatomy.digest, distill=Distill(method=method))
         try:
             compute, step_ms = probe(trainer, picked(trainer.task, copy.deepcopy(trainer.task.model)), policy)
@@ -196,6 +199,21 @@ def size_rungs(session: Session) -> None:
     session.update(rungs={"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch})
 
 
+def rules_of(session: Session) -> dict[str, Policy]:
+    """The simple rules of this night, global magnitude among them."""
+    prepared = session.prepared
+    return baselines(prepared.anatomy, bool(session.config.space.distill), magnitudes(prepared.task, prepared.anatomy))
+
+
+def magnitudes(task: Task, anatomy: Anatomy) -> dict[str, list[float]] | None:
+    """L2 norms of the channels by group, each group's with a mean of 1; None where nothing can be pruned."""
+    if not anatomy.groups:
+        return None
+    whole = compressor(anatomy, network_of(task, anatomy), task.example_input).whole()
+    found = scores({group.name: group.slices for group in anatomy.groups}, saliency(whole, "l2"))
+    return {name: values.tolist() for name, values in found.items()}
+
+
 def _between(value: float, low: int, high: int) -> int:
     return max(low, min(high, int(value)))
 
@@ -218,7 +236,7 @@ def _calibrate(session: Session) -> Profile:
     config, prepared = session.config, session.prepared
     generator = np.random.default_rng(config.seed)
     policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
+    policies += list(rules_of(session).values())
     with session.measuring(), session.places.timer(config.target) as timer:
         profile = calibrate(
             prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
@@ -249,6 +267,9 @@ def _check_limits(session: Session) -> None:
     harsh = [
         uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
     ]
+    if space.blocks:
+        blocks = tuple(b.name for b in prepared.anatomy.blocks)
+        harsh += [canonical(replace(policy, removed_blocks=blocks), prepared.anatomy) for policy in harsh]
     tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
     predicted = [session.predict(policy) for policy in tried]
     fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
@@ -260,6 +281,14 @@ def _check_limits(session: Session) -> None:
     if limits.max_size_bytes is not None and least > limits.max_size_bytes:
         raise InputError(
             f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
+        )
+    together = [
+        size for low, size in ((low, size) for _, low, _, size in predicted) if low <= (limits.max_latency_ms or low)
+    ]
+    if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
+        raise InputError(
+            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
+            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
         )
 
 

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .attributes import WORD, approvals_in, record_of
 from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
 from .journal import JournalFile, OneWriterJournal, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
@@ -29,7 +30,8 @@ SCHEMA = 2
 """Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
-_WORD = "word:"
+LONG = "long:"
+"""Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 _LATER = ("measured:", "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
@@ -153,6 +155,19 @@ class Store:
         for key, value in values.items():
             storage.set_trial_user_attr(trial_id, key, value)
 
+    def noted(self, key: str) -> dict[int, Any]:
+        """One attribute of all trials that have it, by number."""
+        return {t.number: t.user_attrs[key] for t in self.study.get_trials(deepcopy=False) if key in t.user_attrs}
+
+    def note_long(self, number: int, quality: Quality) -> None:
+        """What the long fine-tune of a finished trial gave on the search split, so that the sampler learns of it."""
+        self.study.set_user_attr(f"{LONG}{number}", asdict(quality))
+
+    def longs(self) -> dict[int, float]:
+        """Search-split accuracy after the long fine-tune, by number."""
+        found = self.study.user_attrs.items()
+        return {int(k.removeprefix(LONG)): v["accuracy"] for k, v in found if k.startswith(LONG)}
+
     def constrain(self, number: int, excess: Mapping[str, float]) -> None:
         """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""
         trial = Trial(self.study, self._id(number))
@@ -187,7 +202,7 @@ class Store:
 
     def approve(self, entry: Mapping[str, Any]) -> None:
         """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
-        self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
+        self.study.set_user_attr(f"{WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
         """All words that people have given, in order."""
@@ -284,36 +299,6 @@ class Store:
         return record_of(frozen.number, frozen.user_attrs, extra)
 
 
-def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -> TrialRecord:
-    """A trial from its attributes and the study's. Raises KeyError, TypeError or ValueError when they are damaged."""
-    return TrialRecord(
-        number=number,
-        state=TrialState(attrs.get("state", "RUNNING")),
-        role=attrs.get("role", "search"),
-        name=attrs.get("name"),
-        digest=attrs.get("digest", ""),
-        policy=attrs.get("policy", {}),
-        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
-        predicted=_latency(attrs.get("predicted")),
-        measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
-        size_bytes=attrs.get("size_bytes"),
-        macs=attrs.get("macs"),
-        params=attrs.get("params"),
-        reason=attrs.get("reason"),
-        reused_from=attrs.get("reused_from"),
-        started=attrs.get("started"),
-        finished=attrs.get("finished"),
-        verified=_verified(extra.get(f"verified:{number}")),
-        driver=attrs.get("driver"),
-    )
-
-
-def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """What people said of trials, in order, from a study's attributes; the first version kept it in one list."""
-    words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
-    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
-
-
 def check_schema(schema: object) -> None:
     """Raises InputError when a newer version wrote the study; what an older one wrote is read as it is."""
     if schema is not None and (not isinstance(schema, int) or schema > SCHEMA):
@@ -380,20 +365,3 @@ def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None, s
 def policy_of(record: TrialRecord) -> Policy:
     """The trial's policy as a value."""
     return policy_from_dict(dict(record.policy), f"trial {record.number}")
-
-
-def _quality(data: Mapping[str, Any]) -> Quality:
-    values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
-    return Quality(**values)
-
-
-def _latency(data: Mapping[str, Any] | None) -> Latency | None:
-    return Latency(**data) if data is not None else None
-
-
-def _verified(data: Mapping[str, Any] | None) -> Verified | None:
-    if data is None:
-        return None
-    values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
-    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
-    return Verified(**values)

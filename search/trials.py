@@ -5,23 +5,19 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .disk import find_room, is_full
-from .pareto import dominated_by, losses
 from .records import Latency, Rung, TrialRecord, TrialState
 from .sampler import TrialSuggest
 from .session import TICK_SECONDS, Session, quality_of
+from .stopping import spared, verdict
 from .store import policy_of
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
-FULL_BEFORE_STOPPING = 8
-GAIN_QUANTILE = 0.9
 MOST_REPEATS = 60
 
 
@@ -177,36 +173,28 @@ class Trials:
         store.note_quality(number, quality_of(outcome.search, job.rung, "search", outcome.losses, outcome.seconds))
         record = store.trial(number)
         if job.rung == Rung.BN:
-            reason = self.stop_reason(record)
-            if reason is None:
-                self._submit(number, job.policy, Rung.SHORT)
-            else:
-                self._finish(number, TrialState.STOPPED, reason)
+            if self._hopeless(record):
+                return
+            self._submit(number, job.policy, Rung.SHORT)
             return
         least = self.session.config.limits.min_accuracy
         if least is not None:
             store.constrain(number, {"min_accuracy": least - outcome.search.accuracy})
         self._finish(number, TrialState.COMPLETE, None)
 
-    def stop_reason(self, record: TrialRecord) -> str | None:
-        """Optimistic dominance: why even the best gain that is likely would leave the trial dominated.
-
-        The gain is the 90 % quantile of what trials have gained so far from this rung to the next, plus one
-        standard error of the accuracy. Seeds and baselines are never stopped.
-        """
-        if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
-            return None
-        tally = self.session.store.tally()
-        gains = tally.gains
-        if len(gains) < FULL_BEFORE_STOPPING:
-            return None
-        hope = record.quality.accuracy + float(np.quantile(gains, GAIN_QUANTILE)) + (record.quality.accuracy_se or 0.0)
-        least = self.session.config.limits.min_accuracy
-        if least is not None and hope < least:
-            return f"even {hope:.4f} would be below min_accuracy {least}"
-        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), np.array(tally.front)):
-            return f"even {hope:.4f} would be dominated"
-        return None
+    def _hopeless(self, record: TrialRecord) -> bool:
+        """Stop a trial that the rule gives up, but for a sample that is finished to count the rule's errors."""
+        config = self.session.config
+        if "rungs" in config.search.without:
+            return False
+        found = verdict(record, self.session.store.trials(), config.limits.min_accuracy)
+        if found is None:
+            return False
+        if spared(record.digest):
+            self.session.store.note(record.number, spared=asdict(found))
+            return False
+        self._finish(record.number, TrialState.STOPPED, found.reason)
+        return True
 
     def _policy(self, attrs: Mapping[str, object], suggest: TrialSuggest) -> Policy:
         given = attrs.get("given")

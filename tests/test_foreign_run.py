@@ -63,9 +63,7 @@ def test_reading_reporting_and_comparing_execute_nothing(cli: Cli, hostile: Path
 
 def test_exporting_what_was_not_verified_would_execute_and_is_refused(cli: Cli, hostile: Path, tmp_path: Path) -> None:
     sentence = tiny.refused(cli("export", hostile, "0", "--out", tmp_path / "out", "--json"))
-    assert sentence.startswith(
-        f"{hostile}: the night did not verify trial 0, so exporting it executes {hostile}/evil.py"
-    )
+    assert f"the night did not verify trial 0, so exporting it executes {hostile}/evil.py" in sentence
     assert sentence.endswith("--run-task says that you trust its code.")
     assert not (tmp_path / "planted").exists()
     assert not (tmp_path / "out").exists()
