@@ -5,7 +5,7 @@ import hashlib
 import math
 import os
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, Policy
-from ..spaces.space import Space, uniform
+from ..spaces.space import Offer, Space, uniform
 from .config import RunConfig
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
@@ -101,13 +101,7 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         anatomy=anatomy,
         max_ratio=prune.max_ratio if prune is not None else 0.0,
         bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
-        blocks=config.space.blocks,
-        distill=config.space.distill,
-        sparsity=config.space.sparsity,
-        importance=config.space.importance,
-        stages=config.space.stages,
-        ranges=config.space.ranges,
-        scales=config.space.scales,
+        **{offered.name: getattr(config.space, offered.name) for offered in fields(Offer)},
     )
     structural = (
         len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
