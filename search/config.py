@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..evaluators.latency.target import Target
-from ..spaces.policy import DISTILL_METHODS
+from ..spaces.space import Offer
 
 SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
 PARTS = ("free_objectives", "rungs", "sensitivity", "seeds")
@@ -34,22 +34,11 @@ class BitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpaceConfig:
-    """``prune`` None keeps all channels; ``distill`` lists the methods on offer, none of them means no distillation.
-
-    Of the ways to rank channels, to prune in stages and to place quantisers the search chooses where there is
-    more than one.
-    """
+class SpaceConfig(Offer):
+    """``prune`` None keeps all channels."""
 
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    blocks: bool = True
-    distill: tuple[str, ...] = DISTILL_METHODS
-    sparsity: bool = False
-    importance: tuple[str, ...] = ("l2",)
-    stages: tuple[int, ...] = (1,)
-    ranges: tuple[str, ...] = ("minmax",)
-    scales: tuple[str, ...] = ("fixed",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

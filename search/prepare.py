@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, LayerBits, Policy
-from ..spaces.space import Space, canonical, uniform
+from ..spaces.space import Offer, Space, canonical, uniform
 from .config import RunConfig
 from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
@@ -148,13 +148,7 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         anatomy=anatomy,
         max_ratio=prune.max_ratio if prune is not None else 0.0,
         bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
-        blocks=config.space.blocks,
-        distill=config.space.distill,
-        sparsity=config.space.sparsity,
-        importance=config.space.importance,
-        stages=config.space.stages,
-        ranges=config.space.ranges,
-        scales=config.space.scales,
+        **{offered.name: getattr(config.space, offered.name) for offered in fields(Offer)},
     )
     structural = (
         len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from networks import DIM, HEADS, TOKENS, Between, OverTokens, Shuffled, tokens
 from nightpress.evaluators.capture import capture
-from nightpress.evaluators.labels import FIXED, Labelling, Part, label
+from nightpress.evaluators.labelling import FIXED, Labelling, Part
+from nightpress.evaluators.labels import label
 from nightpress.evaluators.lower import lower
 from strategies import images, seeded
 
