@@ -15,7 +15,7 @@ from .records import RunRecord
 from .store import read_study
 
 CONFIG, STATE, TARGET, DECISIONS = "config.yaml", "state.json", "target.json", "decisions.jsonl"
-LAYERS = "layers.json"
+LAYERS, WHY = "layers.json", "why.json"
 SENSITIVITY, LOG, REPORT, ARTIFACTS, LOCK = (
     "sensitivity.json",
     "log.jsonl",
@@ -128,7 +128,7 @@ def read_run(path: Path) -> RunRecord:
         state = {**state, "state": "interrupted", "reason": "its driver ended without a word"}
     parts: dict[str, Any] = {}
     unreadable = list(study.unreadable)
-    for key, name in {"target": TARGET, "sensitivity": SENSITIVITY, "layers": LAYERS}.items():
+    for key, name in {"target": TARGET, "sensitivity": SENSITIVITY, "layers": LAYERS, "why": WHY}.items():
         try:
             parts[key] = folder.read_json(name)
         except ValueError:  # the report goes without

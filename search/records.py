@@ -127,7 +127,8 @@ class RunRecord:
     its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` what people
     said of trials, in order: dicts with trial, digest, action (``pick``, ``reject`` or ``note``; a pick where it
     is missing), note, who, time; ``layers`` by trial number: ``layers{name: {ms, bytes}}`` and ``other_ms``,
-    as the runtime's profiler saw the exported file.
+    as the runtime's profiler saw the exported file; ``why`` by trial number: a finalist's choices, each with kind,
+    name, choice, sensitivity (nats), saved_ms, accuracy_cost and whether the saving was measured.
     """
 
     path: Path
@@ -140,6 +141,7 @@ class RunRecord:
     approvals: tuple[Mapping[str, Any], ...] = ()
     unreadable: tuple[str, ...] = field(default=())
     layers: Mapping[str, Any] | None = None
+    why: Mapping[str, Any] | None = None
 
 
 def last_word(run: RunRecord, trial: TrialRecord) -> Mapping[str, Any] | None:

@@ -274,6 +274,20 @@ def test_rungs_tell_how_far_the_trials_came() -> None:
     assert rungs_text(rungs_info(empty_run())) == "The search has finished no trial."
 
 
+def test_how_far_a_cheap_rung_can_be_trusted_is_said_where_the_night_found_it() -> None:
+    evidence = {"rung": "short", "pairs": 9, "rank_correlation": 0.813, "low": 0.5, "high": 0.96}
+    entries: list[dict[str, Any]] = [
+        {"phase": "finalists", "evidence": evidence}, {"phase": "search", "evidence": evidence},
+        {"phase": "finalists", "evidence": evidence | {"low": None}}, {"phase": "finalists", "evidence": "none"},
+    ]  # fmt: skip
+    info = rungs_info(run([trial(0)], decisions=tuple(entries)))
+    assert [trust.rung for trust in info.trust] == ["short"]
+    assert rungs_text(info).endswith(
+        "The short fine-tune ranked 9 policies as the long fine-tune did with a rank correlation of 0.81 "
+        "(90 %: 0.50 to 0.96)."
+    )
+
+
 @given(runs())
 def test_no_trial_is_lost_between_the_stages(record: RunRecord) -> None:
     stages = rungs_info(record).stages
