@@ -144,7 +144,7 @@ def test_growth_of_the_hypervolume() -> None:
     steps = (HypervolumeStep(60, 0.2), HypervolumeStep(3700, 0.5))
     assert hypervolume_text(HypervolumeInfo(steps, 0.3)) == (
         "After 2 complete trials the search covers 50.0 % of the objective box (on the search split). "
-        "It passed the uniform baselines (30.0 %) after 1 h 1 min."
+        "It passed the baselines (30.0 %) after 1 h 1 min."
     )
     assert "never passed" in hypervolume_text(HypervolumeInfo(steps, 0.6))
     assert hypervolume_info(empty_run()) == HypervolumeInfo((), None)
