@@ -35,9 +35,9 @@ def hypervolume_text(info: HypervolumeInfo) -> str:
     if info.baselines is not None:
         passed = next((s.seconds for s in info.steps if s.hypervolume > info.baselines), None)
         said.append(
-            f"It passed the uniform baselines ({percent(info.baselines)}) after {duration(passed)}."
+            f"It passed the baselines ({percent(info.baselines)}) after {duration(passed)}."
             if passed is not None
-            else f"It never passed the uniform baselines ({percent(info.baselines)})."
+            else f"It never passed the baselines ({percent(info.baselines)})."
         )
     gain = late_gain(info.steps)
     if gain is not None:
@@ -71,7 +71,7 @@ def hypervolume_figure(info: HypervolumeInfo) -> "Figure":
             x=[info.steps[0].seconds / factor, info.steps[-1].seconds / factor],
             y=[100 * info.baselines] * 2,
             mode="lines",
-            name="uniform baselines",
+            name="baselines",
             line={"dash": "dash", "color": AMBER, "width": 1.5},
             hovertemplate="baselines: %{y:.2f} %<extra></extra>",
         )

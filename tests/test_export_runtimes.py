@@ -228,6 +228,24 @@ def test_without_openvino_its_files_are_left_out_with_a_sentence(run: RunRecord,
     assert not (tmp_path / "out" / "openvino").exists()
 
 
+@pytest.mark.slow
+def test_the_documentation_s_openvino_runs(exported: Path, tiny_batch: np.ndarray) -> None:
+    pytest.importorskip("openvino", reason="openvino is in the extra 'test'")
+    names: dict[str, Any] = {"batch": tiny_batch}
+    exec(program("python", "import openvino").replace('"plates-export/', f'"{exported}/'), names)
+    assert (names["logits"].argmax(1) == outputs(exported / "model.onnx")[:3].argmax(1)).all()
+
+
+def test_the_documentation_s_triton_repository_is_read(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "plates-export").symlink_to(exported)
+    [block] = [b.split("```")[0] for b in DOCS.read_text().split("```\n") if "tritonserver" in b]
+    commands = [line for line in block.splitlines() if not line.startswith("tritonserver")]
+    subprocess.run(["sh", "-ec", "\n".join(commands)], cwd=tmp_path, check=True)
+    models = tmp_path / "models" / "plates"
+    assert parsed((models / "config.pbtxt").read_text()).name == "plates"
+    assert (models / "1" / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
+
+
 # Documentation's programs
 
 

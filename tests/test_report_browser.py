@@ -250,6 +250,23 @@ def test_layers_show_what_the_policy_keeps(opened: Opened) -> None:
     assert widths == pytest.approx([100 * kept / 16, 100 * bits / 32])
 
 
+def test_the_card_says_why_a_finalist_is_as_it_is(opened: Opened) -> None:
+    best = picks(NIGHT)["best"]
+    opened.page.locator("#choose").select_option(str(best.number))
+    shown = card(opened.page)
+    first, fourth = (NIGHT.why or {})[str(best.number)][0], (NIGHT.why or {})[str(best.number)][3]
+    assert "Why this policy" in shown
+    row = opened.page.get_by_role("row", name=f"width of {first['name']}:")
+    assert row.locator("td").all_inner_texts() == [
+        f"width of {first['name']}: {100 * first['choice']:.0f} % less", "0.046", "0.4", "0"
+    ]  # fmt: skip
+    assert fourth["sensitivity"] is None
+    assert "0.0085 pred." in shown
+    opened.page.locator("#choose").select_option(str(next(t.number for t in NIGHT.trials if t.verified is None)))
+    assert "Why this policy" not in card(opened.page)
+    assert opened.complaints == []
+
+
 def test_the_export_command_can_be_copied(opened: Opened) -> None:
     opened.page.get_by_role("button", name="Copy").click()
     # Where the clipboard is refused, the command is marked to be copied by hand.

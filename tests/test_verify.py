@@ -373,3 +373,11 @@ def test_the_shipped_script_says_what_is_wrong_in_one_sentence(pristine: Path, t
     )
     assert done.returncode == 2
     assert done.stderr == f"verify: {tmp_path}: not an export folder: it has no manifest.json.\n"
+
+
+def test_the_shipped_script_says_which_library_is_missing(pristine: Path) -> None:
+    done = subprocess.run(  # -I -S: without the packages that are installed here
+        [sys.executable, "-I", "-S", pristine / "verify.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "verify: numpy is not installed: pip install numpy onnxruntime\n"

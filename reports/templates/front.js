@@ -51,8 +51,12 @@ function completeFront(figure, narrow) {
     Object.assign(scale.marker.colorbar, above);
     Object.assign(figure.layout.margin, { t: 110, r: 16 });
   }
-  // The legend takes several lines there.
-  if (narrow) figure.layout.margin.b = 120;
+  if (narrow) {
+    figure.layout.margin.b = 120; // the legend takes several lines there
+    // The name of the leftmost point would stand on the axis.
+    const [leftmost] = [...(figure.layout.annotations || [])].sort((a, b) => a.x - b.x);
+    if (leftmost) Object.assign(leftmost, { ax: 0, ay: -30, xanchor: "left" });
+  }
   for (const trace of figure.data) setKeys(trace, markerUpdate(trace) || {});
 }
 
