@@ -6,7 +6,7 @@ import numpy as np
 
 from ..evaluators.latency.calibrate import SECONDS, calibrate_until_flat, stages_to_list
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import REFERENCE, Timer, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
@@ -33,7 +33,7 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
     if policies is None and config.calibration_policies is not None:
         policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
-    with Timer(config.target, lambda timings: session.measured(timings, "calibrate")) as timer:
+    with session.timer("calibrate") as timer:
         if policies is not None:
             profile = calibrate(
                 prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
@@ -98,7 +98,10 @@ def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -
         )
     session.folder.decide("search", "measured a policy", str(error))
     found = {"unseen": policy}
-    timings, sizes = measure_policies(session.prepared.anatomy, found, session.config.target, kernels=True)
+    anatomy, target = session.prepared.anatomy, session.config.target
+    timings, sizes = session.on_target(
+        "search", lambda timer: measure_policies(anatomy, found, target, timer, kernels=True)
+    )
     feed_back(session, found, timings, sizes)
 
 
