@@ -168,7 +168,8 @@ def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space
         policy = space.sample(TrialSuggest(trial))
         latency, size = costs(policy)
         store.begin(trial, policy, 0.0)
-        store.note(trial.number, size_bytes=size, predicted={"latency_ms": latency})
+        predicted = {"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False}
+        store.note(trial.number, size_bytes=size, predicted=predicted)
         found.append(digest(policy))
 
     assert len(set(found) | {t.digest for t in store.trials()}) == 12
