@@ -12,6 +12,7 @@ time went into neither training nor evaluation nor measurement.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -32,8 +33,10 @@ from nightpress.search.pareto import losses, non_dominated
 from nightpress.search.records import TrialRecord, TrialState
 
 TRIALS = 24
-LONGEST_SECONDS = 18.0
-"""A driver lives at most so long; about half of it goes into its start."""
+LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 3.0
+"""Half of the drivers live at most so long, much of it their start; the others so long beyond their first result."""
+LAST_BREATH_SECONDS = 1.5
+"""Workers notice within a second that their driver was killed; what they still write is nobody's resumption."""
 Finished = dict[int, tuple[Any, ...]]
 
 
@@ -74,8 +77,12 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
         begin_like(run, truth)
         while True:
             before, stamps = finished(run), written(run)
-            alive = chance.uniform(0, LONGEST_SECONDS) if dealt < wanted else None
-            first = drive(config, run, alive)
+            alive, beyond = math.inf, math.inf
+            if dealt < wanted and chance.random() < 0.5:
+                alive = chance.uniform(0, LONGEST_SECONDS)
+            elif dealt < wanted:
+                beyond = chance.uniform(0, BEYOND_SECONDS)
+            first = drive(config, run, alive, beyond)
             if first is not None and before:
                 resumed.append(first)
             after, now = finished(run), written(run)
@@ -83,7 +90,7 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
             repeated += sum(now.get(path, stamp) != stamp for path, stamp in stamps.items() if trial_of(path) in before)
             if state_of(run) == "done":
                 break
-            dealt += alive is not None
+            dealt += 1
         same, front = finished(run) == expected, front_of(run) == front_of(truth)
         if not same:
             print([(n, expected.get(n), f) for n, f in finished(run).items() if expected.get(n) != f][:2])
@@ -108,14 +115,14 @@ def begin_like(run: Path, truth: Path) -> None:
     (run / "state.json").write_text(json.dumps(begun))
 
 
-def drive(config: Path, run: Path, alive: float | None) -> float | None:
-    """One driver, killed after so many seconds; None lets it end. Returns when the first new artefact was there."""
+def drive(config: Path, run: Path, alive: float, beyond: float) -> float | None:
+    """One driver, killed after ``alive`` seconds or ``beyond`` its first new result. Returns when that was there."""
     words = ["run", str(config), *(["--resume"] if (run / "config.yaml").is_file() else [])]
     begin, wall = time.monotonic(), time.time()
     process = subprocess.Popen(tiny.command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     first = None
-    while process.poll() is None and (alive is None or time.monotonic() - begin < alive):
-        if first is None and any(stamp / 1e9 > wall for stamp in written(run).values()):
+    while process.poll() is None and time.monotonic() - begin < min(alive, (first or math.inf) + beyond):
+        if first is None and any(stamp / 1e9 > wall + LAST_BREATH_SECONDS for stamp in written(run).values()):
             first = time.monotonic() - begin
         time.sleep(0.03)
     if process.poll() is None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,22 +27,31 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
+from fakes_jobs import Acting
+from fakes_jobs import job as acting
 from nightpress.cli.config import load_config
-from nightpress.evaluators.evaluate import Job, Outcome
+from nightpress.evaluators.compute import Compute
+from nightpress.evaluators.evaluate import Evaluator, Job, Outcome, Recipe
+from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.profile import load_profile
+from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.quality import Score
 from nightpress.evaluators.task import load_task
 from nightpress.search.clock import Clock, Times
-from nightpress.search.config import RunConfig
+from nightpress.search.cluster import Needs
+from nightpress.search.config import RUNNERS, Resources, RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder
 from nightpress.search.jobs import Jobs
+from nightpress.search.places import find_places
 from nightpress.search.prepare import space_of
+from nightpress.search.ray_runner import RayRunner
 from nightpress.search.runner import Runner
 from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.store import Store, open_storage
 from nightpress.search.trials import Trials
 from nightpress.search.worker import Failure
+from ray_nodes import two_nodes
 
 DAY_SECONDS = 86_400.0
 SHORT_SHARE = 0.1
@@ -60,11 +70,20 @@ def main() -> None:
     simulating.add_argument("--seconds", type=float, default=30.0)
     simulating.add_argument("--sampler", default="random")
     simulating.add_argument("--cpu", action="store_true", help="count the driver's CPU time: others use the machine")
+    working = commands.add_parser("workers")
+    working.add_argument("--runner", choices=RUNNERS, default="ray")
+    working.add_argument("--jobs", type=int, default=16)
+    working.add_argument("--steps", type=int, default=150)
+    commands.add_parser("node")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-scale-") as name:
         folder = Path(name)
         if arguments.command == "driver":
             driver(folder, arguments.trials, arguments.sampler)
+        elif arguments.command == "workers":
+            workers(folder, arguments.runner, arguments.jobs, arguments.steps)
+        elif arguments.command == "node":
+            node(folder)
         else:
             driving_time = time.process_time if arguments.cpu else time.perf_counter
             simulated = Simulation(arguments.workers, arguments.seconds, driving_time)
@@ -202,6 +221,71 @@ def simulate(folder: Path, simulated: Simulation, count: int, sampler: str) -> N
     total = before[0] - start
     print(f"  all: {before[1] / workers / total:.1%} busy over {total / 3600:.2f} simulated hours, "
           f"{total - before[2]:.0f} s of them the driver's")  # fmt: skip
+
+
+def workers(folder: Path, runner: str, count: int, steps: int) -> None:
+    """Fine-tunes an hour of one worker and of two with one thread each, on the built-in example."""
+    task = load_task("mnist5k-resnet")
+    anatomy, _ = inspect(task, step_of=Target().channel_step)
+    recipe = Recipe(
+        task="mnist5k-resnet", base=None, anatomy=anatomy, seed=0, compute=Compute(), batch_size=64, threads=1
+    )
+    space = space_of(anatomy, RunConfig(task="", base=None, out=folder))
+    generator = np.random.default_rng(0)
+    policies = [space.random(generator) for _ in range(count)]
+    hours: dict[int, float] = {}
+    for number in (1, 2):
+        config = SearchConfig(runner=runner, workers=number, resources=Resources(cpu=1))
+        places = find_places(config, folder)
+        running = places.start(partial(Evaluator, recipe), folder)
+        jobs = Jobs(running, 64, expected_seconds=lambda job: 60.0, tell=print)
+        for key in range(number):  # makes the evaluators, teacher and all
+            jobs.submit(key, Job(policy=policies[0], rung="short", seed=0, steps=4, folder=folder / f"warm{key}"))
+        gather(jobs, number)
+        start = time.perf_counter()
+        for key, policy in enumerate(policies):
+            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=steps, folder=folder / f"{number}-{key}"))
+        failed = [found for found in gather(jobs, count).values() if isinstance(found, Failure)]
+        hours[number] = count / (time.perf_counter() - start) * 3600
+        print(f"{runner}, {number} workers: {hours[number]:.0f} trials an hour, {len(failed)} failed", flush=True)
+        running.close()
+        places.close()
+    print(f"two workers: {hours[2] / (2 * hours[1]):.3f} of twice one worker")
+
+
+def gather(jobs: Jobs, count: int) -> dict[int, Outcome | Failure]:
+    found: dict[int, Outcome | Failure] = {}
+    while len(found) < count:
+        found |= dict(jobs.as_completed(0.25))
+    return found
+
+
+def node(folder: Path) -> None:
+    """Two nodes with a worker each; one is killed while its job runs. When do the next result and the lost one come?"""
+    told: list[tuple[float, str]] = []
+    with two_nodes() as (cluster, nodes, kill):
+        runner = RayRunner(cluster, Acting(folder), Needs(), None, folder)
+        jobs = Jobs(runner, 64, lambda job: 1.0, lambda what, why: told.append((time.monotonic(), f"{what}: {why}")))
+        results: list[tuple[float, int, bool]] = []
+        submitted, killed, total = 0, 0.0, 40
+        while len(results) < total:
+            while submitted < total and submitted - len(results) < 2:
+                jobs.submit(submitted, acting("sleep 1", folder / str(submitted)))
+                submitted += 1
+            for key, found in jobs.as_completed(0.25):
+                results.append((time.monotonic(), key, isinstance(found, Outcome)))
+            if not killed and len(results) >= 8:
+                time.sleep(0.5)  # both are in the middle of a job
+                kill(nodes[1])
+                killed = time.monotonic()
+        runner.close()
+    after = [moment - killed for moment, *_ in results if moment > killed]
+    print(f"{len(results)} of {total} jobs have a result, {sum(good for *_, good in results)} of them good")
+    print(f"next result {after[0]:.1f} s after the kill")
+    for moment, what in told:
+        print(f"{moment - killed:.1f} s after the kill: {what}")
+    again = [moment - killed for moment, key, _ in results if any(f" {key}:" in what for _, what in told)]
+    print(f"the lost job's result came {again[0] if again else float('nan'):.1f} s after the kill")
 
 
 if __name__ == "__main__":

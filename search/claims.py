@@ -6,6 +6,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import nearest
 
 SCHEMES = ("sqlite", "postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+SECRETS = ("password", "sslpassword", "passfile")
 CONNECT_SECONDS = 10
 
 
@@ -59,7 +60,9 @@ class DatabaseClaims:
 
 def without_password(url: str) -> str:
     """A storage URL as it may be written down. Raises InputError when it is none that a study can live in."""
-    return str(_parsed(url).set(password=None).render_as_string(hide_password=False))
+    parsed = _parsed(url)  # whose set() takes None for "as it was"
+    query = {key: value for key, value in parsed.query.items() if key not in SECRETS}
+    return str(parsed._replace(password=None, query=query).render_as_string(hide_password=False))
 
 
 def engine_options(url: str) -> dict[str, Any]:

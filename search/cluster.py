@@ -100,7 +100,7 @@ def connect(address: str | None, cpus: int) -> Cluster:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns
     if address is not None:
         _knock(address)
-    secret = _secret() if address is None and "RAY_AUTH_MODE" not in os.environ else None
+    secret = make_token() if address is None and "RAY_AUTH_MODE" not in os.environ else None
     ray = _ray()
     if ray.is_initialized():
         return Cluster(ray, owned=False)
@@ -139,8 +139,9 @@ def _knock(address: str) -> None:
         raise InputError(f"search.address: no Ray cluster answers at {address} ({reason}).") from None
 
 
-def _secret() -> Path:
-    """A folder of ours with a token in it; what ray makes by itself would lie in the home folder for all to read."""
+def make_token() -> Path:
+    """A new folder of ours with a token in it, which clusters that this process starts will ask for; what ray makes by
+    itself would lie in the home folder for all to read."""
     folder = Path(tempfile.mkdtemp(prefix="nightpress-ray-"))
     file = os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(file, "w") as token:

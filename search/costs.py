@@ -32,6 +32,16 @@ class QuickCosts:
         rows = encoder.random(EXAMPLES, np.random.default_rng(seed))
         self._learn(rows, np.array([exact(encoder.policy(row)) for row in rows], dtype=np.float64))
 
+    @property
+    def examples(self) -> tuple[Array, Array]:
+        """Rows and their exact prices that it has learned from."""
+        return self._rows, self._truth
+
+    def recall(self, rows: Array, truth: Array) -> None:
+        """Learn from these examples and no others."""
+        self._rows, self._truth = rows[:0], truth[:0]
+        self._learn(rows, truth)
+
     def price(self, rows: Array, policies: Sequence[Policy]) -> Array:
         """Exact latency in ms and size in bytes of policies and their rows, shape (n, 2)."""
         found = np.array([self.exact(policy) for policy in policies], dtype=np.float64)

@@ -8,26 +8,27 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
-from .claims import without_password
 from .clock import Clock, Deadline
 from .config import RunConfig
 from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
+from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
+from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
@@ -44,7 +45,6 @@ JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-WHERE = ("runner", "address", "workers", "resources")
 
 
 def run_night(
@@ -55,7 +55,8 @@ def run_night(
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
-    """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
+    """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
+    the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
     :func:`search`.
@@ -96,6 +97,13 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
+    except MeasurementError as error:
+        if not session.begun:  # nothing was searched yet
+            session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
+            raise
+        reason = f"the target device was lost: {error}; --resume verifies what was trained"
+        session.trouble(reason)
+        session.update(state="failed", current=None, activity=None, reason=reason)
     except KeyboardInterrupt:
         session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
         raise
@@ -128,6 +136,9 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
         finalists.verify(session)
+        if session.places.target_node:
+            session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
+            return
         with session.measuring():
             record_layers(session)
         record_why(session)
@@ -181,6 +192,7 @@ def _aim(session: Session) -> None:
     """Tell our sampler what it may build on."""
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
+        sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
         reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
@@ -318,7 +330,7 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     if resume:
         if not written.is_file():
             raise InputError(f"{path}: not a run folder, so there is nothing to resume: it has no {CONFIG}.")
-        _check_same(yaml.safe_load(written.read_text()), resolved, config, path)
+        check_same(yaml.safe_load(written.read_text()), resolved, config, path)
         return RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: the run folder exists already; choose another out, or go on with --resume.")
@@ -328,48 +340,6 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     except OSError as error:
         raise InputError(f"{path}: the run folder cannot be written: {error.strerror}.") from None
     return RunFolder(path)
-
-
-def resolved_config(config: RunConfig) -> dict[str, Any]:
-    """The config as a run keeps it: all defaults filled in, the time limits left to the state, and without what is
-    secret or nobody else's: the password of a storage, and who is told."""
-    data = asdict(config)
-    for key in ("out", "until", "budget_seconds", "notify"):
-        data.pop(key)
-    if config.search.storage is not None:
-        data["search"]["storage"] = without_password(config.search.storage)
-    return _plain(data)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _check_same(before: Any, now: dict[str, Any], config: RunConfig, path: Path) -> None:
-    """A resumed run must mean the same thing; the time limit may differ, and so may where it runs and what it may use.
-    A key that the version before did not have must be at its default."""
-    before = before if isinstance(before, dict) else {}
-    default = resolved_config(RunConfig(task=config.task, base=config.base, out=config.out))
-    for key, value in now.items():
-        if key == "max_disk_bytes":
-            continue
-        was = before.get(key, default[key])
-        if key == "search":
-            was, value = _what({**default[key], **was} if isinstance(was, dict) else was), _what(value)
-        if was != value:
-            raise InputError(
-                f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
-                f"{value!r}."
-            )
-
-
-def _what(search: Any) -> Any:
-    """The part of ``search`` that says what is run; where it runs may differ."""
-    return {k: v for k, v in search.items() if k not in WHERE} if isinstance(search, dict) else search
 
 
 def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], resume: bool) -> Clock:

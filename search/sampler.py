@@ -7,7 +7,7 @@ hypervolume after the long fine-tune.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,11 @@ from .costs import Costs, QuickCosts
 from .encoding import Encoder
 from .experience import Experience
 from .gain import Target, expected_gain, target
+from .memory import Memory
 from .netadapt import NetAdaptSampler
 from .proposals import Sensitivity
 from .records import Rung
-from .surrogate import RUNGS, Describer, Surrogate
+from .surrogate import RUNGS, Describer, Kernel, Surrogate
 
 LEAST_TRIALS = 6
 SHORT = RUNGS.index(Rung.SHORT)
@@ -116,6 +117,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
+    memory: Memory | None = None
+    """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
     def __post_init__(self) -> None:
         self.encoder = Encoder(self.space)
@@ -125,6 +128,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         self._fitted: tuple[int, Any] | None = None
         self._survivors: Array | None = None
         self._spread = 0.2
+        self._recalled = False
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._described
@@ -136,8 +140,11 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             return {}
         generator = np.random.default_rng((self.seed, trial.number))
         self.experience.read(study)
+        self._recall(trial.number)
         with threadpool_limits(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
             policy = self._propose(generator)
+        if self.memory is not None:
+            self.memory.keep(trial.number, self._remembered())
         return {name: value for name, value in self.space.params(policy).items() if name in search_space}
 
     def sample_independent(
@@ -155,6 +162,32 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         aim = self._aim(surrogate)
         rows = self._bred(surrogate, aim, generator)
         return self._best(rows, surrogate, aim) or self.space.random(generator)
+
+    def _remembered(self) -> dict[str, Array]:
+        found = {"spread": np.array(self._spread)}
+        if self._fitted is not None:
+            found["fitted"] = np.array([self._fitted[0], *astuple(self._fitted[1])])
+        if self._survivors is not None:
+            found["survivors"] = self._survivors
+        if self._quick is not None:
+            found["rows"], found["truth"] = self._quick.examples
+        return found
+
+    def _recall(self, number: int) -> None:
+        """Once a process: what the driver before remembered."""
+        if self._recalled or self.memory is None:
+            return
+        self._recalled = True
+        known = self.memory.before(number)
+        if known is None:
+            return
+        self._spread = float(known["spread"])
+        if "fitted" in known:
+            count, *kernel = known["fitted"].tolist()
+            self._fitted = int(count), Kernel(*kernel)
+        self._survivors = known.get("survivors")
+        if "rows" in known:
+            self._quick_costs().recall(known["rows"], known["truth"])
 
     def surrogate(self) -> Surrogate:
         """Fitted to all that is known; its kernel is looked for again only now and then."""

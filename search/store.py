@@ -268,7 +268,7 @@ class Store:
             if not self._left_behind(frozen):
                 continue
             if "policy" not in frozen.user_attrs:
-                self._asked.append(Trial(self.study, frozen._trial_id))
+                self._asked.append(Trial(self.study, self._id(frozen.number)))
             elif "state" in frozen.user_attrs:
                 self.tell(frozen.number)
             else:
@@ -286,7 +286,7 @@ class Store:
             return False
         if self.claims.take(f"taken:{frozen.number}") != self.driver:
             return False
-        self._storage.set_trial_user_attr(frozen._trial_id, "driver", self.driver)
+        self._storage.set_trial_user_attr(self._id(frozen.number), "driver", self.driver)
         return True
 
     def _id(self, number: int) -> int:

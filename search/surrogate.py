@@ -159,7 +159,7 @@ def _agreement() -> tuple[Array, Array]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kernel:
+class Kernel:
     linear: float
     smooth: float
     length: float
@@ -214,9 +214,7 @@ def _squares(a: Array, b: Array) -> Array:
 class Surrogate:
     """Fitted to observations; predicts u (see :class:`Scale`) at ``rung``, the highest that is known well enough."""
 
-    def __init__(
-        self, describer: Describer, observations: Sequence[Observation], kernel: _Kernel | None = None
-    ) -> None:
+    def __init__(self, describer: Describer, observations: Sequence[Observation], kernel: Kernel | None = None) -> None:
         """``kernel`` None looks for the likeliest one. Raises ValueError without observations."""
         if not observations:
             raise ValueError("a surrogate needs at least one observation")
@@ -235,14 +233,14 @@ class Surrogate:
         self._factor = cho_factor(self._gram(self.kernel), lower=True)
         self._alpha = cho_solve(self._factor, self._values)
 
-    def _gram(self, kernel: _Kernel) -> Array:
+    def _gram(self, kernel: Kernel) -> Array:
         gram = kernel(kernel.near(self._rows, self._rows), self._rungs, self._rungs)
         gram[np.diag_indices_from(gram)] += self._noise
         return gram
 
-    def _likeliest(self) -> _Kernel:
+    def _likeliest(self) -> Kernel:
         """Coordinate search for the largest marginal likelihood (Rasmussen and Williams 2006, eq. 2.30)."""
-        best = _Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+        best = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
         score = self._likelihood(best)
         for _ in range(2):
             for name, values in _GRID.items():
@@ -253,7 +251,7 @@ class Surrogate:
                         best, score = tried, found
         return best
 
-    def _likelihood(self, kernel: _Kernel) -> float:
+    def _likelihood(self, kernel: Kernel) -> float:
         factor = cho_factor(self._gram(kernel), lower=True)
         alpha = cho_solve(factor, self._values)
         return float(-0.5 * self._values @ alpha - np.log(np.diag(factor[0])).sum())

@@ -91,20 +91,20 @@ class Trials:
             self._reuse(number, known)
             return
         self.repeats = 0
-        latency, low, high, size = session.predict(policy)
+        predicted, size = session.predicted(policy), session.predict(policy)[3]
         planned = plan(session.prepared.anatomy, policy)
         store.note(
             number,
-            predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
+            predicted=asdict(predicted),
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
         point = self._measured_points().get(digest(policy))
-        if point is not None:  # it was measured during calibration
+        if point is not None and not session.profile.forced:  # it was measured during calibration
             store.note(
                 number,
                 measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
             )
-        excess = self.excess(low, size)
+        excess = self.excess(predicted.low_ms, size)
         if excess:
             store.constrain(number, excess)
         beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]
@@ -138,6 +138,11 @@ class Trials:
             self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
         else:
             self._advance(number, job, result)
+
+    def close(self, number: int, state: TrialState, reason: str) -> None:
+        """End a trial as it stands."""
+        del self.running[number]
+        self._finish(number, state, reason)
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
@@ -182,7 +187,7 @@ class Trials:
         config = self.session.config
         if "rungs" in config.search.without:
             return False
-        found = verdict(record, self.session.store.trials(), config.limits.min_accuracy)
+        found = verdict(record, self.session.store.tally().judges(), config.limits.min_accuracy)
         if found is None:
             return False
         if spared(record.digest):

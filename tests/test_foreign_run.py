@@ -38,7 +38,7 @@ def hostile(place: tiny.Place, tmp_path: Path) -> Path:
     run = tiny.write_run(tiny.config_for(place, tmp_path))
     planted = tmp_path / "planted"
     evil = run / "evil.py"
-    evil.write_text(f"open({str(planted)!r}, 'w')\ndef build(): raise SystemExit('executed')\n")
+    evil.write_text(f"open({str(planted)!r}, 'w').close()\ndef build(): raise SystemExit('executed')\n")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config |= {"task": f"{evil}:build", "base": str(run), "notify": {"command": f"touch {planted}"}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

@@ -63,7 +63,8 @@ def test_the_shell_can_parse_it(path: Path) -> None:
 def test_slurm_ends_the_night_before_it_ends_the_job() -> None:
     """Graceful ending takes minutes, and the limit is longer than the budget."""
     lines = (FOLDER / "slurm.sbatch").read_text().splitlines()
-    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    pairs = [line.removeprefix("#SBATCH --").partition("=") for line in lines if line.startswith("#SBATCH")]
+    options = {name: value for name, _, value in pairs}
     assert options["signal"] == "B:TERM@300"
     hours, minutes, _ = map(int, options["time"].split(":"))
     assert hours * 60 + minutes >= 8 * 60 + 10

@@ -3,17 +3,28 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from nightpress.evaluators import Task
 from nightpress.search.clock import SHARES, Clock
 from nightpress.search.config import FineTuneConfig, RunConfig
+from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.planning import plan_finalists
 from nightpress.search.records import Quality, TrialState
-from nightpress.search.session import OverdueError, Session
+from nightpress.search.session import OverdueError, Prepared, Session
 from nightpress.search.store import Store, open_storage
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import FP32, INT8
+from nightpress.spaces.space import Space
+from strategies import toy_anatomy
 from test_clock import Machine
+
+NOTHING = TensorDataset(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
+TASK = Task(name="t", model=nn.Identity(), example_input=torch.zeros(1, 1), train=NOTHING, test=NOTHING)
 
 
 @dataclass
@@ -54,38 +65,45 @@ def night(folder: Path, machine: Machine, seconds: float, short_seconds: float, 
         "reference": {"accuracy": 0.5, "latency_ms": 1.0, "size_bytes": 1e6},
     }  # fmt: skip
     store = Store(open_storage(folder, None))
+    space = Space(anatomy=toy_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8))
+    generator = np.random.default_rng(0)
     for number in range(4):
         trial = store.study.ask()
-        store.begin(trial, Policy(model="m", prune={"g": 0.1 * (number + 1)}), 0.0)
+        store.begin(trial, space.random(generator), 0.0)
         latency = {"latency_ms": 0.5 - 0.1 * number, "low_ms": 0.01, "high_ms": 1.0, "measured": False}
         store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
         for rung, spent in (("bn", 0.0), ("short", short_seconds)):
             store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=0.9 - 0.05 * number,
                                                      accuracy_se=0.01, samples=9, seconds=spent))  # fmt: skip
         store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
-    session.provide(store=store, jobs=Jobs(Idle()))
+    prepared = Prepared(task=TASK, anatomy=space.anatomy, space=space, train_items=1280, step_ms=10)
+    session.provide(store=store, jobs=Jobs(Idle()), prepared=prepared)
     return session
 
 
 def test_what_the_finalists_cannot_use_goes_to_the_search(tmp_path: Path, machine: Machine) -> None:
-    """Four times twenty epochs of 20 steps at 0.01 s a step are 16 s."""
+    """Twenty epochs of 20 steps at 0.01 s a step are 4 s, half as much again where quantisation is simulated."""
     session = night(tmp_path, machine, seconds=10_000, short_seconds=0.1)
     before = session.clock.left_before("finalists", "verify", "report")
 
     plan_finalists(session)
 
-    assert session.clock.share_seconds("finalists") == pytest.approx(1.15 * 16)
+    chosen = choose(session)
+    wanted = 1.15 * sum(6.0 if t.policy["bits"] else 4.0 for t in chosen)
+    assert chosen
+    assert session.clock.share_seconds("finalists") == pytest.approx(wanted)
     assert session.clock.left_before("finalists", "verify", "report") > before + 2700
     assert sum(session.state["shares"].values()) == pytest.approx(1.0)
     [decision] = read_run(tmp_path).decisions
-    assert decision["decision"] == "planned anew: finalists 18 s"
-    assert decision["reason"].startswith("4 long fine-tunes need between 0 and 18 s")
+    assert decision["decision"] == f"planned anew: finalists {round(wanted)} s"
+    assert decision["reason"].startswith(f"{len(chosen)} long fine-tunes need between ")
+    assert f" and {wanted:.0f} s" in decision["reason"]
 
 
 def test_finalists_that_need_longer_than_their_share_get_up_to_half_of_the_night(
     tmp_path: Path, machine: Machine
 ) -> None:
-    session = night(tmp_path, machine, seconds=1000, short_seconds=100, long_steps=11)  # 110 s each
+    session = night(tmp_path, machine, seconds=1000, short_seconds=600, long_steps=11)  # 660 s each
     plan_finalists(session)
     assert session.clock.share_seconds("finalists") == pytest.approx(500)
 
@@ -107,7 +125,7 @@ def test_a_phase_ends_when_it_would_take_the_time_of_the_verification(tmp_path: 
         machine.works(1000 - 0.08 * 1000 - 1)
         session.tick()
         machine.works(2)
-        with pytest.raises(OverdueError):
+        with pytest.raises(OverdueError, match="the time for verify, report has come"):
             session.tick()
     session.tick()  # the verification itself has no such followers
 

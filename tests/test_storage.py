@@ -183,8 +183,8 @@ def test_what_a_reader_opens_is_not_made(tmp_path: Path) -> None:
 
 
 def test_a_password_is_not_written_down() -> None:
-    url = "postgresql://night:hunter2@db.example:5432/studies"
-    assert without_password(url) == "postgresql://night@db.example:5432/studies"
+    url = "postgresql://night:hunter2@db.example:5432/studies?sslmode=require&password=hunter3"
+    assert without_password(url) == "postgresql://night@db.example:5432/studies?sslmode=require"
 
 
 @pytest.mark.parametrize(
