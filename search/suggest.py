@@ -45,8 +45,8 @@ class Known:
     anatomy: Anatomy
 
     def costs(self, policy: Policy) -> tuple[float, int]:
-        """Predicted latency in ms and file size in bytes. A policy with a kind of kernel that was never measured is taken
-        to be no faster than the uncompressed model: it could be anything, so it is not suggested."""
+        """Predicted latency in ms and file size in bytes. A policy with a kind of kernel that was never measured is
+        taken to be no faster than the uncompressed model: it could be anything, so it is not suggested."""
         size = self.profile.predict_size(plan(self.anatomy, policy))
         try:
             return float(self.profile.predict([policy])[0, 0]), size
