@@ -159,11 +159,12 @@ def _untried(
     costs = quick.price(found, policies)
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
+    eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)
     while len(chosen) < MOST_SUGGESTED:
-        gains = worth(found, costs)
+        gains = np.where(eligible, worth(found, costs), -np.inf)
         gains[chosen] = -np.inf
         best = int(np.argmax(gains))
-        if gains[best] <= 1e-6 or costs[best, 0] > corner[1] or costs[best, 1] > corner[2]:
+        if gains[best] <= 1e-6:
             break
         chosen.append(best)
         aim = aim.with_point(float(median[best]), costs[best])
