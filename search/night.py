@@ -193,7 +193,7 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
-        sampler.sensitivity = session.sensitivity
+        sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
         reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference = losses(

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy
 from ..spaces.space import Space
 from .breeding import PARENTS, breed, fresh
-from .costs import Costs, QuickCosts
+from .costs import Costs, ManyCosts, QuickCosts, one_by_one
 from .encoding import Encoder
 from .experience import Experience
 from .gain import Target, expected_gain, target
@@ -117,6 +117,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
+    many: ManyCosts | None = None
+    """Costs of many policies at once; one by one without it."""
     memory: Memory | None = None
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
@@ -241,7 +243,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
 
     def _quick_costs(self) -> QuickCosts:
         if self._quick is None:
-            self._quick = QuickCosts(self.encoder, self.costs, self.seed)
+            self._quick = QuickCosts(self.encoder, self.many or one_by_one(self.costs), self.seed)
         return self._quick
 
     def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:
