@@ -72,8 +72,8 @@ def main() -> None:
     simulating.add_argument("--cpu", action="store_true", help="count the driver's CPU time: others use the machine")
     working = commands.add_parser("workers")
     working.add_argument("--runner", choices=RUNNERS, default="ray")
-    working.add_argument("--jobs", type=int, default=12)
-    working.add_argument("--steps", type=int, default=40)
+    working.add_argument("--jobs", type=int, default=16)
+    working.add_argument("--steps", type=int, default=150)
     commands.add_parser("node")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-scale-") as name:

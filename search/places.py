@@ -10,7 +10,7 @@ from ..spaces.errors import InputError
 from .cluster import Cluster, Needs, connect
 from .config import AUTO, RAY, SearchConfig
 from .ray_runner import RayRunner, check_nodes
-from .runner import MEMORY_SHARE, LocalRunner, Runner
+from .runner import MEMORY_SHARE, LocalRunner, Runner, machine_bytes
 from .target_node import NodeTimer
 from .worker import Factory
 
@@ -24,13 +24,16 @@ class Places:
     """None where the room alone decides, which may change on a cluster."""
     needs: Needs
     cluster: Cluster | None = None
+    alone: bool = False
+    """Whether the cluster is this machine."""
     target_node: bool = False
     """Whether the target device is a node of the cluster; otherwise it is this machine, and all night long."""
 
     def start(self, make: Factory, run: Path) -> Runner:
         """The runner; ``run`` is the run's folder."""
         if self.cluster is not None:
-            return RayRunner(self.cluster, make, self.needs, self.most, run)
+            share = int(MEMORY_SHARE * machine_bytes() / self.workers) if self.alone else None
+            return RayRunner(self.cluster, make, self.needs, self.most, run, self.needs.memory_bytes or share)
         return LocalRunner(make, self.workers, self.needs.memory_bytes)
 
     def timer(self, target: Target) -> Timer:
@@ -78,14 +81,14 @@ def find_places(config: SearchConfig, run: Path) -> Places:
     except BaseException:
         cluster.close()
         raise
-    return Places(workers=workers, most=most, needs=needs, cluster=cluster, target_node=cluster.has_target)
+    return Places(workers=workers, most=most, needs=needs, cluster=cluster, alone=config.address is None,
+                  target_node=cluster.has_target)  # fmt: skip
 
 
 def _here(config: SearchConfig, cores: int, most: int | None, needs: Needs) -> Places:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     # More workers than cores are slow and harmless; more than was asked for by name is refused.
     cpus = float(cores) if config.resources.cpu is not None or most is None else float(max(cores, most * needs.cpu))
-    here = {"CPU": cpus, "memory": MEMORY_SHARE * total}
+    here = {"CPU": cpus, "memory": MEMORY_SHARE * machine_bytes()}
     workers = _wanted(needs.fit(here), config, needs, "this machine")
     return Places(workers=workers, most=most, needs=needs)
 

@@ -19,10 +19,15 @@ class RayRunner:
     its evaluator keeps it. Nodes may come and go: Ray starts what waits where there is room.
 
     ``workers`` None takes all the room there is. ``run`` is the run's folder; every node must see it under this path.
+    ``memory_bytes`` caps each worker, by default at what it needs.
     """
 
-    def __init__(self, cluster: Cluster, make: Factory, needs: Needs, workers: int | None, run: Path) -> None:
+    def __init__(
+        self, cluster: Cluster, make: Factory, needs: Needs, workers: int | None, run: Path,
+        memory_bytes: int | None = None,
+    ) -> None:  # fmt: skip
         ray = cluster.ray
+        self._memory_bytes = memory_bytes or needs.memory_bytes
         self._cluster, self._needs, self._most = cluster, needs, workers
         self._run = str(run.absolute())
         self._make = ray.put(make)
@@ -44,7 +49,7 @@ class RayRunner:
 
     def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
         job = replace(job, folder=job.folder.absolute())
-        reference = self._task.remote([self._make], self._run, job, cap_seconds, self._needs.memory_bytes)
+        reference = self._task.remote([self._make], self._run, job, cap_seconds, self._memory_bytes)
         self._keys[reference] = key
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:

@@ -46,6 +46,11 @@ class Runner(Protocol):
         ...
 
 
+def machine_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(slots=True)
 class _Process:
     """A worker and our end of its pipe."""
@@ -65,8 +70,7 @@ class LocalRunner:
     def __init__(self, make: Factory, workers: int, memory_bytes: int | None = None) -> None:
         self._make = make
         self._workers = workers
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self._memory_bytes = memory_bytes or int(MEMORY_SHARE * total / workers)
+        self._memory_bytes = memory_bytes or int(MEMORY_SHARE * machine_bytes() / workers)
         self._context = multiprocessing.get_context("spawn")
         self._progress: Any = self._context.RawValue("d", 0.0)  # a torn reading does no harm
         self._waiting: deque[tuple[int, Job, float | None]] = deque()

@@ -65,9 +65,9 @@ def scale_of(observations: Sequence[Observation]) -> Scale:
     """The ceiling is a standard error above the best that was seen: no zero behind the logarithm."""
     best = max(o.accuracy for o in observations)
     errors = [o.se for o in observations if o.se > 0]
-    worst = min(o.accuracy for o in observations)
+    worst, middle = min(o.accuracy for o in observations), float(np.median([o.accuracy for o in observations]))
     margin = max(1.5 * float(np.median(errors)) if errors else 0.0, 0.01 * max(best - worst, 1e-6), 1e-6)
-    return Scale(ceiling=best + margin, floor=best - max(_COLLAPSE * abs(best), margin))
+    return Scale(ceiling=best + margin, floor=best - max(_COLLAPSE * abs(best), best - middle, margin))
 
 
 class Describer:

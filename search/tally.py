@@ -2,6 +2,7 @@
 slower the longer it lasts."""
 
 from bisect import insort
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from .pareto import losses
 from .records import TrialRecord, TrialState
 
 Losses = tuple[float, float, float]
+RECENT = 300
 _DONE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 
@@ -20,15 +22,19 @@ class Tally:
     """Trials that are no baselines, ended or not."""
     spans: list[float] = field(default_factory=list[float])
     """Seconds that each COMPLETE trial was evaluated for, ascending."""
-    gains: list[float] = field(default_factory=list[float])
-    """Accuracy of each COMPLETE trial at its last rung less that at its first, ascending."""
-    front: list[Losses] = field(default_factory=list[Losses])
-    """Losses of the COMPLETE trials that none dominates."""
+    front: list[tuple[Losses, TrialRecord]] = field(default_factory=list[tuple[Losses, TrialRecord]])
+    """The COMPLETE trials that none dominates."""
+    _recent: deque[TrialRecord] = field(default_factory=lambda: deque(maxlen=RECENT))
     _done: dict[str, int] = field(default_factory=dict[str, int])
 
     def number_of(self, digest: str) -> int | None:
         """The first trial that measured the policy, None while none has."""
         return self._done.get(digest)
+
+    def judges(self) -> list[TrialRecord]:
+        """COMPLETE trials by which others are judged: the front, and the last three hundred."""
+        found = {record.number: record for record in self._recent} | {record.number: record for _, record in self.front}
+        return list(found.values())
 
     def add(self, record: TrialRecord) -> None:
         """Count a trial that has ended."""
@@ -37,8 +43,7 @@ class Tally:
         if record.state is not TrialState.COMPLETE or record.reused_from is not None:
             return
         insort(self.spans, sum(q.seconds for q in record.qualities))
-        if len(record.qualities) > 1:
-            insort(self.gains, record.qualities[-1].accuracy - record.qualities[0].accuracy)
+        self._recent.append(record)
         self._join(record)
 
     def refront(self, records: Iterable[TrialRecord]) -> None:
@@ -52,7 +57,7 @@ class Tally:
         if record.quality is None or record.latency is None or record.size_bytes is None:
             return
         point = losses(record.quality.accuracy, record.latency.latency_ms, record.size_bytes)
-        if any(all(a <= b for a, b in zip(other, point, strict=True)) for other in self.front):
+        if any(all(a <= b for a, b in zip(other, point, strict=True)) for other, _ in self.front):
             return
-        self.front = [other for other in self.front if any(a < b for a, b in zip(other, point, strict=True))]
-        self.front.append(point)
+        kept = [(other, at) for other, at in self.front if any(a < b for a, b in zip(other, point, strict=True))]
+        self.front = [*kept, (point, record)]

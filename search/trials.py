@@ -187,7 +187,7 @@ class Trials:
         config = self.session.config
         if "rungs" in config.search.without:
             return False
-        found = verdict(record, self.session.store.trials(), config.limits.min_accuracy)
+        found = verdict(record, self.session.store.tally().judges(), config.limits.min_accuracy)
         if found is None:
             return False
         if spared(record.digest):
