@@ -50,7 +50,7 @@ def kit(
         return
     say(f"wrote {out}: {len(made['models'])} models and {MEASURE}")
     if host is None:
-        say(f"next: copy {out} to the device, run python {MEASURE} in it (it needs numpy and onnxruntime), bring "
+        say(f"next: copy {out} to the device, run python {MEASURE} in it (it needs numpy and {where.runtime}), bring "
             f"{RESULTS} back")  # fmt: skip
     say(f"then: nightpress calibrate {task} --from {out / RESULTS} --out PROFILE.json")
 

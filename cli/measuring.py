@@ -1,6 +1,7 @@
 """What calibrate and apply do between parsing and printing."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,24 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
-from ..evaluators.latency.calibrate import calibrate_until_flat, stages_to_list
+from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities
-from ..evaluators.latency.kit import RecordedTimer, read_results, write_kit
-from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.profile import Profile, calibrate, profile_to_dict
+from ..evaluators.latency.kit import read_results, write_kit
+from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
+from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
+from ..evaluators.latency.units import Worker
 from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
 from ..search.proposals import baselines
+from ..search.session import noise_warnings
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest
-from ..spaces.space import Space
 from .output import write_json
+
+log = logging.getLogger("nightpress")
 
 
 def calibrate_to_file(
@@ -38,47 +42,53 @@ def calibrate_to_file(
     """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
     command's JSON."""
     _check_folder(out)
+    draw, always = _drawing(anatomy, target, seed, task)
     found = capabilities(target)
-    with Timer(target) as timer:
+    with Timer(target, warn_of_noise) as timer:
         if count is not None:
-            policies = _policies(anatomy, target, count, seed, task)
-            profile = calibrate(anatomy, policies, target, timer=timer)
-            return _write_profile(profile, out, beside_profile(found))
-        space, generator = _space(anatomy, target, task), np.random.default_rng(seed)
-        made = calibrate_until_flat(
-            anatomy, lambda wanted: [space.random(generator) for _ in range(wanted)], target,
-            always=list(baselines(anatomy, True).values()), timer=timer,
-        )  # fmt: skip
-    answer = _write_profile(made.profile, out, beside_profile(found))
-    return {**answer, "stages": stages_to_list(made.stages), "stopped": made.reason}
+            profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
+        else:
+            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
+            profile, stages, reason = made.profile, made.stages, made.reason
+    told = _write_profile(profile, out, beside_profile(found))
+    return {**told, "stages": stages_to_list(stages), "stopped": reason}
 
 
 def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
     """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
     _check_folder(out)
     found = read_results(results, anatomy)
-    with RecordedTimer(found) as timer:
-        profile = calibrate(anatomy, found.policies, found.target, timer=timer)
-    return _write_profile(
-        replace(profile, device=found.device, remote=True, seconds=found.seconds, date=found.date), out
-    )
+    profile = profile_of(
+        anatomy, found.target, found.policies, found.timings, found.sizes, seconds=lambda: found.seconds,
+        device=found.device,
+    )  # fmt: skip
+    told = _write_profile(replace(profile, remote=True, date=found.date), out)
+    return {**told, "stages": [], "stopped": "all that the kit held"}
 
 
 def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
-    """The policies that a calibration here would measure, as a kit."""
+    """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit."""
+    draw, always = _drawing(anatomy, target, seed, task)
+    policies = covering(Worker(anatomy), [*always, *draw(count)], draw(CANDIDATES))
     try:
-        return write_kit(anatomy, _policies(anatomy, target, count, seed, task), target, out)
+        return write_kit(anatomy, policies, target, out)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
 
 
-def _policies(anatomy: Anatomy, target: Target, count: int, seed: int, task: str) -> list[Policy]:
-    space, generator = _space(anatomy, target, task), np.random.default_rng(seed)
-    return [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
+def _drawing(
+    anatomy: Anatomy, target: Target, seed: int, task: str
+) -> tuple[Callable[[int], list[Policy]], list[Policy]]:
+    """Draws random policies of the space; and those that every calibration measures."""
+    space = space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+    generator = np.random.default_rng(seed)
+    return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
 
 
-def _space(anatomy: Anatomy, target: Target, task: str) -> Space:
-    return space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+def warn_of_noise(timings: Mapping[str, Timing]) -> None:
+    """Say on stderr what disturbed a measurement."""
+    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
+        log.warning("%s", text)
 
 
 def _check_folder(out: Path) -> None:
@@ -94,6 +104,7 @@ def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None
         "target": data["target"],
         "device": data["device"],
         "models_measured": len(profile.points),
+        "unsettled": sum(point.repeat_error > AGREE for point in profile.points),
         "seconds": profile.seconds,
         "design": profile.predictor.design,
         "heldout": data["heldout"],

@@ -1,6 +1,5 @@
 """Commands on a task, a target or policies; each is one step of a night, on its own."""
 
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +8,6 @@ import typer
 
 from .options import Force, ForceProfile, Json, PolicyFiles, TargetRef, TaskRef
 from .output import emit, log_to_stderr, say, table
-
-log = logging.getLogger("nightpress")
 
 if TYPE_CHECKING:
     from ..evaluators.latency.target import Target
@@ -178,9 +175,9 @@ def predict(
 
 def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxruntime", json: Json = False) -> None:
     """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
-    from ..evaluators.latency.measure import REFERENCE, measure_policies
-    from ..search.session import noise_warnings
+    from ..evaluators.latency.measure import measure_policies
     from ..spaces.policy import digest
+    from .measuring import warn_of_noise
 
     log_to_stderr()
     _, anatomy, where = find_anatomy(task, target)
@@ -192,8 +189,7 @@ def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxrunti
          "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)]}
         for path, policy in read
     ]  # fmt: skip
-    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
-        log.warning("%s", text)
+    warn_of_noise(timings)
     _show("policies", "Measured", rows, json)
 
 

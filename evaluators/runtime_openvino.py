@@ -11,7 +11,7 @@ from ..spaces.plan import Plan
 from .onnx_graph import INPUT, OUTPUT
 
 _BATCH = 64
-_WEIGHTED = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
+_WEIGHTED = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul", "Subgraph"}
 
 
 class OpenVinoSession:
@@ -39,8 +39,12 @@ class OpenVinoSession:
         owners |= {name + ".product": module for name, module in owners.items()}
         owners[OUTPUT] = owners.get(plan.output)
         found: dict[str, str] = {}
-        for node in self._compiled.get_runtime_model().get_ops():
-            info = {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
+        nodes = [
+            {key: str(getattr(value, "value", value)) for key, value in node.get_rt_info().items()}
+            for node in self._compiled.get_runtime_model().get_ops()
+        ]
+        # Small layers in a row may become one subgraph; where only a layer's bias did, its product's kernel counts.
+        for info in sorted(nodes, key=lambda info: info.get("layerType") != "Subgraph"):
             if info.get("layerType") in _WEIGHTED:
                 kind = "int8" if info["runtimePrecision"] in {"u8", "i8"} else "fp32"
                 # A kernel is known by all nodes that were fused into it; a layer is written as one or two of them,

@@ -1,19 +1,17 @@
 """What the night measures goes back into the latency profile; a target that has drifted is calibrated again."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from ..evaluators.latency.calibrate import SECONDS, calibrate_until_flat, stages_to_list
-from ..evaluators.latency.capabilities import MEASURED_BESIDE
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timer, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of, profile_to_dict
+from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
+from ..spaces.errors import InputError
 from ..spaces.policy import Policy
-from .folder import TARGET
 from .proposals import baselines
 from .session import Session
 
@@ -61,7 +59,10 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
 def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping[str, Timing],
               sizes: Mapping[str, int]) -> None:  # fmt: skip
     """Add measurements of policies, by the keys of their timings, to the profile and fit it again. Where the reference
-    has drifted beyond its repeat error, the calibration's policies are measured again first."""
+    has drifted beyond its repeat error, the calibration's policies are measured again first. A profile that is used
+    although it is of another device learns nothing from this one."""
+    if session.profile.forced:
+        return
     profile, reference = session.profile, timings.get(REFERENCE)
     moved = drift(profile, reference) if reference is not None else 0.0
     if reference is not None and abs(moved) > max(LEAST_DRIFT, profile.reference_repeat_error, reference.repeat_error):
@@ -78,10 +79,7 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
     before = profile.predictor.heldout
     profile = profile.with_points(points)
     after = profile.predictor.heldout
-    session.use_profile(profile)
-    before_file: dict[str, Any] = session.folder.read_json(TARGET) or {}
-    beside = {key: before_file[key] for key in MEASURED_BESIDE if key in before_file}
-    session.folder.write_json(TARGET, {**profile_to_dict(profile), **beside})
+    session.keep_profile(profile)
     session.folder.decide(
         "search", f"fitted the latency predictor to {len(points)} more measurements",
         f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
@@ -90,9 +88,14 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
 
 
 def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -> None:
-    """A policy with a kind of kernel that no measured policy ran is measured, and the predictor learns from it."""
-    if session.profile.remote:  # nothing here can measure for that device
-        raise error
+    """A policy with a kind of kernel that no measured policy ran is measured, and the predictor learns from it.
+
+    Raises InputError where the profile is of another device, which cannot be measured here.
+    """
+    if session.profile.remote or session.profile.forced:
+        raise InputError(
+            f"{error}, and the profile is of another device, so it cannot be measured here: make a larger kit."
+        )
     session.folder.decide("search", "measured a policy", str(error))
     found = {"unseen": policy}
     timings, sizes = measure_policies(session.prepared.anatomy, found, session.config.target, kernels=True)

@@ -21,7 +21,7 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
-from ..evaluators.latency.profile import is_remote, load_profile, profile_to_dict
+from ..evaluators.latency.profile import is_remote, load_profile
 from ..evaluators.latency.target import check_target
 from ..evaluators.task import check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
@@ -229,19 +229,21 @@ def calibrate_target(session: Session) -> None:
         profile = load_profile(Path(config.target_profile), anatomy, force=config.force)
     else:
         profile = measure_target(session)
-    data = profile_to_dict(profile)
-    if own.is_file() or config.target_profile is not None:  # what stands beside the points is not fitted again
-        before = json.loads((own if own.is_file() else Path(config.target_profile or "")).read_text())
-        data = {**data, **{key: before[key] for key in MEASURED_BESIDE if key in before}}
-    else:
-        data |= beside_profile(capabilities_from_dict(session.state["capabilities"]))
-    session.folder.write_json(TARGET, data)
-    session.provide(profile=profile, measure_unseen=measure_unseen)
+    session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
+    session.keep_profile(profile)
     for difference in profile.forced:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
     session.update(forced=session.forced)
     _check_limits(session)
+
+
+def _beside_profile(session: Session) -> dict[str, Any]:
+    """What the target's file holds beside the profile: the run's own measurement, or that of the config's profile."""
+    if session.config.target_profile is None:
+        return beside_profile(capabilities_from_dict(session.state["capabilities"]))
+    data = json.loads(Path(session.config.target_profile).read_text())
+    return {key: data[key] for key in MEASURED_BESIDE if key in data}
 
 
 def _check_limits(session: Session) -> None:

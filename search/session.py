@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
-from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.profile import Profile, profile_to_dict
 from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
@@ -29,7 +29,7 @@ from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
 from .clock import Clock
 from .config import RunConfig
-from .folder import STATE, RunFolder
+from .folder import STATE, TARGET, RunFolder
 from .pareto import losses, non_dominated
 from .proposals import Sensitivity
 from .records import Latency, Quality, TrialState, row
@@ -117,6 +117,11 @@ class Session:
         self.provide(profile=profile)
         self._cost_cache.clear()
 
+    def keep_profile(self, profile: Profile) -> None:
+        """Use this profile and write it to the run's folder, with what was measured beside it."""
+        self.use_profile(profile)
+        self.folder.write_json(TARGET, {**profile_to_dict(profile), **self._parts.get("beside_profile", {})})
+
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
         """Mark a phase in state and log; its seconds are counted even when it is interrupted."""
@@ -184,15 +189,6 @@ class Session:
             self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
 
-    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
-        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
-        try:
-            return self.profile.predict(policies)
-        except UnseenKernelError as error:
-            if len(policies) > 1:
-                return np.concatenate([self._predicted([policy]) for policy in policies])
-            self._parts["measure_unseen"](self, policies[0], error)
-            return self.profile.predict(policies)
     @property
     def forced(self) -> str | None:
         """What every number from the profile must carry: in what it differs from this model or device."""
@@ -202,6 +198,16 @@ class Session:
         """A policy's predicted latency as a record."""
         latency, low, high, _ = self.predict(policy)
         return Latency(latency_ms=latency, low_ms=low, high_ms=high, measured=False, forced=self.forced)
+
+    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
+        try:
+            return self.profile.predict(policies)
+        except UnseenKernelError as error:
+            if len(policies) > 1:
+                return np.concatenate([self._predicted([policy]) for policy in policies])
+            self._parts["measure_unseen"](self, policies[0], error)
+            return self.profile.predict(policies)
 
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
         """Keep the reference's own figures, the noise of the night, and warn of what makes it."""

@@ -67,6 +67,8 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "threads": 1,
             "batch": 1,
             "disabled_optimizers": ("WeightBiasQuantization",),
+            "channel_steps": ((0, 4), (64, 8)),
+            "integer_kernels": True,
         },
         "target_profile": None,
         "seed": 0,
@@ -86,7 +88,8 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
         },
         "search": {"sampler": "nightpress", "runner": "local", "workers": 1, "storage": None, "max_trials": None},
         "finetune": {"short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
-        "calibration_policies": 40,
+        "calibration_policies": None,
+        "force": False,
         "warm_start": (),
         "device": "auto",
     }

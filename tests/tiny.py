@@ -5,8 +5,10 @@ import logging
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +240,19 @@ def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) ->
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees only numpy, onnxruntime and what onnxruntime itself requires."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files if not file.parts[0].startswith("..")}:
+            source = Path(str(distribution(name).locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return folder / "bin" / "python"
 
 
 def add_trial(folder: Path, policy: Policy) -> int:

@@ -28,7 +28,7 @@ log = logging.getLogger("nightpress")
 SIZE, AROUND, LINEAR_AROUND = 14, 64, 512
 """Height and width of a probe's pictures, and the channels on both sides of the width in question."""
 NARROW, WIDE = tuple(range(16, 33)), tuple(range(64, 97, 2))
-LINEAR = (32, 64, 96, 128, 192, 256, 384, 512)
+LINEAR = tuple(range(16, 97, 8))
 PAIRS = (FP32, LayerBits(weights=16, activations=32), INT8, LayerBits(weights=4, activations=8))
 PRECISIONS = ("fp32", "INT8")
 CONV = "conv 3×3"

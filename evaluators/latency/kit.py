@@ -22,8 +22,6 @@ from .measure import (
     AT_ONCE,
     AT_ONCE_BYTES,
     REFERENCE,
-    MeasurementError,
-    Timer,
     Timing,
     for_script,
     settings,
@@ -36,8 +34,12 @@ VERSION = 1
 MEASURE = "measure.py"
 
 
-def write_kit(anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path) -> dict[str, Any]:
+def write_kit(
+    anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path, *,
+    how: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write models, ``kit.json`` and ``measure.py`` into an empty or new folder; returns the description.
+    ``how`` is what the script is told of windows and rounds, as :func:`settings` gives it.
 
     Raises OSError.
     """
@@ -55,7 +57,7 @@ def write_kit(anatomy: Anatomy, policies: Sequence[Policy], target: Target, out:
         "model": anatomy.digest,
         "target": for_script(target),
         "settings": target_to_dict(target),
-        "request": settings(),
+        "request": dict(how or settings()),
         "at_once": max(1, min(AT_ONCE, AT_ONCE_BYTES // largest)),
         "models": models,
         "policies": {key: policy_to_dict(policy) for key, policy in chosen.items() if key != REFERENCE},
@@ -74,12 +76,14 @@ def kit_id(kit: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What a kit's script measured on another device. ``timings`` by policy digest, with the reference."""
+    """What a kit's script measured on another device, by policy digest; ``timings`` and ``sizes`` (bytes) with the
+    reference."""
 
     target: Target
     device: Fingerprint
-    policies: tuple[Policy, ...]
+    policies: Mapping[str, Policy]
     timings: Mapping[str, Timing]
+    sizes: Mapping[str, int]
     seconds: float
     date: str
 
@@ -111,11 +115,13 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         _check_times(f"windows_ms of model {key}", windows[key], path)
         kernels: Mapping[str, Any] = data["kernels"][key]
         _check_times(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
+        _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
     return Results(
         target=target_from_dict(kit["settings"]),
         device=Fingerprint(**{**data["device"], "flags": tuple(data["device"]["flags"])}),
-        policies=tuple(policy_from_dict(p, str(path)) for p in kit["policies"].values()),
+        policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
         timings=timings_of(data),
+        sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},
         seconds=float(data["seconds"]),
         date=str(data["date"]),
     )
@@ -144,26 +150,3 @@ def _check_times(what: str, times: Sequence[object], path: Path) -> None:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a time")
-
-
-class RecordedTimer(Timer):
-    """Answers with what was measured on another device. Keys are the policies' digests."""
-
-    def __init__(self, results: Results) -> None:
-        self.target = results.target
-        self._timings = results.timings
-
-    def close(self) -> None:
-        """There is no process to end."""
-
-    def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 0, most_rounds: int = 0,
-        kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
-    ) -> dict[str, Timing]:  # fmt: skip
-        """The recorded timings. Raises MeasurementError for a model that the kit did not hold."""
-        del least_rounds, most_rounds, kernels, window_ms, round_ms
-        missing = [key for key in models if key not in self._timings]
-        if missing:
-            raise MeasurementError(f"the kit did not hold policy {missing[0]}")
-        keys = [*models, REFERENCE] if reference is not None else [*models]
-        return {key: self._timings[key] for key in keys}

@@ -195,13 +195,15 @@ def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
 
 
 def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
-    """What the timing script answered, typed."""
+    """What the timing script answered, typed. A kit was measured in parts, each with the reference in it: its results
+    say of each model what the reference took."""
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
+    references: dict[str, float] = answer.get("reference_ms", {})
     return {
         key: Timing(
             windows_ms=tuple(found),
-            reference_ms=reference_ms,
+            reference_ms=references.get(key, reference_ms),
             kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
             busy_cores=answer["busy_cores"],
         )

@@ -55,12 +55,12 @@ class Profile:
     date: str
     predictor: Predictor
     worker: Worker
+    overheads: NDArray[np.float64]
+    """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
     remote: bool = False
     """Whether a kit was measured on another device: nothing here can measure what it predicts."""
     forced: tuple[str, ...] = ()
     """In what it differs from the model and device that it was loaded for, where that was overridden."""
-    overheads: NDArray[np.float64]
-    """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
 
     def predict(self, policies: Sequence[Policy] | Choices) -> NDArray[np.float64]:
         """Latency of each policy and the ends of its 90 % interval in ms, shape (n, 3).
@@ -209,9 +209,9 @@ def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy, fo
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
     remote = bool(data.get("remote", False))
-    differences = tuple(data.get("forced", ())) + differences_of(
-        data["model"], device, anatomy.digest, device if remote else fingerprint(target)
-    )
+    here = device if remote else fingerprint(target)
+    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, here)]
+    differences = tuple(dict.fromkeys(found))
     if differences and not force:
         raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
     if data["model"] != anatomy.digest:

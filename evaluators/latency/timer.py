@@ -309,13 +309,14 @@ def measure_kit(folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     keys = [key for key in models if key != REFERENCE]
     results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
-    results["busy_cores"] = None
+    results |= {"reference_ms": {}, "busy_cores": None}
     for start in range(0, len(keys), kit["at_once"]):
         chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
         sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
         paths = {key: str(folder / models[key]["file"]) for key in chosen}
         answer = measure({**kit["request"], **target, "models": paths})
         results["windows_ms"].update(answer["windows_ms"])
+        results["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
         results["kernels"].update(answer["kernels"])
         results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
     return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
