@@ -120,8 +120,10 @@ class TuneSearch:
 
     def tune_config(self, **settings: Any) -> tune.TuneConfig:
         """Our sampler and our stopping rule, as many trials as the night has room for; ``settings`` win."""
-        ours = {"search_alg": self.searcher, "scheduler": self.scheduler, "num_samples": -1, "reuse_actors": True,
-                "max_concurrent_trials": self.session.workers}  # fmt: skip
+        ours: dict[str, Any] = {
+            "search_alg": self.searcher, "scheduler": self.scheduler, "num_samples": -1, "reuse_actors": True,
+            "max_concurrent_trials": self.session.workers,
+        }  # fmt: skip
         return tune.TuneConfig(**{**ours, **settings})
 
     def propose(self, trial_id: str) -> dict[str, Any] | None:
@@ -203,7 +205,7 @@ class NightpressSearcher(Searcher):
         super().__init__()
         self._search = search
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         return self._search.propose(trial_id) or Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Why a finalist is as it is: what each of its choices saves, and what it probably costs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -89,12 +89,12 @@ def _measure(session: Session, policies: Mapping[int, Policy], found: dict[int, 
         without = {(w["kind"], w["name"]): p for w, p in _undone(policies[number], surrogate)}
         asked[f"{number}"] = policies[number]
         asked |= {_key(number, e): without[e["kind"], e["name"]] for e in entries[:MEASURED]}
-    with session.measuring():
-        timings, _ = measure_policies(session.prepared.anatomy, asked, session.config.target)
-    ratio: Callable[[str], float] = lambda key: timings[key].latency_ms / timings[key].reference_ms  # noqa: E731
+    anatomy, target = session.prepared.anatomy, session.config.target
+    timings, _ = session.on_target("verify", lambda timer: measure_policies(anatomy, asked, target, timer))
+    shares = {key: 1 / timing.ratio for key, timing in timings.items() if timing.ratio is not None}
     for number, entries in found.items():
         for entry in entries[:MEASURED]:
-            saved = ratio(_key(number, entry)) - ratio(f"{number}")
+            saved = shares[_key(number, entry)] - shares[f"{number}"]
             entry |= {"saved_ms": saved * session.profile.reference_ms, "measured": True}
 
 
