@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 import tiny as night
 from nightpress.evaluators import builtin
@@ -119,13 +119,28 @@ def test_more_threads_than_cores_are_refused() -> None:
 # The timed graph is the shipped graph
 
 
-def observe(module: fx.GraphModule) -> None:
+def observe(module: fx.GraphModule, inputs: Tensor) -> None:
     """Ranges of the activations, as a night takes them."""
     for site in quantisers(module).values():
         site.observing = True
     with torch.no_grad():
-        module.eval()(images(32, 1, 28))
+        module.eval()(inputs)
     end_observation(module)
+
+
+@pytest.mark.slow
+def test_a_clip_at_six_is_absorbed_in_the_timed_graph_as_in_the_export(tmp_path: Path) -> None:
+    module, planned = tiny().apply(POLICIES["half on integers"])
+    observe(module, images(32))
+    shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
+    shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
+    write_random(planned, timed)
+    kinds = [
+        sorted((node.op_type, node.name) for node in optimised_graph(path, Target().disabled_optimizers).graph.node)
+        for path in (shipped, timed)
+    ]
+    assert kinds[0] == kinds[1]
+    assert "Clip" not in {kind for kind, _ in kinds[0]}
 
 
 @pytest.mark.slow
@@ -141,7 +156,7 @@ def test_the_runtime_makes_the_same_graph_of_random_weights_as_of_the_export(nam
         Policy(model=engine.anatomy.digest, bits=mixed, prune={engine.anatomy.groups[0].name: 0.5}),
     ):
         module, planned = engine.apply(policy)
-        observe(module)
+        observe(module, images(32, 1, 28))
         shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
         shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
         write_random(planned, timed)
