@@ -123,8 +123,8 @@ def test_more_threads_than_cores_are_refused() -> None:
 def executed(path: Path) -> list[str]:
     """The nodes that the runtime executes: kind, name, attributes, and what goes in and out.
 
-    Constants stand by type and shape, because the runtime gives one the name of another that is equal to it, and without
-    the numbers that it appends to names.
+    Constants stand by type and shape: the runtime gives one the name of another that is equal to it. Names stand
+    without the numbers that it appends to them.
     """
     graph = optimised_graph(path, Target().disabled_optimizers).graph
     constants = {tensor.name: f"{tensor.data_type}{list(tensor.dims)}" for tensor in graph.initializer}
