@@ -390,8 +390,8 @@ def _head() -> Iterator[str]:
     yield "truth: lowest of 8 windows spread in time, between them those of the uncompressed network and 8 more, whose"
     yield "lowest is 'truth again'. FLOPs × k: one factor fitted to the calibration. one window: a single"
     yield f"measurement of 25 ms. isolated kernels: each layer of the first {ISOLATED_POLICIES} policies timed as a"
-    yield "model of its own, summed. n: measured policies; cover, ±: of the 90 % interval. Front regret: how much slower than"
-    yield "the best the policy is that the predictor would take at each accuracy of the true front, with a stand-in for"
+    yield "model of its own, summed. n: measured policies; cover, ±: of the 90 % interval. Front regret: how much slower"
+    yield "than the best the policy is that the predictor would take at each accuracy of the true front, with a stand-in for"
     yield "the accuracy. Predictions are brought to the hour of the truth by the ratio of the uncompressed network's"
     yield "latencies, which was timed with both."
 
