@@ -71,7 +71,9 @@ def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False
     groups = [{**g, "channels": f"{g['channels']} × {g['unit']}" if g["unit"] > 1 else g["channels"]}
               for g in data["groups"]]  # fmt: skip
     table("Prunable groups", groups, ["name", "channels", "step", "macs", "layers"])
-    table("Quantisable layers", data["layers"], ["name", "kind", "macs", "params", "bits"])
+    offered = ", ".join(f"{weights}/{activations}" for weights, activations in choices)
+    layers = [{**layer, "bits of weights/activations": offered} for layer in data["layers"]]
+    table("Quantisable layers", layers, ["name", "kind", "macs", "params", "bits of weights/activations"])
     table("Removable blocks", data["blocks"], ["name", "macs", "layers"])
     table("Left out", data["left_out"], ["name", "reason"])
 

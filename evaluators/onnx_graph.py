@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..spaces.plan import Plan, PlannedOp
+from ..spaces.plan import Plan, PlannedOp, bias_refinement
 from .onnx_ops import EMIT, INPUT, OUTPUT
 
 OPSET = 17  # read by every runtime of the last three years; QDQ per channel needs 13
@@ -191,11 +191,13 @@ class Builder:
             return [self.constant(f"{name}.weight", values), self.constant(f"{name}.bias", bias)]
         if values.dtype == np.float16:
             return [self._widened(f"{name}.weight", values, tensors.scales, axis), self.constant(f"{name}.bias", bias)]
-        if not planned.int8 or axis:  # the integers' sum is not requantised, so the bias is added in fp32
+        if not planned.int8_bias:
             weight = self._dequantise(f"{name}.weight", values, tensors.scales, axis)
             return [weight, self.constant(f"{name}.bias", bias)]
-        step = np.float32(self.tensors.grids[self.plan.quantised[planned.inputs[0]]][0])
-        integers, scales = _with_room_for_bias(tensors.weight, tensors.scales, bias / step)
+        site = self.plan.quantised[planned.inputs[0]]
+        step = np.float32(self.tensors.grids[site][0])
+        factor = bias_refinement(planned.bits.weights, self.plan.activation_bits[site])
+        integers, scales = _with_room_for_bias(tensors.weight * np.int8(factor), tensors.scales / factor, bias / step)
         biases = np.round(bias / (scales * step).astype(np.float64)).astype(np.int32)
         return [
             self._dequantise(f"{name}.weight", integers, scales),
@@ -224,8 +226,8 @@ class Builder:
             return result
         scale, zero_point = self.tensors.grids[site]
         grid = [
-            self.constant(f"{tensor}.scale", np.array(scale, np.float32)),
-            self.constant(f"{tensor}.zero", np.array(zero_point, np.uint8)),
+            self.constant(f"{tensor}.grid.scale", np.array(scale, np.float32)),
+            self.constant(f"{tensor}.grid.zero", np.array(zero_point, np.uint8)),
         ]
         quantised = self.node("QuantizeLinear", [result, *grid], f"{tensor}.q")
         bits = self.plan.activation_bits[site]

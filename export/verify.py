@@ -17,9 +17,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
+try:
+    import numpy as np
+    import onnxruntime
+    from numpy.typing import NDArray
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    sys.stderr.write(f"verify: {missing.name} is not installed: pip install numpy onnxruntime\n")
+    sys.exit(2)
 
 MANIFEST, SET = "manifest.json", "set.json"
 MODEL, REFERENCE, RUNTIME = "model.onnx", "reference.onnx", "runtime.json"

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..evaluators.latency.calibrate import CANDIDATES, SECONDS, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import REFERENCE, Timer, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
@@ -35,7 +35,7 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     if policies is None and config.calibration_policies is not None:
         asked = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
         policies = covering(Worker(prepared.anatomy), asked, draw(CANDIDATES))
-    with Timer(config.target, lambda timings: session.measured(timings, "calibrate")) as timer:
+    with session.timer("calibrate") as timer:
         if policies is not None:
             profile = calibrate(
                 prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
@@ -100,7 +100,10 @@ def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -
         )
     session.folder.decide("search", "measured a policy", str(error))
     found = {"unseen": policy}
-    timings, sizes = measure_policies(session.prepared.anatomy, found, session.config.target, kernels=True)
+    anatomy, target = session.prepared.anatomy, session.config.target
+    timings, sizes = session.on_target(
+        "search", lambda timer: measure_policies(anatomy, found, target, timer, kernels=True)
+    )
     feed_back(session, found, timings, sizes)
 
 

@@ -109,6 +109,8 @@ class TrialRecord:
     started: float | None = None
     finished: float | None = None
     verified: Verified | None = None
+    driver: str | None = None
+    """The run that evaluates it, where several share a study."""
 
     @property
     def quality(self) -> Quality | None:
@@ -132,7 +134,8 @@ class RunRecord:
     its points; ``decisions`` dicts with time, phase, decision, reason, evidence; ``approvals`` what people
     said of trials, in order: dicts with trial, digest, action (``pick``, ``reject`` or ``note``; a pick where it
     is missing), note, who, time; ``layers`` by trial number: ``layers{name: {ms, bytes}}`` and ``other_ms``,
-    as the runtime's profiler saw the exported file.
+    as the runtime's profiler saw the exported file; ``why`` by trial number: a finalist's choices, each with kind,
+    name, choice, sensitivity (nats), saved_ms, accuracy_cost and whether the saving was measured.
     """
 
     path: Path
@@ -145,6 +148,7 @@ class RunRecord:
     approvals: tuple[Mapping[str, Any], ...] = ()
     unreadable: tuple[str, ...] = field(default=())
     layers: Mapping[str, Any] | None = None
+    why: Mapping[str, Any] | None = None
 
 
 def last_word(run: RunRecord, trial: TrialRecord) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -27,9 +27,9 @@ from nightpress.evaluators.latency.profile import calibrate, profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
-from nightpress.search.night import resolved_config
 from nightpress.search.prepare import space_of
 from nightpress.search.records import Quality, TrialState
+from nightpress.search.resolved import resolved_config
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import Policy, policy_to_json
@@ -212,6 +212,10 @@ def write_run(config: Path) -> Path:
     (settings.out / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings)))
     (settings.out / "state.json").write_text(json.dumps({"state": "interrupted", "phase": "inspect"}))
     return settings.out
+
+
+Cli = Callable[..., Result]
+"""What the fixture ``cli`` gives: :func:`call` with the test's own output."""
 
 
 def call(*words: object, capsys: pytest.CaptureFixture[str]) -> Result:

@@ -61,7 +61,10 @@ def calibrate_until_flat(
             progress(f"measuring {len(new)} policies, {len(policies)} are measured")
         found, their_sizes = measure_policies(anatomy, new, target, timer, kernels=True)
         policies, timings, sizes = policies | new, timings | found, sizes | their_sizes
-        profile = profile_of(anatomy, target, policies, timings, sizes, seconds=lambda: time.perf_counter() - start)
+        profile = profile_of(
+            anatomy, target, policies, timings, sizes, seconds=lambda: time.perf_counter() - start,
+            device=timer.fingerprint(),
+        )  # fmt: skip
         spent = time.perf_counter() - start
         heldout = profile.predictor.heldout
         stages.append(Stage(policies=len(policies), design=profile.predictor.design, mape=heldout.mape, seconds=spent))

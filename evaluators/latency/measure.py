@@ -16,7 +16,7 @@ from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy
 from ..onnx_graph import build_onnx, random_tensors
 from . import timer as script
-from .target import Target
+from .target import Fingerprint, Target, fingerprint
 
 REFERENCE = script.REFERENCE
 AT_ONCE, AT_ONCE_BYTES = 32, 1 << 30  # models open at the same time and their files, to bound memory
@@ -102,6 +102,10 @@ class Timer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def fingerprint(self) -> Fingerprint:
+        """The device that it times on."""
+        return fingerprint(self.target)
 
     def close(self) -> None:
         """End the child."""

@@ -102,7 +102,10 @@ def calibrate(
     if progress is not None:
         progress(f"measuring {len(unique)} policies")
     timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)
-    return profile_of(anatomy, target, unique, timings, sizes, seconds=lambda: time.perf_counter() - start)
+    return profile_of(
+        anatomy, target, unique, timings, sizes, seconds=lambda: time.perf_counter() - start,
+        device=timer.fingerprint() if timer is not None else None,
+    )  # fmt: skip
 
 
 def profile_of(
@@ -184,8 +187,8 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_profile(path: Path, anatomy: Anatomy, *, force: bool = False) -> Profile:
-    """Read a profile and fit its predictor again.
+def load_profile(path: Path, anatomy: Anatomy, *, here: Fingerprint | None = None, force: bool = False) -> Profile:
+    """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one.
 
     Raises InputError when the file is not a profile, or is one of another model, device or runtime; with ``force``
     it is taken all the same and the differences are kept in it. A profile of a kit is meant to be used elsewhere.
@@ -197,20 +200,22 @@ def load_profile(path: Path, anatomy: Anatomy, *, force: bool = False) -> Profil
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
-        return _profile_from_dict(data, path, anatomy, force)
+        return _profile_from_dict(data, path, anatomy, here, force)
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
-def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy, force: bool) -> Profile:
+def _profile_from_dict(
+    data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None, force: bool
+) -> Profile:
     target = target_from_dict(data["target"])
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
     remote = bool(data.get("remote", False))
-    here = device if remote else fingerprint(target)
-    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, here)]
+    now = device if remote else here or fingerprint(target)
+    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, now)]
     differences = tuple(dict.fromkeys(found))
     if differences and not force:
         raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
