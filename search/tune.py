@@ -111,6 +111,10 @@ class TuneSearch:
         self.searcher = NightpressSearcher(self)
         self.scheduler = NightpressScheduler(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune pickles what it holds so that ``Tuner.restore`` can; a copy of this one is nothing (see the limits)."""
+        return type(None), ()
+
     def trainable(self) -> Any:
         """The evaluator as a Tune trainable, a rung a step, with the config's resources."""
         needs = self.session.places.needs
