@@ -8,6 +8,9 @@ import tiny
 from nightpress.spaces.policy import digest, policy_from_json
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> tiny.Night:
     return tiny.night(tmp_path_factory)
