@@ -7,7 +7,6 @@ import pytest
 import tiny
 from nightpress.spaces.policy import digest, policy_from_json
 
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
