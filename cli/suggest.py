@@ -1,7 +1,7 @@
 """What a run knows about limits that it was not searched for."""
 
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ def suggest(
             raise InputError(f"{name} must be above 0, but got {value}.")
     start = time.monotonic()
     limits = Limits(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, max_size_bytes=max_size_bytes)
-    found = {**ask(read_run(folder), limits), "seconds": round(time.monotonic() - start, 2)}
+    found: dict[str, Any] = {**ask(read_run(folder), limits), "seconds": round(time.monotonic() - start, 2)}
     if json:
         emit(found)
         return

@@ -83,7 +83,7 @@ def _fit(amounts: Array, truth: Array) -> Array:
     design, target = amounts / truth[:, None], np.ones(len(truth))
     gram = design.T @ design
     gram[np.diag_indices_from(gram)] += _RIDGE * np.trace(gram) / len(gram)
-    return np.linalg.solve(gram, design.T @ target)
+    return np.linalg.solve(gram, design.T @ target).astype(np.float64)
 
 
 def one_by_one(costs: Costs) -> ManyCosts:

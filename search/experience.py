@@ -71,10 +71,10 @@ class Experience:
     def _read(self, trial: FrozenTrial) -> dict[str, Any]:
         attrs = trial.user_attrs
         latency = (attrs.get("measured") or attrs.get("predicted") or {}).get("latency_ms")
-        known = latency is not None and attrs.get("size_bytes") is not None
+        size = attrs.get("size_bytes")
         return {
             "row": self._encoder.row(policy_from_dict(attrs["policy"], f"trial {trial.number}")),
-            "costs": (float(latency), float(attrs["size_bytes"])) if known else None,
+            "costs": (float(latency), float(size)) if latency is not None and size is not None else None,
             "qualities": list(attrs.get("qualities", [])),
             "full": attrs.get("state") == TrialState.COMPLETE,
         }

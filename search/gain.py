@@ -10,8 +10,8 @@ from .surrogate import Scale
 
 Array = NDArray[np.float64]
 MOST_FRONT = 20
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(7)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
+_NODES, _RAW = np.polynomial.hermite_e.hermegauss(7)
+_WEIGHTS = _RAW / _RAW.sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target
     return gains / max(scale.ceiling - target.corner[0], 1e-9)
 
 
-def _free_area(points: Array, covering: Array) -> Array:
+def _free_area(points: NDArray[np.float32], covering: NDArray[np.float32]) -> NDArray[np.float32]:
     """Area between each point and (1, 1) that no covering point dominates, shape (n,)."""
     order = covering[np.argsort(covering[:, 0], kind="stable")]
     edges = np.concatenate([[-np.inf], order[:, 0], [1.0]]).astype(points.dtype)

@@ -81,7 +81,7 @@ def known_of(run: RunRecord) -> Known:
 
 def _target(run: RunRecord) -> Target:
     given: Mapping[str, Any] = run.config.get("target") or {}
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return Target(**fields)
 
 
@@ -91,7 +91,7 @@ def space_of_run(run: RunRecord, anatomy: Anatomy, target: Target) -> Space:
 
     given: dict[str, Any] = dict(run.config["space"])
     prune, bits = given.pop("prune"), {k: tuple(v) for k, v in given.pop("bits").items()}
-    rest = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     space = SpaceConfig(prune=PruneConfig(**prune) if prune else None, bits=BitsConfig(**bits), **rest)
     return space_of(anatomy, RunConfig(task="", base=None, out=run.path, target=target, space=space))
 

@@ -1,13 +1,13 @@
 """Why a finalist is as it is: what each of its choices saves, and what it probably costs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..evaluators.latency.measure import measure_policies
+from ..evaluators.latency.measure import MeasurementError, measure_policies
 from ..spaces.policy import Policy
 from ..spaces.space import bits_name, canonical
 from .costs import Costs
@@ -89,13 +89,17 @@ def _measure(session: Session, policies: Mapping[int, Policy], found: dict[int, 
         without = {(w["kind"], w["name"]): p for w, p in _undone(policies[number], surrogate)}
         asked[f"{number}"] = policies[number]
         asked |= {_key(number, e): without[e["kind"], e["name"]] for e in entries[:MEASURED]}
-    with session.measuring():
-        timings, _ = measure_policies(session.prepared.anatomy, asked, session.config.target)
-    ratio: Callable[[str], float] = lambda key: timings[key].latency_ms / timings[key].reference_ms  # noqa: E731
+    anatomy, target = session.prepared.anatomy, session.config.target
+    try:
+        timings, _ = session.on_target("verify", lambda timer: measure_policies(anatomy, asked, target, timer))
+    except MeasurementError:  # what is predicted is still worth saying
+        return
+    level_ms = session.profile.reference_ms
+    ratios = {key: timings[key].latency_ms / (timings[key].reference_ms or level_ms) for key in asked}
     for number, entries in found.items():
         for entry in entries[:MEASURED]:
-            saved = ratio(_key(number, entry)) - ratio(f"{number}")
-            entry |= {"saved_ms": saved * session.profile.reference_ms, "measured": True}
+            saved = ratios[_key(number, entry)] - ratios[f"{number}"]
+            entry |= {"saved_ms": saved * level_ms, "measured": True}
 
 
 def _key(number: int, entry: Mapping[str, Any]) -> str:
