@@ -70,12 +70,11 @@ class Experience:
 
     def _read(self, trial: FrozenTrial) -> dict[str, Any]:
         attrs = trial.user_attrs
-        found: Mapping[str, Any] = attrs.get("measured") or attrs.get("predicted") or {}
-        latency = found.get("latency_ms")
-        size_bytes: Any = attrs.get("size_bytes")
+        latency = (attrs.get("measured") or attrs.get("predicted") or {}).get("latency_ms")
+        size = attrs.get("size_bytes")
         return {
             "row": self._encoder.row(policy_from_dict(attrs["policy"], f"trial {trial.number}")),
-            "costs": (float(latency), float(size_bytes)) if latency is not None and size_bytes is not None else None,
+            "costs": (float(latency), float(size)) if latency is not None and size is not None else None,
             "qualities": list(attrs.get("qualities", [])),
             "full": attrs.get("state") == TrialState.COMPLETE,
         }

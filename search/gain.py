@@ -10,8 +10,8 @@ from .surrogate import Scale
 
 Array = NDArray[np.float64]
 MOST_FRONT = 20
-_NODES, _MASSES = np.polynomial.hermite_e.hermegauss(7)
-_WEIGHTS = _MASSES / _MASSES.sum()
+_NODES, _RAW = np.polynomial.hermite_e.hermegauss(7)
+_WEIGHTS = _RAW / _RAW.sum()
 
 
 @dataclass(frozen=True, slots=True)

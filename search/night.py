@@ -234,6 +234,7 @@ def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str |
     for policy, name in policies:
         if digest(policy) not in known:
             enqueue(session, policy, kept, name)
+            known.add(digest(policy))  # two rules may come to the same policy in a small network
 
 
 def _enqueue_seeds(session: Session) -> None:

@@ -161,7 +161,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
         surrogate = self.surrogate()
-        aim = self._aim(surrogate)
+        aim = self._aim(surrogate, self.reference)
         rows = self._bred(surrogate, aim, generator)
         return self._best(rows, surrogate, aim) or self.space.random(generator)
 
@@ -203,13 +203,12 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._fitted = len(observations), found.kernel
         return found
 
-    def _aim(self, surrogate: Surrogate) -> Target:
+    def _aim(self, surrogate: Surrogate, reference: tuple[float, float, float]) -> Target:
         """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
-        assert self.reference is not None
         rows = self.experience.rows
         expected = surrogate.scale.down(surrogate.predict(rows)[0])
         points = np.column_stack([expected, self.experience.costs])
-        return target(points, np.array([-self.reference[0], *self.reference[1:]]))
+        return target(points, np.array([-reference[0], *reference[1:]]))
 
     def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""

@@ -20,7 +20,7 @@ from .proposals import Sensitivity
 from .records import Rung
 
 Array = NDArray[np.float64]
-Parts = tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], NDArray[np.floating[Any]]]
+Parts = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..evaluators.latency.measure import measure_policies
+from ..evaluators.latency.measure import MeasurementError, measure_policies
 from ..spaces.policy import Policy
 from ..spaces.space import bits_name, canonical
 from .costs import Costs
@@ -90,12 +90,16 @@ def _measure(session: Session, policies: Mapping[int, Policy], found: dict[int, 
         asked[f"{number}"] = policies[number]
         asked |= {_key(number, e): without[e["kind"], e["name"]] for e in entries[:MEASURED]}
     anatomy, target = session.prepared.anatomy, session.config.target
-    timings, _ = session.on_target("verify", lambda timer: measure_policies(anatomy, asked, target, timer))
-    shares = {key: 1 / timing.ratio for key, timing in timings.items() if timing.ratio is not None}
+    try:
+        timings, _ = session.on_target("verify", lambda timer: measure_policies(anatomy, asked, target, timer))
+    except MeasurementError:  # what is predicted is still worth saying
+        return
+    level_ms = session.profile.reference_ms
+    ratios = {key: timings[key].latency_ms / (timings[key].reference_ms or level_ms) for key in asked}
     for number, entries in found.items():
         for entry in entries[:MEASURED]:
-            saved = shares[_key(number, entry)] - shares[f"{number}"]
-            entry |= {"saved_ms": saved * session.profile.reference_ms, "measured": True}
+            saved = ratios[_key(number, entry)] - ratios[f"{number}"]
+            entry |= {"saved_ms": saved * level_ms, "measured": True}
 
 
 def _key(number: int, entry: Mapping[str, Any]) -> str:
