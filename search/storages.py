@@ -8,7 +8,7 @@ import optuna
 
 from ..spaces.errors import InputError
 from .claims import engine_options, sqlite_file, without_password
-from .journal import JournalFile
+from .journal import JournalFile, OneWriterJournal
 
 JOURNAL = "study.journal"
 
