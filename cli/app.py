@@ -2,7 +2,7 @@
 
 import typer
 
-from . import dashboard, night, parts, review, ship, suggest
+from . import dashboard, kit, night, parts, review, ship, suggest
 
 app = typer.Typer(
     name="nightpress",
@@ -11,7 +11,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, parts.predict, parts.measure,
+    parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, kit.kit, parts.predict, parts.measure,
     night.run, night.status, dashboard.dashboard, night.report, night.compare, suggest.suggest,
     review.review, review.approve, review.reject, ship.export, ship.verify, ship.finetune, parts.apply,
 ):  # fmt: skip

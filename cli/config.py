@@ -96,7 +96,7 @@ class FileConfig:
     space: FileSpace = field(default_factory=FileSpace)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    calibration_policies: int = 40
+    calibration_policies: int | None = None
     warm_start: tuple[str, ...] = ()
     seeds: tuple[str, ...] = ()
     device: str = "auto"
@@ -227,7 +227,7 @@ def _check_values(file: FileConfig, where: str) -> None:
         *_about_workers(file.search),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
         ("seed", file.seed, file.seed >= 0, "at least 0"),
-        ("calibration_policies", count, 10 <= count <= 500, "between 10 and 500"),
+        ("calibration_policies", count, count is None or 10 <= count <= 500, "between 10 and 500"),
         ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
     ]
     rules += [_listed(f"space.{key}", *listed) for key, *listed in _lists(file.space)]

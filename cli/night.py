@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .options import Json, RunDir
+from .options import ForceProfile, Json, RunDir
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def run(
         Path | None, typer.Option("--out", metavar="RUN", help="The run folder; wins over the config.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run folder that is there.")] = False,
+    force: ForceProfile = False,
     json: Json = False,
 ) -> int:
     """One night: search, verify, report. Example: nightpress run config.yaml --until 07:00"""
@@ -35,7 +37,7 @@ def run(
     from .config import deadline_of, load_config
     from .live import watching
 
-    settings = load_config(config, out)
+    settings = replace(load_config(config, out), force=force)
     deadline = deadline_of(settings, until, budget)
     live = sys.stderr.isatty()
     if not live:

@@ -27,7 +27,7 @@ from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
 from .quality import Score, judge, outputs_of, score
-from .runtime import Session, bits_used, check_bits
+from .runtime import check_bits, open_session
 from .sparsity import sparsify
 from .staged import cut_further
 from .task import Task, load_task, picked
@@ -51,6 +51,7 @@ class Recipe:
     batch_size: int
     threads: int
     disabled_optimizers: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,12 +214,15 @@ class Evaluator:
         """Write ``model.onnx`` beside the checkpoint and compare it with the simulation on the whole test split."""
         path = job.folder / "model.onnx"
         write_onnx(module, plan, job.policy, path)
-        session = Session(path, threads=self.recipe.threads, disabled_optimizers=self.recipe.disabled_optimizers)
+        session = open_session(
+            path, self.recipe.runtime, threads=self.recipe.threads,
+            disabled_optimizers=self.recipe.disabled_optimizers,
+        )  # fmt: skip
         start = time.perf_counter()
         exported = session.outputs(self.task.model_inputs(self.test.inputs))
         seconds = time.perf_counter() - start
         simulated = outputs_of(module, self.test, self.task, self.compute)
-        used = bits_used(path, plan, self.recipe.disabled_optimizers)
+        used = session.bits_used(plan)
         check_bits(used, plan)
         agreement = float((simulated.argmax(dim=1) == exported.argmax(dim=1)).float().mean())
         return replace(

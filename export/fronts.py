@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..search.records import REJECT, RunRecord, TrialRecord, last_word
 from ..spaces.errors import InputError
 from . import verify
-from .bundle import MANIFEST, PLAIN, Options, check_trial, export_trial
+from .bundle import MANIFEST, PLAIN, Options, export_trial
 from .folder import staged
 
 RULE = (
@@ -26,10 +26,12 @@ def export_set(
     All come from one run, so they take the same input, preprocessed the same way. Raises InputError when the front
     has fewer points, or what :func:`export_trial` raises.
     """
-    chosen = spread([t for t in front if _allowed(run, t, options)], count)
+    passed_over = {t.number: why for t in front if (why := _obstacle(run, t, options))}
+    chosen = spread([t for t in front if t.number not in passed_over], count)
     if len(chosen) < count:
-        approved = "approved " if options.require_approval else ""
-        raise InputError(f"{run.path}: --set {count} needs as many {approved}points, but the front has {len(chosen)}.")
+        raise InputError(
+            f"{run.path}: --set {count} needs {count} points, but the front has {len(front)}{_listed(passed_over)}."
+        )
     with staged(out, force=options.force) as folder:
         exported = [
             (t, name, export_trial(run, t, folder / name, options))
@@ -57,17 +59,24 @@ def spread(front: Sequence[TrialRecord], count: int) -> list[TrialRecord]:
     return [known[i][1] for i in sorted(taken)]
 
 
-def _allowed(run: RunRecord, trial: TrialRecord, options: Options) -> bool:
-    """Whether a point may be part of a set: what a person rejected, or did not approve where that is required, is
-    passed over."""
+def _obstacle(run: RunRecord, trial: TrialRecord, options: Options) -> str | None:
+    """Why a point is not part of a set: what a person rejected, or did not approve where that is required, is passed
+    over."""
+    if trial.latency is None:
+        return "of unknown latency"
     word = last_word(run, trial)
-    if trial.latency is None or (word is not None and word.get("action") == REJECT):
-        return False
-    try:
-        check_trial(run, trial, options)
-    except InputError:
-        return False
-    return True
+    if word is not None and word.get("action") == REJECT:
+        return f"rejected by {word['who']}"
+    if word is None and options.require_approval:
+        return "not approved"
+    return None if trial.verified is None or trial.verified.struck_out is None or options.force else "struck out"
+
+
+def _listed(passed_over: Mapping[int, str]) -> str:
+    if not passed_over:
+        return ""
+    trials = ", ".join(f"trial {number} ({why})" for number, why in passed_over.items())
+    return f", of which {len(passed_over)} {'is' if len(passed_over) == 1 else 'are'} passed over: {trials}"
 
 
 def _entry(folder: Path, name: str, trial: TrialRecord, data: dict[str, Any]) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from .text import counted, size, title
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FOCUS = 0.25
-"""How far below the best accuracy the picture reaches at first; broken models lie far below."""
+LEAST_FOCUS, FOCUS = 0.03, 0.25
+"""How far below the best accuracy the picture reaches at first, at least and at most; broken models lie far below."""
 
 SHAPES = {
     "predicted": ("circle", 8),
@@ -138,9 +138,12 @@ def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
 
 
 def _in_focus(dots: Sequence[Dot], named: set[int]) -> list[Dot]:
-    """Dots that the picture shows at first: what is near the best accuracy, and what has a name in it."""
-    floor = max((dot.accuracy for dot in dots), default=0.0) - FOCUS
-    return [dot for dot in dots if dot.accuracy >= floor or dot.trial in named]
+    """Dots that the picture shows at first: what has a name in it, and what is no farther below the best than thrice
+    what front and names span, so that a few broken models do not press all others into one line."""
+    best = max((dot.accuracy for dot in dots), default=0.0)
+    mattering = [best - dot.accuracy for dot in dots if dot.on_front or dot.trial in named]
+    depth = min(FOCUS, max(LEAST_FOCUS, 3 * max(mattering))) if mattering else FOCUS
+    return [dot for dot in dots if dot.accuracy >= best - depth or dot.trial in named]
 
 
 def _latency_range(values: list[float], limit: float | None) -> tuple[tuple[float, float], bool]:
@@ -151,7 +154,7 @@ def _latency_range(values: list[float], limit: float | None) -> tuple[tuple[floa
     if limit is not None and low < limit < 2 * high:
         high = max(high, limit * 1.1)
     if low > 0 and high / low > LOG_FROM:
-        return (low / 1.25, high * 1.25), True
+        return (low / 1.5, high * 1.25), True  # names stand left of their points
     return (0.0, high * 1.1), False
 
 
@@ -210,7 +213,12 @@ def front_text(info: FrontInfo) -> str:
 
 def front_figure(info: FrontInfo) -> "Figure":
     """Draw the picture. Each marker's customdata starts with its trial's number."""
-    figure = blank("latency, ms", "accuracy, %", height=540, margin_t=34)
+    sizes = [dot.size_bytes for dot in info.dots]
+    scale = (min(sizes, default=0.0), max(sizes, default=1.0))
+    scaled = scale[1] > scale[0]
+    # Room for the ticks, the legend and the colour bar: plotly draws everything once more where it has to make room.
+    room = {"l": 60, "t": 34, "b": 90, "r": 90 if scaled else 16}
+    figure = blank("latency, ms", "accuracy, %", height=540, margin=room)
     _draw_limits(figure, info)
     line_x, line_y = _staircase(info)
     figure.add_scatter(
@@ -221,8 +229,6 @@ def front_figure(info: FrontInfo) -> "Figure":
         name="front",
         hoverinfo="skip",
     )
-    sizes = [dot.size_bytes for dot in info.dots]
-    scale = (min(sizes, default=0.0), max(sizes, default=1.0))
     for kind in SHAPES:
         dots = [dot for dot in info.dots if dot.kind == kind]
         if dots:
@@ -230,7 +236,7 @@ def front_figure(info: FrontInfo) -> "Figure":
     _draw_labels(figure, info)
     figure.update_xaxes(_axis(info.x_range, info.logarithmic))
     figure.update_yaxes(range=[100 * v for v in info.y_range])
-    if scale[1] > scale[0]:
+    if scaled:
         _draw_scale(figure, scale)
     figure.update_layout(hovermode="closest")
     return figure

@@ -35,9 +35,9 @@ def hypervolume_text(info: HypervolumeInfo) -> str:
     if info.baselines is not None:
         passed = next((s.seconds for s in info.steps if s.hypervolume > info.baselines), None)
         said.append(
-            f"It passed the uniform baselines ({percent(info.baselines)}) after {duration(passed)}."
+            f"It passed the baselines ({percent(info.baselines)}) after {duration(passed)}."
             if passed is not None
-            else f"It never passed the uniform baselines ({percent(info.baselines)})."
+            else f"It never passed the baselines ({percent(info.baselines)})."
         )
     gain = late_gain(info.steps)
     if gain is not None:
@@ -71,7 +71,7 @@ def hypervolume_figure(info: HypervolumeInfo) -> "Figure":
             x=[info.steps[0].seconds / factor, info.steps[-1].seconds / factor],
             y=[100 * info.baselines] * 2,
             mode="lines",
-            name="uniform baselines",
+            name="baselines",
             line={"dash": "dash", "color": AMBER, "width": 1.5},
             hovertemplate="baselines: %{y:.2f} %<extra></extra>",
         )
@@ -226,12 +226,14 @@ def phases_figure(info: PhasesInfo) -> "Figure":
             y=names,
             x=[seconds / factor for seconds in values],
             text=[duration(seconds) for seconds in values],
-            textposition="auto",
+            textposition="outside",  # inside a short bar it would shrink to nothing
             cliponaxis=False,
             name=name,
             marker={"color": colour},
             hovertemplate="%{y}, " + name + ": %{text}<extra></extra>",
         )
+    longest = max(max(values, default=0.0) for _, _, values in bars)
+    figure.update_xaxes(range=[0, 1.3 * longest / factor])
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_layout(bargap=0.3, barmode="group", legend={"traceorder": "normal"}, showlegend=bool(info.planned))
     return figure

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from ..search.records import Rung, RunRecord, TrialRecord, TrialState
 from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
@@ -39,11 +39,22 @@ class Stage(NamedTuple):
         return sum(count for _, count in self.ends)
 
 
+class Trust(NamedTuple):
+    """How far a cheap rung ranks policies as the long fine-tune does: rank correlation with its 90 % interval."""
+
+    rung: str
+    pairs: int
+    rank_correlation: float
+    low: float
+    high: float
+
+
 class RungsInfo(NamedTuple):
     """The stages in order; ``standing`` of the verified were not struck out."""
 
     stages: tuple[Stage, ...]
     standing: int
+    trust: tuple[Trust, ...] = ()
 
 
 def rungs_info(run: RunRecord) -> RungsInfo:
@@ -62,7 +73,20 @@ def rungs_info(run: RunRecord) -> RungsInfo:
     standing = sum(t.verified is not None and t.verified.struck_out is None for t in verified)
     ends = {"went on": standing, "struck out": len(verified) - standing}
     stages.append(Stage("exported and re-measured", tuple((end, n) for end, n in ends.items() if n)))
-    return RungsInfo(tuple(stages), standing)
+    return RungsInfo(tuple(stages), standing, _trust(run))
+
+
+def _trust(run: RunRecord) -> tuple[Trust, ...]:
+    """From the decisions of the finalists' phase that hold it as evidence; nights of earlier versions have none."""
+    kinds: tuple[type, ...] = (str, int, float, float, float)
+    found: list[Trust] = []
+    for entry in run.decisions:
+        evidence = entry.get("evidence")
+        if entry.get("phase") == "finalists" and isinstance(evidence, Mapping):
+            values = [cast("Mapping[str, Any]", evidence).get(field) for field in Trust._fields]
+            if all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
+                found.append(Trust._make(values))
+    return tuple(found)
 
 
 def _stage(name: str, came: list[TrialRecord], following: str | None) -> Stage:
@@ -94,6 +118,11 @@ def rungs_text(info: RungsInfo) -> str:
     last = others[-1]
     said.append(f"{counted(last.number, 'trial')} of the search {'was' if last.number == 1 else 'were'} {last.name}; ")
     said[-1] += f"{info.standing} of them stood."
+    said += [
+        f"The {RUNG_WORDS.get(trust.rung, trust.rung)} ranked {trust.pairs} policies as the long fine-tune did with a "
+        f"rank correlation of {trust.rank_correlation:.2f} (90 %: {trust.low:.2f} to {trust.high:.2f})."
+        for trust in info.trust
+    ]
     return " ".join(said)
 
 

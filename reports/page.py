@@ -16,6 +16,9 @@ from .verdict import answer, doubts, drop_points, finished
 MOST_ROWS = 200
 """Rows of a table of trials that did not complete; the rest stands in trials.csv."""
 
+MOST_REASONS = 12
+"""Choices of a finalist for which the card says what they save."""
+
 
 class TableRow(NamedTuple):
     """A trial as a line of a table, everything already in words."""
@@ -226,12 +229,22 @@ def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "origin": plain({key: value for key, value in row(origin).items() if key != "policy"}) if origin else None,
         "anatomy": plain(anatomy(run)),
         "layers": rounded(layer_costs(run)),
+        "why": rounded(reasons(run)),
         "sensitivity": {key: rounded((run.sensitivity or {}).get(key) or {}) for key in ("groups", "bits")},
         "trials": trials.cards,
         "packed": trials.columns,
         "reviews": [plain(entry) for entry in run.approvals],
         "commands": {"before": f"nightpress export {shlex.quote(str(run.path))} ", "after": " --out DIR"},
         "figures": {panel.key: json.loads(str(panel.figure.to_json())) for panel in panels if panel.figure},
+    }
+
+
+def reasons(run: RunRecord) -> dict[str, list[Any]]:
+    """By trial number the choices of a finalist that save most, names as long as the page bears."""
+    known: Mapping[str, Sequence[Mapping[str, Any]]] = run.why or {}
+    return {
+        number: [{**entry, "name": cut(str(entry["name"]))} for entry in entries[:MOST_REASONS]]
+        for number, entries in known.items()
     }
 
 

@@ -55,7 +55,7 @@ def verdict(run: RunRecord) -> list[str]:
 
 
 def findings(run: RunRecord) -> list[str]:
-    """What you get, pick by pick, and whether the search beat the uniform baselines."""
+    """What you get, pick by pick, and whether the search beat the baselines."""
     chosen = picked(run)
     if not chosen:
         return answer(run)
@@ -167,33 +167,33 @@ def _drop(run: RunRecord, trial: TrialRecord) -> str:
 def _against_baselines(run: RunRecord) -> list[str]:
     said: list[str] = []
     covered, errors = hypervolumes(run), hypervolume_errors(run)
-    search, uniform = covered["search"], covered["baselines"]
-    if search is not None and uniform is not None:
+    search, rules = covered["search"], covered["baselines"]
+    if search is not None and rules is not None:
         noise = math.hypot(errors["search"] or 0.0, errors["baselines"] or 0.0)
         basis = "" if all_baselines_verified(run) else ", both before the long fine-tune, which not all baselines got"
-        numbers = f"{percent(search)} of the objective box against {percent(uniform)}{basis}"
-        if search > uniform and uniform > 0:
-            said.append(_gain(search, uniform, numbers, noise))
-        elif search > uniform:
-            said.append(f"The search beat the uniform baselines, which cover nothing within the limits: {numbers}.")
-        elif search == uniform == 0:
+        numbers = f"{percent(search)} of the objective box against {percent(rules)}{basis}"
+        if search > rules and rules > 0:
+            said.append(_gain(search, rules, numbers, noise))
+        elif search > rules:
+            said.append(f"The search beat the baselines, which cover nothing within the limits: {numbers}.")
+        elif search == rules == 0:
             said.append("Neither the search nor the baselines have a point that beats the reference point.")
         else:
-            said.append(f"The search did not beat the uniform baselines: it covers {numbers}.")
+            said.append(f"The search did not beat the baselines: it covers {numbers}.")
     return [*said, *_best_against_baseline(run)]
 
 
-def _gain(search: float, uniform: float, numbers: str, noise: float) -> str:
+def _gain(search: float, rules: float, numbers: str, noise: float) -> str:
     """Two standard errors are what chance alone does in one of twenty nights: within them, nothing was beaten."""
-    more = f"{100 * (search / uniform - 1):.1f} % more hypervolume"
+    more = f"{100 * (search / rules - 1):.1f} % more hypervolume"
     if noise <= 0:
-        return f"The search beat the uniform baselines: {more} ({numbers})."
-    gained = digits(100 * (search - uniform), 2)
+        return f"The search beat the baselines: {more} ({numbers})."
+    gained = digits(100 * (search - rules), 2)
     points = f"{digits(200 * noise, 2)} points of noise (two standard errors)"
-    if search - uniform > 2 * noise:
-        return f"The search beat the uniform baselines: {more} ({numbers}), {gained} points, more than the {points}."
+    if search - rules > 2 * noise:
+        return f"The search beat the baselines: {more} ({numbers}), {gained} points, more than the {points}."
     return (
-        f"Whether the search beat the uniform baselines is not shown: it covers {numbers}; "
+        f"Whether the search beat the baselines is not shown: it covers {numbers}; "
         f"the gain of {gained} points is no more than the {points}."
     )
 

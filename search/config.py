@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..evaluators.latency.target import Target
-from ..spaces.policy import DISTILL_METHODS
+from ..spaces.space import Offer
 
 SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
 PARTS = ("free_objectives", "rungs", "sensitivity", "seeds")
@@ -34,22 +34,11 @@ class BitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpaceConfig:
-    """``prune`` None keeps all channels; ``distill`` lists the methods on offer, none of them means no distillation.
-
-    Of the ways to rank channels, to prune in stages and to place quantisers the search chooses where there is
-    more than one.
-    """
+class SpaceConfig(Offer):
+    """``prune`` None keeps all channels."""
 
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    blocks: bool = True
-    distill: tuple[str, ...] = DISTILL_METHODS
-    sparsity: bool = False
-    importance: tuple[str, ...] = ("l2",)
-    stages: tuple[int, ...] = (1,)
-    ranges: tuple[str, ...] = ("minmax",)
-    scales: tuple[str, ...] = ("fixed",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +97,8 @@ class RunConfig:
     out: Path
     target: Target = field(default_factory=Target)
     target_profile: str | None = None
+    force: bool = False
+    """Whether a profile of another model or device is taken all the same."""
     seed: int = 0
     until: str | None = None
     budget_seconds: float | None = None
@@ -115,7 +106,8 @@ class RunConfig:
     space: SpaceConfig = field(default_factory=SpaceConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    calibration_policies: int = 40
+    calibration_policies: int | None = None
+    """Policies to measure; None lets the agent stop when the held-out error has stopped falling."""
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
     seeds: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, measure_policies
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
@@ -19,6 +19,7 @@ from ..spaces.policy import Policy
 from .disk import find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
+from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
 from .rungs import judge_rungs
@@ -56,18 +57,20 @@ def remeasure_front(session: Session) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
     trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
     near = _near_front(session, trials)[:MOST_REMEASURED]
-    if not near:
+    if not near or session.profile.remote:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
     anatomy, target = session.prepared.anatomy, session.config.target
     try:
-        timings, _ = session.on_target(lambda timer: measure_policies(anatomy, policies, target, timer))
+        timings, sizes = session.on_target(
+            "search", lambda timer: measure_policies(anatomy, policies, target, timer, kernels=True)
+        )
     except MeasurementError as error:
         session.trouble(f"the front is not measured, its latencies are predictions: {error}")
         session.folder.decide("search", "the front was not re-measured", str(error))
         return
-    session.measured(timings, "search")
+    feed_back(session, policies, timings, sizes)
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
     session.folder.decide(
@@ -264,8 +267,7 @@ def verify(session: Session) -> None:
     if not outcomes:
         return
     session.update(activity=f"verifying {len(outcomes)} exported models")
-    files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in outcomes}
-    timings = session.time_files(files, _reference_file(session), "verify")
+    latencies, reference_ms = _latencies(session, {n: trials[n] for n in outcomes})
     original = next((n for n in outcomes if trials[n].name == UNCOMPRESSED), None)
     given = session.state["given"]["test"]["accuracy"]
     trained = outcomes[original].exported if original is not None else None
@@ -278,14 +280,14 @@ def verify(session: Session) -> None:
         }
     )
     for number, outcome in outcomes.items():
-        verified = _verified(session, trials[number], outcome, timings[str(number)])
+        verified = _verified(session, trials[number], outcome, latencies[number])
         session.store.verify(number, verified)
         if verified.struck_out:
             log.info("trial %d struck out: %s", number, verified.struck_out)
     for number in outcomes:
         for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
             (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
-    session.update(reference_ms=timings[REFERENCE].latency_ms)
+    session.update(reference_ms=reference_ms)
 
 
 def _affordable(
@@ -304,17 +306,32 @@ def _affordable(
     return {number: outcomes[number] for number in order[:most]}
 
 
-def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Timing) -> Verified:
+def _latencies(session: Session, trials: dict[int, TrialRecord]) -> tuple[dict[int, Latency], float]:
+    """Of each exported model, and the uncompressed model's: measured here, or predicted for another device."""
+    if not session.profile.remote:
+        files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in trials}
+        timings = session.time_files(files, _reference_file(session), "verify")
+        return {n: latency_of(timings[str(n)]) for n in trials}, timings[REFERENCE].latency_ms
+    session.folder.decide(
+        "verify", "latencies are predictions",
+        f"the profile is of another device ({session.profile.device.cpu}); verify.py of an export measures it there",
+    )  # fmt: skip
+    reference_ms = session.profile.reference_ms
+    known = {n: trial.measured or session.predicted(policy_of(trial)) for n, trial in trials.items()}
+    return {n: replace(latency, reference_ms=reference_ms) for n, latency in known.items()}, reference_ms
+
+
+def _verified(session: Session, trial: TrialRecord, outcome: Outcome, latency: Latency) -> Verified:
     if outcome.exported is None:
         raise ValueError(f"trial {trial.number}: its long fine-tune left no export")
     return verified_of(
-        outcome, timing, rung=Rung.LONG,
+        outcome, latency, rung=Rung.LONG,
         model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
-        struck_out=_strike(session, trial, outcome, latency_of(timing)),
+        struck_out=_strike(session, trial, outcome, latency),
     )  # fmt: skip
 
 
-def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str, struck_out: str | None) -> Verified:
+def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: str, struck_out: str | None) -> Verified:
     """An exported model's record. Raises ValueError when the outcome has no export in it."""
     exported, simulated = outcome.exported, outcome.simulated
     if exported is None or simulated is None or outcome.top1_agreement is None or outcome.max_abs_diff is None:
@@ -323,7 +340,7 @@ def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str,
         quality=quality_of(exported, rung, "test", outcome.losses, outcome.seconds),
         simulated=quality_of(simulated, rung, "test"),
         search_quality=quality_of(outcome.search, rung, "search"),
-        latency=latency_of(timing),
+        latency=latency,
         size_bytes=outcome.size_bytes or 0,
         top1_agreement=outcome.top1_agreement,
         max_abs_diff=outcome.max_abs_diff,

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluators.latency.measure import Timer
+from ..evaluators.latency.measure import Listener, Timer
 from ..evaluators.latency.target import Fingerprint, Target, check_target, fingerprint
 from ..spaces.errors import InputError
 from .cluster import Cluster, Needs, connect
@@ -36,11 +36,12 @@ class Places:
             return RayRunner(self.cluster, make, self.needs, self.most, run, self.needs.memory_bytes or share)
         return LocalRunner(make, self.workers, self.needs.memory_bytes)
 
-    def timer(self, target: Target) -> Timer:
-        """Times models on the target device; on this machine nothing of ours may train meanwhile."""
+    def timer(self, target: Target, listener: Listener) -> Timer:
+        """Times models on the target device, whose timings the listener hears; on this machine nothing of ours may
+        train meanwhile."""
         if self.cluster is not None and self.target_node:
-            return NodeTimer(self.cluster, target)
-        return Timer(target)
+            return NodeTimer(self.cluster, target, listener)
+        return Timer(target, listener)
 
     def fingerprint(self, target: Target) -> Fingerprint:
         """The target device as profiles name it."""

@@ -2,10 +2,12 @@
 
 import copy
 import hashlib
+import json
+import logging
 import math
 import os
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +23,16 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.importance import saliency, scores
 from ..evaluators.inspect import inspect, network_of
-from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
+from ..evaluators.latency.profile import is_remote, load_profile
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Distill, Policy
-from ..spaces.space import Space, canonical, uniform
+from ..spaces.policy import INT8, Distill, LayerBits, Policy
+from ..spaces.space import Offer, Space, canonical, uniform
 from .config import RunConfig
+from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .jobs import Jobs
@@ -38,6 +41,7 @@ from .proposals import baselines, probes, sensitivity_of
 from .session import Prepared, Session, quality_of
 from .worker import Failure
 
+log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
@@ -53,7 +57,9 @@ def prepare(session: Session) -> None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     places = find_places(config.search, session.folder.path)
     session.provide(places=places)
-    places.check_target(config.target)
+    if config.target_profile is None or not is_remote(Path(config.target_profile)):
+        places.check_target(config.target)
+    config = _capable(session, config)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
@@ -71,6 +77,7 @@ def prepare(session: Session) -> None:
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+        runtime=config.target.runtime,
     )  # fmt: skip
     prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
     session.provide(prepared=prepared, make=partial(Evaluator, recipe))
@@ -92,6 +99,31 @@ def _jobs(session: Session, recipe: Recipe) -> Jobs:
         expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
         tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
     )  # fmt: skip
+
+
+def _capable(session: Session, config: RunConfig) -> RunConfig:
+    """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
+    and a resumed night keeps those that it began with."""
+    if config.target_profile is not None or session.places.target_node:
+        return config
+    known = session.state.get("capabilities")
+    if known is None:
+        session.update(activity="measuring what the target can do")
+        known = capabilities(config.target).to_dict()
+        session.update(capabilities=known)
+    found = capabilities_from_dict(known)
+    target = found.applied(config.target, [LayerBits(weights=w, activations=a) for w in config.space.bits.weights
+                                           for a in config.space.bits.activations])  # fmt: skip
+    kernels = ", ".join(f"{w.weights}/{w.activations} on {w.kernel} kernels {w.speedup:.2g}×" for w in found.widths)
+    steps = ", ".join(f"{step} from {first} channels" for first, step in target.channel_steps)
+    session.folder.decide(
+        "inspect", f"channel steps: {steps}",
+        f"stairs of {len(found.stairs)} kinds of layers; speed by bits of weights/activations: {kernels}; a change of "
+        f"precision costs {1000 * found.change_ms:.1f} µs on {found.change_elements} numbers",
+        settled=found.settled,
+    )  # fmt: skip
+    session.config = replace(config, target=target)
+    return session.config
 
 
 def _data_digest(train: Arrays) -> str:
@@ -116,13 +148,7 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         anatomy=anatomy,
         max_ratio=prune.max_ratio if prune is not None else 0.0,
         bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
-        blocks=config.space.blocks,
-        distill=config.space.distill,
-        sparsity=config.space.sparsity,
-        importance=config.space.importance,
-        stages=config.space.stages,
-        ranges=config.space.ranges,
-        scales=config.space.scales,
+        **{offered.name: getattr(config.space, offered.name) for offered in fields(Offer)},
     )
     structural = (
         len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
@@ -222,41 +248,30 @@ def calibrate_target(session: Session) -> None:
     """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
-    known = own if own.is_file() else Path(config.target_profile) if config.target_profile is not None else None
-    if known is not None:
-        profile = load_profile(known, anatomy, session.places.fingerprint(config.target))
+    if own.is_file():
+        forced = config.force or bool(session.state.get("forced"))
+        profile = load_profile(own, anatomy, here=session.places.fingerprint(config.target), force=forced)
+    elif config.target_profile is not None:
+        here = session.places.fingerprint(config.target)
+        profile = load_profile(Path(config.target_profile), anatomy, here=here, force=config.force)
     else:
-        profile = _calibrate(session)
-    session.folder.write_json(TARGET, profile_to_dict(profile))
-    session.provide(profile=profile)
+        profile = measure_target(session)
+    session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
+    session.keep_profile(profile)
+    for difference in profile.forced:
+        log.warning("the profile is used all the same: %s", difference)
+        session.folder.decide("calibrate", "the profile is used all the same", difference)
+    session.update(forced=session.forced)
     _check_limits(session)
 
 
-def _calibrate(session: Session) -> Profile:
-    config, prepared = session.config, session.prepared
-    generator = np.random.default_rng(config.seed)
-    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(rules_of(session).values())
-    with session.measuring(), session.places.timer(config.target) as timer:
-        profile = calibrate(
-            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-        )
-    held = profile.predictor.heldout
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
-    session.folder.decide(
-        "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
-        f"the best of {len(profile.predictor.candidates)} designs",
-        designs=profile.predictor.candidates,
-    )  # fmt: skip
-    return profile
-
-
-def _tell(session: Session, text: str) -> None:
-    session.update(activity=text)
+def _beside_profile(session: Session) -> dict[str, Any]:
+    """What the target's file holds beside the profile: the run's own measurement, or that of the config's profile."""
+    if session.config.target_profile is None:
+        known = session.state.get("capabilities")
+        return beside_profile(capabilities_from_dict(known)) if known is not None else {}
+    data = json.loads(Path(session.config.target_profile).read_text())
+    return {key: data[key] for key in MEASURED_BESIDE if key in data}
 
 
 def _check_limits(session: Session) -> None:

@@ -16,7 +16,7 @@ def resolved_config(config: RunConfig) -> dict[str, Any]:
     """The config as a run keeps it: all defaults filled in, the time limits left to the state, and without what is
     secret or nobody else's: the password of a storage, and who is told."""
     data = asdict(config)
-    for key in ("out", "until", "budget_seconds", "notify"):
+    for key in ("out", "until", "budget_seconds", "notify", "force"):  # what force led to stands in the state
         data.pop(key)
     if config.search.storage is not None:
         data["search"]["storage"] = without_password(config.search.storage)

@@ -1,20 +1,26 @@
 """What all phases of a night share, and how they are told to stop."""
 
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timer, Timing
-from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.insitu import UnseenKernelError
+from ..evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing
+from ..evaluators.latency.profile import Profile, profile_to_dict
+from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..evaluators.task import Task
@@ -24,7 +30,7 @@ from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
 from .clock import Clock, length
 from .config import RunConfig
-from .folder import STATE, RunFolder
+from .folder import STATE, TARGET, RunFolder
 from .jobs import Jobs
 from .notify import notify
 from .pareto import losses, non_dominated
@@ -39,6 +45,8 @@ log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 T = TypeVar("T")
 MINUTE_SECONDS = 60.0
+BUSY_CORES = 0.2
+"""Of other processes during a measurement, from which on it is worth a warning."""
 
 
 class InterruptionError(Exception):
@@ -140,6 +148,16 @@ class Session:
     def provide(self, **parts: Any) -> None:
         self._parts.update(parts)
 
+    def use_profile(self, profile: Profile) -> None:
+        """From now on predict by this one; what was predicted before is forgotten."""
+        self.provide(profile=profile)
+        self._cost_cache.clear()
+
+    def keep_profile(self, profile: Profile) -> None:
+        """Use this profile and write it to the run's folder, with what was measured beside it."""
+        self.use_profile(profile)
+        self.folder.write_json(TARGET, {**profile_to_dict(profile), **self._parts.get("beside_profile", {})})
+
     @contextmanager
     def phase(self, name: str, *followers: str) -> Generator[None]:
         """Mark a phase in state and log; its seconds are counted even when it is interrupted. It ends with an
@@ -240,8 +258,13 @@ class Session:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         """Predicted latency in ms and file size in bytes, quick enough for thousands of policies."""
-        planned = plan(self.prepared.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return self.costs_of([policy])[0]
+
+    def costs_of(self, policies: Sequence[Policy]) -> list[tuple[float, int]]:
+        """The same for many policies at once, which is quicker by far."""
+        latencies = self._predicted(policies)[:, 0]
+        sizes = [self.profile.predict_size(plan(self.prepared.anatomy, policy)) for policy in policies]
+        return [(float(latency), size) for latency, size in zip(latencies, sizes, strict=True)]
 
     def predict(self, policy: Policy) -> tuple[float, float, float, int]:
         """Predicted latency with the ends of its interval (ms), and the file size in bytes, for which the
@@ -249,42 +272,86 @@ class Session:
         key = digest(policy)
         if key not in self._cost_cache:
             planned = plan(self.prepared.anatomy, policy)
-            self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
+            latency, low, high = (float(value) for value in self._predicted([policy])[0])
+            self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
 
+    @property
+    def forced(self) -> str | None:
+        """What every number from the profile must carry: in what it differs from this model or device."""
+        return "; ".join(self.profile.forced) or None
+
+    def predicted(self, policy: Policy) -> Latency:
+        """A policy's predicted latency as a record."""
+        latency, low, high, _ = self.predict(policy)
+        return Latency(latency_ms=latency, low_ms=low, high_ms=high, measured=False, forced=self.forced)
+
+    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
+        try:
+            return self.profile.predict(policies)
+        except UnseenKernelError as error:
+            if len(policies) > 1:
+                return np.concatenate([self._predicted([policy]) for policy in policies])
+            self._parts["measure_unseen"](self, policies[0], error)
+            return self.profile.predict(policies)
+
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
-        """Keep the reference's own figures: the noise of the night."""
-        if REFERENCE not in timings:
-            return
-        timing = timings[REFERENCE]
+        """Keep the reference's own figures, the noise of the night, and warn of what makes it."""
+        if REFERENCE in timings:
+            self.note_noise(timings[REFERENCE], phase, sum(not timing.settled for timing in timings.values()))
+
+    def note_noise(self, reference: Timing, phase: str, unsettled: int) -> None:
+        """Keep one measurement of the reference; ``unsettled`` models never had two windows that agree."""
         entry = {
-            "time": time.time(),
-            "phase": phase,
-            "reference_ms": timing.latency_ms,
-            "repeat_error": timing.repeat_error,
-        }
+            "time": time.time(), "phase": phase, "reference_ms": reference.latency_ms,
+            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": unsettled,
+        }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
+        for text in noise_warnings(reference, unsettled):
+            log.warning("%s: %s", phase, text)
+            self.state.setdefault("warnings", []).append({"time": entry["time"], "phase": phase, "text": text})
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
         """Time files while nothing of ours trains. Raises MeasurementError."""
-        timings = self.on_target(lambda timer: timer.time(files, reference))
-        self.measured(timings, phase)
-        return timings
+        return self.on_target(phase, lambda timer: timer.time(files, reference))
 
-    def on_target(self, measure: Callable[[Timer], T]) -> T:
+    @contextmanager
+    def timer(self, phase: str) -> Generator[Timer]:
+        """A timer of the target device; its seconds are counted, and the noise that it hears is kept."""
+        listener = partial(self.measured, phase=phase)
+        with self.measuring(), self.places.timer(self.config.target, listener) as timer:
+            yield timer
+
+    def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:
         """Measure on the target while nothing of ours trains there, and once more when it was lost meanwhile.
 
         Raises MeasurementError when it is lost again.
         """
         try:
-            return self._on_target(measure)
+            with self.timer(phase) as timer:
+                return measure(timer)
         except MeasurementError as error:
-            self.folder.decide(str(self.state.get("phase")), "the measurement is repeated", f"it was lost: {error}")
-            return self._on_target(measure)
+            self.folder.decide(phase, "the measurement is repeated", f"it was lost: {error}")
+            with self.timer(phase) as timer:
+                return measure(timer)
 
-    def _on_target(self, measure: Callable[[Timer], T]) -> T:
-        with self.measuring(), self.places.timer(self.config.target) as timer:
-            return measure(timer)
+
+def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
+    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
+    found: list[str] = []
+    busy = reference.busy_cores
+    if busy is not None and busy >= BUSY_CORES:
+        found.append(
+            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
+            f"{os.getloadavg()[0]:.1f} on {cores()}): end them for the night, or the figures hold for a busy machine"
+        )
+    if unsettled:
+        found.append(
+            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
+            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
+        )
+    return found
 
 
 def file_size(planned: Plan) -> int:
@@ -301,6 +368,7 @@ def latency_of(timing: Timing) -> Latency:
         measured=True,
         repeat_error=timing.repeat_error,
         reference_ms=timing.reference_ms,
+        settled=timing.settled,
     )
 
 

@@ -45,7 +45,7 @@ class Known:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         planned = plan(self.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return float(self.profile.predict([policy])[0, 0]), self.profile.predict_size(planned)
 
 
 def known_of(run: RunRecord) -> Known:
@@ -169,7 +169,7 @@ def _untried(
 
 def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: float) -> dict[str, Any]:
     planned = plan(known.anatomy, policy)
-    latency, low_ms, high_ms = known.profile.predict(planned)
+    latency, low_ms, high_ms = (float(value) for value in known.profile.predict([policy])[0])
     return {
         "digest": digest(policy), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "measured": False,
         "latency_ms": latency, "low_ms": low_ms, "high_ms": high_ms, "size_bytes": known.profile.predict_size(planned),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timer, Timing
+from ..evaluators.latency.measure import REFERENCE, Listener, MeasurementError, Timer, Timing
 from ..evaluators.latency.target import Fingerprint, Target, check_target, fingerprint
 from ..spaces.errors import InputError
 from .cluster import TARGET, Cluster
@@ -20,9 +20,10 @@ LOST_SECONDS = 60.0
 class NodeTimer(Timer):
     """A timer whose models travel to the target node, each once a call; nothing is started on this machine."""
 
-    def __init__(self, cluster: Cluster, target: Target) -> None:
+    def __init__(self, cluster: Cluster, target: Target, listener: Listener | None = None) -> None:
         self.target = target
         self._cluster = cluster
+        self._listener = listener
 
     def close(self) -> None:
         """Nothing to end: the timing process lived as long as its call."""
@@ -39,7 +40,10 @@ class NodeTimer(Timer):
     def time(self, models: Mapping[str, Path], reference: Path | None, **settings: Any) -> dict[str, Timing]:
         files = {**models, REFERENCE: reference} if reference is not None else models
         stored = [(key, self._cluster.ray.put(path.read_bytes())) for key, path in files.items()]
-        return self._there(_time, self.target, stored, settings)
+        timings = self._there(_time, self.target, stored, settings)
+        if self._listener is not None:
+            self._listener(timings)
+        return timings
 
     def _there(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function on the target node. Raises MeasurementError when it is lost."""

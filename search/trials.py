@@ -91,20 +91,20 @@ class Trials:
             self._reuse(number, known)
             return
         self.repeats = 0
-        latency, low, high, size = session.predict(policy)
+        predicted, size = session.predicted(policy), session.predict(policy)[3]
         planned = plan(session.prepared.anatomy, policy)
         store.note(
             number,
-            predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
+            predicted=asdict(predicted),
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
         point = self._measured_points().get(digest(policy))
-        if point is not None:  # it was measured during calibration
+        if point is not None and not session.profile.forced:  # it was measured during calibration
             store.note(
                 number,
                 measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
             )
-        excess = self.excess(low, size)
+        excess = self.excess(predicted.low_ms, size)
         if excess:
             store.constrain(number, excess)
         beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]

@@ -367,7 +367,26 @@ def full_run(count: int = 58, **fields: Any) -> RunRecord:
         },
         "approvals": (),
     }
-    return run([*_baselines(parts), *_finalists(_searched(parts, count))], **{**known, **fields})
+    trials = [*_baselines(parts), *_finalists(_searched(parts, count))]
+    known["why"] = {str(t.number): _why(t) for t in trials if t.verified is not None and t.role != "baseline"}
+    return run(trials, **{**known, **fields})
+
+
+def _why(trial: TrialRecord) -> list[dict[str, Any]]:
+    """The choices of a finalist, as ``why.json`` holds them; what saves most was measured."""
+    kinds = {
+        "group": {name: ratio for name, ratio in trial.policy["prune"].items() if ratio},
+        "layer": dict.fromkeys(trial.policy["bits"], "8/8"),
+        "block": dict.fromkeys(trial.policy["removed_blocks"], "removed"),
+    }
+    entries = [
+        {"kind": kind, "name": name, "choice": choice} for kind, by in kinds.items() for name, choice in by.items()
+    ]
+    return [
+        {**entry, "sensitivity": None if i % 4 == 3 else 0.01 * i, "saved_ms": 0.05 / (i + 1) - 0.004,
+         "accuracy_cost": 0.004 - 0.001 * i, "measured": i < 3}
+        for i, entry in enumerate(entries)
+    ]  # fmt: skip
 
 
 def big_run(count: int = 2000, dimensions: int = 120) -> RunRecord:
@@ -416,6 +435,7 @@ def hostile_run(attack: str) -> RunRecord:
         trials=(*trials[:-1], worst),
         decisions=({"time": attack, "phase": attack, "decision": attack, "reason": attack, "evidence": attack},),
         sensitivity={"groups": {attack: 0.1}, attack: {attack: 0.2}},
+        why={str(trials[-1].number): [{"kind": attack, "name": attack, "choice": attack, attack: attack}]},
         target={**(night.target or {}), "runtime": attack},
         approvals=({"trial": 1, "who": attack, "note": attack, "time": attack},),
         unreadable=(attack,),

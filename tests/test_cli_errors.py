@@ -47,20 +47,12 @@ def another_model():
 answer = 42
 """
 
-Cli = Callable[..., tiny.Result]
+Cli = tiny.Cli
 
 
 @pytest.fixture
 def place(tmp_path_factory: pytest.TempPathFactory) -> tiny.Place:
     return tiny.place(tmp_path_factory, MISTAKES)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return run
 
 
 # The config file

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +12,12 @@ import tiny
 from nightpress.search.folder import RunFolder
 from nightpress.spaces.policy import Policy
 
-Cli = Callable[..., tiny.Result]
+Cli = tiny.Cli
 
 
 @pytest.fixture
 def place(tmp_path_factory: pytest.TempPathFactory) -> tiny.Place:
     return tiny.place(tmp_path_factory)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return run
 
 
 # Run folders

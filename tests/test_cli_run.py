@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,12 @@ EXPORT_FILES = {
 }  # fmt: skip
 PHASES = ["inspect", "calibrate", "baselines", "sensitivity", "search", "finalists", "verify", "report"]
 
-Cli = Callable[..., tiny.Result]
+Cli = tiny.Cli
 
 
 @pytest.fixture
 def night(tmp_path_factory: pytest.TempPathFactory) -> tiny.Night:
     return tiny.night(tmp_path_factory)
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return run
 
 
 # The night itself

@@ -1,12 +1,12 @@
 """What else reads an export: other versions of ONNX, Triton's own protobuf, OpenVINO, ONNX Runtime in Node."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def test_batches_threads_and_cores_of_the_target_reach_triton(run: RunRecord) ->
 @pytest.mark.slow
 def test_openvino_loads_the_onnx_file_and_agrees(exported: Path, run: RunRecord, tmp_path: Path) -> None:
     """Its integer kernels round otherwise, so answers are compared: on the test split, as the night compares torch."""
-    openvino = pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino", reason="openvino is in the extra 'test'")
     with np.load(exports.split_file(run.path, tmp_path / "test.npz")) as arrays:
         inputs, targets = arrays["inputs"], arrays["targets"]
     compiled = openvino.compile_model(str(exported / "model.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -190,7 +190,7 @@ def test_openvino_loads_the_onnx_file_and_agrees(exported: Path, run: RunRecord,
 
 @pytest.mark.slow
 def test_openvino_s_files_are_the_same_each_time(run: RunRecord, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    openvino = pytest.importorskip("openvino", reason="openvino is in the extra 'test'")
     made = [export_trial(run, run.trials[0], tmp_path / name, Options(openvino=True)) for name in ("one", "two")]
     assert {"openvino/model.xml", "openvino/model.bin"} <= set(made[0]["files"])
     assert made[0]["manifest"] == made[1]["manifest"]
@@ -204,21 +204,46 @@ def test_openvino_s_files_are_the_same_each_time(run: RunRecord, tmp_path: Path)
 
 @pytest.mark.slow
 def test_an_openvino_target_needs_no_option(run: RunRecord, tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
+    pytest.importorskip("openvino", reason="openvino is in the extra 'test'")
     config = {**run.config, "target": {**run.config["target"], "runtime": "openvino"}}
     data = export_trial(replace(run, config=config), run.trials[2], tmp_path / "out")
     assert "openvino/model.xml" in data["files"]
-    checks = verify.verify(tmp_path / "out", verify.Options(), Path())
-    assert checks[-1].text == "it was measured in openvino, which this check does not run"
+    checks = verify.verify(tmp_path / "out", verify.Options(), tmp_path / "out" / "timer.py")
+    assert "times as fast as the original" in checks[-1].text
 
 
-@pytest.mark.skipif(find_spec("openvino") is not None, reason="openvino is installed")
-def test_without_openvino_its_files_are_left_out_with_a_sentence(
-    run: RunRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = export_trial(run, run.trials[2], tmp_path / "out", Options(openvino=True))
-    assert not any(name.startswith("openvino/") for name in data["files"])
-    assert "openvino is not installed" in caplog.text
+WITHOUT_OPENVINO = """
+import sys
+sys.modules["openvino"] = None  # importing it fails, and find_spec finds nothing, as where it is not installed
+from nightpress.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_without_openvino_its_files_are_left_out_with_a_sentence(run: RunRecord, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_OPENVINO, "export", run.path, "2", "--out", tmp_path / "out", "--openvino"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=50)
+    assert "openvino is not installed" in done.stderr
+    assert not (tmp_path / "out" / "openvino").exists()
+
+
+@pytest.mark.slow
+def test_the_documentation_s_openvino_runs(exported: Path, tiny_batch: np.ndarray) -> None:
+    pytest.importorskip("openvino", reason="openvino is in the extra 'test'")
+    names: dict[str, Any] = {"batch": tiny_batch}
+    exec(program("python", "import openvino").replace('"plates-export/', f'"{exported}/'), names)
+    assert (names["logits"].argmax(1) == outputs(exported / "model.onnx")[:3].argmax(1)).all()
+
+
+def test_the_documentation_s_triton_repository_is_read(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "plates-export").symlink_to(exported)
+    [block] = [b.split("```")[0] for b in DOCS.read_text().split("```\n") if "tritonserver" in b]
+    commands = [line for line in block.splitlines() if not line.startswith("tritonserver")]
+    subprocess.run(["sh", "-ec", "\n".join(commands)], cwd=tmp_path, check=True)
+    models = tmp_path / "models" / "plates"
+    assert parsed((models / "config.pbtxt").read_text()).name == "plates"
+    assert (models / "1" / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
 
 
 # Documentation's programs
@@ -265,6 +290,36 @@ def test_node_agrees_with_python(
     theirs = np.array(json.loads(done.stdout), np.float32)
     probe = json.loads((exported / "manifest.json").read_text())["probe"]
     np.testing.assert_allclose(theirs.reshape(2, -1), probe, atol=1e-3)
+
+
+CPP_MAIN = """
+#include <iostream>
+int main(int, char** argv) {
+  std::vector<float> pixels;
+  for (float value; std::cin >> value;) pixels.push_back(value);
+  for (float value : infer(argv[1], pixels, {3, 1, 8, 8})) std::cout << value << " ";
+}
+"""
+
+
+@pytest.mark.slow
+def test_the_documentation_s_cpp_agrees_with_python(exported: Path, tiny_batch: np.ndarray, tmp_path: Path) -> None:
+    """Against the library that the Python package brings; it has no headers, Debian 13's package has."""
+    headers = Path(os.environ.get("ONNXRUNTIME_INCLUDE", "/usr/include/onnxruntime"))
+    if shutil.which("g++") is None or not (headers / "onnxruntime_cxx_api.h").is_file():
+        pytest.skip(f"no g++, or no onnxruntime_cxx_api.h in {headers}: apt-get install g++ libonnxruntime-dev")
+    [library] = Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")
+    (tmp_path / "main.cpp").write_text(program("cpp", "onnxruntime_cxx_api.h") + CPP_MAIN)
+    # By its path: the linker looks for a name without a version. The library asks for it by its soname.
+    (tmp_path / "libonnxruntime.so.1").symlink_to(library)
+    build = ["g++", "-std=c++17", "-I", str(headers), "main.cpp", str(library), f"-Wl,-rpath,{tmp_path}", "-o", "main"]
+    subprocess.run(build, cwd=tmp_path, check=True, timeout=50)
+    done = subprocess.run(
+        [tmp_path / "main", exported / "model.onnx"], input=" ".join(map(str, tiny_batch.ravel())), text=True,
+        capture_output=True, check=True, timeout=50,
+    )  # fmt: skip
+    theirs = np.array(done.stdout.split(), np.float32).reshape(3, -1)
+    np.testing.assert_allclose(theirs, outputs(exported / "model.onnx")[:3], atol=1e-4)
 
 
 def test_the_documentation_s_python_runs(exported: Path, tiny_batch: np.ndarray) -> None:

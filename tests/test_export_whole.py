@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +27,6 @@ from nightpress.search.records import RunRecord
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import digest, policy_from_json
 
-Cli = Callable[..., tiny.Result]
-
 # Exports the same trial over and over; says when the first one is there.
 LOOP = """
 import sys
@@ -47,14 +44,6 @@ while True:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     return exports.record(exports.run_folder(tmp_path_factory))
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return call
 
 
 # Whole or not at all
@@ -232,7 +221,7 @@ def test_the_training_config_is_what_the_trainer_does(exported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_longer_training_is_a_new_export_with_new_numbers(exported: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_longer_training_is_a_new_export_with_new_numbers(exported: Path, cli: tiny.Cli, tmp_path: Path) -> None:
     recipe = exported / "finetune.yaml"
     before = recipe.read_text()
     recipe.write_text(before.replace("learning_rate: 0.02", "learning_rate: 0.05"))
@@ -292,7 +281,7 @@ def test_a_tampered_export_is_not_trained(exported: Path, tmp_path: Path) -> Non
         finetune_export(copy, tmp_path / "new")
 
 
-def test_a_folder_that_is_no_export_is_not_trained(cli: Cli, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_export_is_not_trained(cli: tiny.Cli, tmp_path: Path) -> None:
     sentence = tiny.refused(cli("finetune", tmp_path, "--out", tmp_path / "new", "--json"))
     assert sentence == f"{tmp_path}: not an export folder: it has no manifest.json."
 

@@ -12,6 +12,7 @@ import pytest
 
 from fakes_run import SAMPLES, full_run, hostile_run
 from nightpress.reports import ReviewLinks, candidates, page_html, point, write_comparison, write_report
+from nightpress.reports.figures import panels
 from nightpress.reports.front import front, picks
 from nightpress.search.records import RunRecord
 
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow  # a page with its 5 MB of script takes a second or more to open
 
-CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 NIGHT = full_run()
 DRAWN = 8
 """Figures of that night: all but the staircase, which its target did not measure."""
@@ -47,17 +40,6 @@ class Served(NamedTuple):
 
     url: str
     told: list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["Browser"]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is not installed: apt-get install chromium")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the extra 'test'")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=list(ARGUMENTS))
-        yield chromium
-        chromium.close()
 
 
 def open_page(browser: "Browser", out: Path, *, scheme: str = "light") -> Opened:
@@ -94,6 +76,13 @@ def opened(browser: "Browser", report: Path) -> Iterator[Opened]:
     it.page.close()
 
 
+def scroll_through(page: "Page") -> None:
+    """Bring every figure into the window, and wait until it stands."""
+    for place in page.locator(".plot").all():
+        place.scroll_into_view_if_needed()
+        page.locator(f"#{place.get_attribute('id')}.js-plotly-plot").wait_for()
+
+
 def card(page: "Page") -> str:
     return page.locator("#trial").inner_text()
 
@@ -101,9 +90,12 @@ def card(page: "Page") -> str:
 def test_page_draws_without_a_complaint_or_a_request(browser: "Browser", report: Path) -> None:
     it = open_page(browser, report)
     assert (it.complaints, it.requests) == ([], [report.as_uri()])
-    # The first figure stands at once, the others follow.
-    it.page.locator(".js-plotly-plot").nth(DRAWN - 1).wait_for()
+    # The front stands at once, the others when they come near the window.
+    assert it.page.locator("#plot-front.js-plotly-plot").count() == 1
+    assert it.page.locator("#plot-seconds.js-plotly-plot").count() == 0
+    scroll_through(it.page)
     assert it.page.locator(".js-plotly-plot").count() == DRAWN
+    assert it.complaints == []
     # The default choice is what one sees first.
     best = picks(NIGHT)["best"]
     assert f"Trial {best.number}" in card(it.page)
@@ -258,6 +250,23 @@ def test_layers_show_what_the_policy_keeps(opened: Opened) -> None:
     assert widths == pytest.approx([100 * kept / 16, 100 * bits / 32])
 
 
+def test_the_card_says_why_a_finalist_is_as_it_is(opened: Opened) -> None:
+    best = picks(NIGHT)["best"]
+    opened.page.locator("#choose").select_option(str(best.number))
+    shown = card(opened.page)
+    first, fourth = (NIGHT.why or {})[str(best.number)][0], (NIGHT.why or {})[str(best.number)][3]
+    assert "Why this policy" in shown
+    row = opened.page.get_by_role("row", name=f"width of {first['name']}:")
+    assert row.locator("td").all_inner_texts() == [
+        f"width of {first['name']}: {100 * first['choice']:.0f} % less", "0.046", "0.4", "0"
+    ]  # fmt: skip
+    assert fourth["sensitivity"] is None
+    assert "0.0085 pred." in shown
+    opened.page.locator("#choose").select_option(str(next(t.number for t in NIGHT.trials if t.verified is None)))
+    assert "Why this policy" not in card(opened.page)
+    assert opened.complaints == []
+
+
 def test_the_export_command_can_be_copied(opened: Opened) -> None:
     opened.page.get_by_role("button", name="Copy").click()
     # Where the clipboard is refused, the command is marked to be copied by hand.
@@ -268,6 +277,7 @@ def test_the_export_command_can_be_copied(opened: Opened) -> None:
 
 
 def test_nothing_sticks_out_of_the_window(opened: Opened) -> None:
+    scroll_through(opened.page)
     for width in (390, 768, 1440):
         opened.page.set_viewport_size({"width": width, "height": 900})
         # Figures follow a moment later. (wait_for_function evaluates a text, which the page's policy forbids.)
@@ -320,19 +330,30 @@ def test_a_name_of_ten_thousand_letters_does_not_widen_the_page(browser: "Browse
     write_report(hostile_run("long" * 2500), tmp_path / "report.html")
     it = open_page(browser, tmp_path / "report.html")
     it.page.set_viewport_size({"width": 390, "height": 844})
-    it.page.locator(".js-plotly-plot").nth(DRAWN - 2).wait_for()
+    scroll_through(it.page)
     assert it.page.evaluate("document.documentElement.scrollWidth") == 390
     assert it.complaints == []
     it.page.close()
 
 
-def test_the_page_prints_to_pdf(browser: "Browser", report: Path) -> None:
+def test_the_page_prints_whole_on_few_pages(browser: "Browser", report: Path) -> None:
     it = open_page(browser, report, scheme="dark")
-    it.page.locator(".js-plotly-plot").nth(DRAWN - 1).wait_for()
-    assert it.page.pdf(format="A4").startswith(b"%PDF")
-    # In CSS columns that span pages, the last cards stood beside the paper.
+    pages = it.page.pdf(format="A4").count(b"/Type /Page\n")
+    # Nobody scrolled to the last figures, and they are on paper all the same.
+    assert it.page.locator(".js-plotly-plot").count() == DRAWN
+    assert 3 < pages <= 9
     it.page.emulate_media(media="print")
-    assert it.page.locator(".columns").evaluate("it => getComputedStyle(it).columnCount") == "auto"
+    it.page.set_viewport_size({"width": 710, "height": 1000})
+    it.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    sticking_out = it.page.evaluate(
+        """() => [...document.querySelectorAll(".card, .card table, .plot .main-svg, pre, code")]
+            .filter((part) => part.getBoundingClientRect().right > innerWidth || part.scrollWidth > innerWidth)
+            .map((part) => part.outerHTML.slice(0, 80))"""
+    )
+    assert sticking_out == []
+    it.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    heights = "Object.fromEntries(drawn.map((plot) => [plot.id, plot._fullLayout.height]))"
+    assert it.page.evaluate(heights) == {f"plot-{p.key}": p.figure.layout.height for p in panels(NIGHT) if p.figure}
     assert it.complaints == []
     it.page.close()
 

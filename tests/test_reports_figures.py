@@ -92,6 +92,15 @@ def test_broken_models_lie_outside_the_picture_and_are_counted() -> None:
     assert "Outside the picture, far below: 1 point" in front_text(info)
 
 
+def test_the_picture_is_as_deep_as_the_front_needs() -> None:
+    """A model that lost 24 points pressed a front of one point into a line at the top."""
+    front = [verify(trial(n, 0.98 + n / 1000, 0.1 * n)) for n in range(1, 8)]
+    info = front_info(run([*front, trial(8, 0.75, 0.1), trial(9, 0.96, 0.3)]))
+    assert (info.outside, [dot.trial for dot in info.dots if dot.accuracy < info.y_range[0]]) == (1, [8])
+    wide = front_info(run([trial(1, 0.98, 0.3), trial(2, 0.9, 0.2), trial(3, 0.75, 0.21)]))
+    assert wide.outside == 0
+
+
 def test_a_perfect_model_is_drawn_whole() -> None:
     info = front_info(run([trial(0, 1.0, 0.4), trial(1, 0.99, 0.3)]))
     assert 1 < info.y_range[1] < 1.002
@@ -102,7 +111,7 @@ def test_wide_latencies_get_a_logarithmic_axis() -> None:
     assert info.logarithmic
     axis = layout(front_figure(info)).xaxis
     assert axis.type == "log"
-    assert axis.range == pytest.approx((math.log10(0.4 / 1.25), math.log10(9 * 1.25)))
+    assert axis.range == pytest.approx((math.log10(0.4 / 1.5), math.log10(9 * 1.25)))
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 1.0), (0.9, 1.1), (0.1, 900), (1e-3, 1e6)])
@@ -135,7 +144,7 @@ def test_growth_of_the_hypervolume() -> None:
     steps = (HypervolumeStep(60, 0.2), HypervolumeStep(3700, 0.5))
     assert hypervolume_text(HypervolumeInfo(steps, 0.3)) == (
         "After 2 complete trials the search covers 50.0 % of the objective box (on the search split). "
-        "It passed the uniform baselines (30.0 %) after 1 h 1 min."
+        "It passed the baselines (30.0 %) after 1 h 1 min."
     )
     assert "never passed" in hypervolume_text(HypervolumeInfo(steps, 0.6))
     assert hypervolume_info(empty_run()) == HypervolumeInfo((), None)
@@ -272,6 +281,20 @@ def test_rungs_tell_how_far_the_trials_came() -> None:
         "and re-measured; 1 of them stood."
     )
     assert rungs_text(rungs_info(empty_run())) == "The search has finished no trial."
+
+
+def test_how_far_a_cheap_rung_can_be_trusted_is_said_where_the_night_found_it() -> None:
+    evidence = {"rung": "short", "pairs": 9, "rank_correlation": 0.813, "low": 0.5, "high": 0.96}
+    entries: list[dict[str, Any]] = [
+        {"phase": "finalists", "evidence": evidence}, {"phase": "search", "evidence": evidence},
+        {"phase": "finalists", "evidence": evidence | {"low": None}}, {"phase": "finalists", "evidence": "none"},
+    ]  # fmt: skip
+    info = rungs_info(run([trial(0)], decisions=tuple(entries)))
+    assert [trust.rung for trust in info.trust] == ["short"]
+    assert rungs_text(info).endswith(
+        "The short fine-tune ranked 9 policies as the long fine-tune did with a rank correlation of 0.81 "
+        "(90 %: 0.50 to 0.96)."
+    )
 
 
 @given(runs())

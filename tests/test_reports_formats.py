@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,7 @@ from nightpress.search.store import JOURNAL
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import Policy
 
-Cli = Callable[..., tiny.Result]
 CHROMIUM = Path("/usr/bin/chromium")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return call
 
 
 @pytest.fixture
@@ -92,7 +82,7 @@ def test_a_run_without_a_picture_says_so(tmp_path: Path) -> None:
 # The command line
 
 
-def test_formats_through_the_command_line(cli: Cli, folder: Path, tmp_path: Path) -> None:
+def test_formats_through_the_command_line(cli: tiny.Cli, folder: Path, tmp_path: Path) -> None:
     data = cli("report", folder, "--format", "md", "--json").json
     assert data["files"] == [str(folder / "report.md")]
     assert (folder / "report.md").read_text().startswith("# run\n")
@@ -102,7 +92,7 @@ def test_formats_through_the_command_line(cli: Cli, folder: Path, tmp_path: Path
     assert sentence == "--format must be one of html, md, csv, parquet, png, svg, but got 'pdf'."
 
 
-def test_comparison_through_the_command_line(cli: Cli, folder: Path, tmp_path: Path) -> None:
+def test_comparison_through_the_command_line(cli: tiny.Cli, folder: Path, tmp_path: Path) -> None:
     data = cli("compare", folder, folder, "--out", tmp_path / "c.html", "--json").json
     assert data["page"] == str(tmp_path / "c.html")
     assert "What changed" in (tmp_path / "c.html").read_text()
@@ -118,7 +108,7 @@ def damage(folder: Path, needle: bytes) -> int:
     return at + 1
 
 
-def test_a_damaged_study_is_reported_and_its_loss_named(cli: Cli, folder: Path) -> None:
+def test_a_damaged_study_is_reported_and_its_loss_named(cli: tiny.Cli, folder: Path) -> None:
     line = damage(folder, b'"qualities"')
     assert cli("report", folder).code == 0
     page = (folder / "report.html").read_text()
@@ -130,7 +120,7 @@ def test_a_damaged_study_is_reported_and_its_loss_named(cli: Cli, folder: Path) 
 
 
 @pytest.mark.parametrize(("name", "rule"), [("config.yaml", "YAML mapping"), ("state.json", "JSON object")])
-def test_a_run_whose_config_or_state_is_damaged_is_refused(cli: Cli, folder: Path, name: str, rule: str) -> None:
+def test_a_run_whose_config_or_state_is_damaged_is_refused(cli: tiny.Cli, folder: Path, name: str, rule: str) -> None:
     (folder / name).write_bytes(b"{\xff[")
     sentence = tiny.refused(cli("report", folder, "--json"))
     assert sentence.startswith(f"{folder / name}: ")

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from nightpress.search.records import TrialRecord
 from nightpress.spaces.errors import InputError
 from serve import Model, Server, choose, load_set, send
 
-Cli = Callable[..., tiny.Result]
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,14 +34,6 @@ def pristine(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     record = exports.record(run)
     export_set(record, record.trials[::-1], 3, out)
     return out
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def call(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return call
 
 
 # Which points
@@ -86,7 +75,7 @@ def test_a_set_is_exports_with_a_rule(pristine: Path) -> None:
         assert (manifest["trial"], manifest["measured"]["accuracy"]) == (entry["trial"], entry["accuracy"])
 
 
-def test_the_command_takes_the_run_s_front(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_the_command_takes_the_run_s_front(run: Path, cli: tiny.Cli, tmp_path: Path) -> None:
     data = cli("export", run, "--set", "2", "--out", tmp_path / "set", "--json").json
     again = cli("export", run, "--set", "2", "--out", tmp_path / "again", "--json").json
     assert len(data["models"]) == 2
@@ -95,14 +84,14 @@ def test_the_command_takes_the_run_s_front(run: Path, cli: Cli, tmp_path: Path) 
     assert data["manifest"] == again["manifest"]  # which names those of its exports
 
 
-def test_a_trial_beside_a_set_is_refused(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_trial_beside_a_set_is_refused(run: Path, cli: tiny.Cli, tmp_path: Path) -> None:
     sentence = tiny.refused(cli("export", run, "2", "--set", "2", "--out", tmp_path / "set", "--json"))
     assert sentence == "--set takes points of the front by itself, so TRIAL '2' cannot stand beside it."
 
 
 def test_a_front_with_fewer_points_is_refused(run: Path, tmp_path: Path) -> None:
     record = exports.record(run)
-    with pytest.raises(InputError, match=r"--set 3 needs as many points, but the front has 2\."):
+    with pytest.raises(InputError, match=r"--set 3 needs 3 points, but the front has 2\."):
         export_set(record, record.trials[:2], 3, tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
@@ -117,7 +106,8 @@ def test_rejected_points_and_where_asked_unapproved_ones_are_passed_over(run: Pa
     data = export_set(judged, record.trials, 3, tmp_path / "set")
     assert [m["trial"] for m in data["models"]] == [3, 2, 0]
     approved = Options(require_approval=True)
-    with pytest.raises(InputError, match=r"--set 3 needs as many approved points, but the front has 2\."):
+    reasons = r"the front has 4, of which 2 are passed over: trial 1 \(rejected by ada\), trial 3 \(not approved\)\."
+    with pytest.raises(InputError, match=r"--set 3 needs 3 points, but " + reasons):
         export_set(judged, record.trials, 3, tmp_path / "approved", approved)
     assert [m["trial"] for m in export_set(judged, record.trials, 2, tmp_path / "two", approved)["models"]] == [2, 0]
 
@@ -136,7 +126,7 @@ def test_a_set_that_exists_is_refused_and_replaced_by_force(run: Path, tmp_path:
 # The gate
 
 
-def test_a_set_is_verified_export_by_export(pristine: Path, cli: Cli, run: Path, tmp_path: Path) -> None:
+def test_a_set_is_verified_export_by_export(pristine: Path, cli: tiny.Cli, run: Path, tmp_path: Path) -> None:
     data = exports.split_file(run, tmp_path / "test.npz")
     answer = cli("verify", pristine, "--data", data, "--no-latency", "--json").json
     names = [entry["dir"] for entry in json.loads((pristine / "set.json").read_text())["models"]]

@@ -19,7 +19,6 @@ from nightpress.export import export_trial, verify
 from nightpress.export.bundle import timer_script
 from nightpress.export.verify import Check, Options, VerifyError
 
-Cli = Callable[..., tiny.Result]
 QUIET = Options(latency=False)
 
 
@@ -44,14 +43,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exports.split_file(run, tmp_path_factory.mktemp("data") / "test.npz")
 
 
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object) -> tiny.Result:
-        return tiny.call(*words, capsys=capsys)
-
-    return run
-
-
 def timer(folder: Path, export_ms: float, original_ms: float) -> Path:
     """A timing script that answers these latencies, as the real one would."""
     answer = {"windows_ms": {"export": [export_ms, export_ms * 1.1], "original": [original_ms * 1.1, original_ms]}}
@@ -67,7 +58,7 @@ def named(checks: list[Check], name: str) -> Check:
 # The whole command
 
 
-def test_an_export_that_holds(pristine: Path, data: Path, cli: Cli) -> None:
+def test_an_export_that_holds(pristine: Path, data: Path, cli: tiny.Cli) -> None:
     answer = cli("verify", pristine, "--data", data, "--no-latency", "--json").json
 
     assert answer["dir"] == str(pristine)
@@ -82,7 +73,7 @@ def test_an_export_that_holds(pristine: Path, data: Path, cli: Cli) -> None:
     assert answer["checks"][1]["numbers"]["max_abs_diff"] == 0.0
 
 
-def test_one_line_a_check_for_people(pristine: Path, cli: Cli) -> None:
+def test_one_line_a_check_for_people(pristine: Path, cli: tiny.Cli) -> None:
     result = cli("verify", pristine, "--no-latency")
     assert result.code == 0
     files, outputs, accuracy = result.out.splitlines()
@@ -91,12 +82,12 @@ def test_one_line_a_check_for_people(pristine: Path, cli: Cli) -> None:
     assert accuracy == "skipped accuracy: no data was given (--data)"
 
 
-def test_strict_fails_what_could_not_be_checked(pristine: Path, cli: Cli) -> None:
+def test_strict_fails_what_could_not_be_checked(pristine: Path, cli: tiny.Cli) -> None:
     assert cli("verify", pristine, "--no-latency", "--strict").code == 1
 
 
 @pytest.mark.slow
-def test_the_latency_is_measured_beside_the_original(pristine: Path, cli: Cli) -> None:
+def test_the_latency_is_measured_beside_the_original(pristine: Path, cli: tiny.Cli) -> None:
     answer = cli("verify", pristine, "--json")
     latency = json.loads(answer.out)["checks"][3]
     numbers = latency["numbers"]
@@ -110,14 +101,14 @@ def test_the_latency_is_measured_beside_the_original(pristine: Path, cli: Cli) -
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "card.md", "verify.py", "policy.json", "reference.onnx"])
-def test_a_tampered_file_is_named(folder: Path, cli: Cli, name: str) -> None:
+def test_a_tampered_file_is_named(folder: Path, cli: tiny.Cli, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
     result = cli("verify", folder, "--no-latency")
     assert result.code == 1
     assert result.out == f"failed  files: {name} is not the file that was exported: its SHA-256 differs\n"
 
 
-def test_a_missing_file_is_named(folder: Path, cli: Cli) -> None:
+def test_a_missing_file_is_named(folder: Path, cli: tiny.Cli) -> None:
     (folder / "config.pbtxt").unlink()
     result = cli("verify", folder, "--no-latency")
     assert (result.code, result.out) == (1, "failed  files: config.pbtxt is missing\n")
@@ -134,7 +125,7 @@ def test_a_manifest_that_leads_out_of_the_folder(folder: Path, name: str) -> Non
     assert check == Check("files", "failed", f"{name!r} in manifest.json leads out of the folder")
 
 
-def test_an_export_that_was_replaced_as_a_whole_is_not_the_expected_one(folder: Path, cli: Cli) -> None:
+def test_an_export_that_was_replaced_as_a_whole_is_not_the_expected_one(folder: Path, cli: tiny.Cli) -> None:
     digest = verify.sha256(folder / "manifest.json")
     assert cli("verify", folder, "--no-latency", "--expect", digest).code == 0
     text = (folder / "manifest.json").read_text()
@@ -154,7 +145,7 @@ def test_an_export_that_was_replaced_as_a_whole_is_not_the_expected_one(folder: 
         ('{"files": 3}', r"its manifest\.json is not one of an export \(AttributeError"),
     ],
 )
-def test_a_folder_that_is_no_export(tmp_path: Path, cli: Cli, text: str | None, reason: str) -> None:
+def test_a_folder_that_is_no_export(tmp_path: Path, cli: tiny.Cli, text: str | None, reason: str) -> None:
     if text is not None:
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(VerifyError, match=reason):
@@ -198,7 +189,7 @@ def state_accuracy(folder: Path, value: float) -> None:
     rewrite(folder, lambda manifest: manifest["measured"].update(accuracy=value))
 
 
-def test_a_lower_accuracy_than_the_stated_one_fails(folder: Path, data: Path, cli: Cli) -> None:
+def test_a_lower_accuracy_than_the_stated_one_fails(folder: Path, data: Path, cli: tiny.Cli) -> None:
     stated = json.loads((folder / "manifest.json").read_text())["measured"]["accuracy"]
     state_accuracy(folder, stated + 0.0125)  # one more right of the 80
     result = cli("verify", folder, "--data", data, "--no-latency")
@@ -265,7 +256,7 @@ def test_a_normalisation_that_makes_no_sense(tmp_path: Path, options: Options, r
         verify.read_data(tmp_path, (3, 8, 8), options)
 
 
-def test_numbers_that_are_none(pristine: Path, cli: Cli) -> None:
+def test_numbers_that_are_none(pristine: Path, cli: tiny.Cli) -> None:
     sentence = tiny.refused(cli("verify", pristine, "--mean", "0.1,x", "--no-latency"))
     assert sentence == "mean and std must be numbers separated by commas, but got '0.1,x'."
 
@@ -309,7 +300,7 @@ def broken_data(kind: str, path: Path) -> Path:
         ("torn", r"one\.npy: cannot be read"),
     ],
 )
-def test_data_that_cannot_be_read(pristine: Path, tmp_path: Path, cli: Cli, kind: str, reason: str) -> None:
+def test_data_that_cannot_be_read(pristine: Path, tmp_path: Path, cli: tiny.Cli, kind: str, reason: str) -> None:
     path = broken_data(kind, tmp_path)
     with pytest.raises(VerifyError, match=reason):
         verify.verify(pristine, Options(data=path, latency=False), timer_script())
@@ -366,7 +357,7 @@ def optimised(path: Path) -> list[onnx.NodeProto]:
 # By itself
 
 
-def test_the_shipped_script_gives_the_same_answer(pristine: Path, data: Path, cli: Cli) -> None:
+def test_the_shipped_script_gives_the_same_answer(pristine: Path, data: Path, cli: tiny.Cli) -> None:
     ours = cli("verify", pristine, "--data", data, "--no-latency", "--json").json
     done = subprocess.run(
         [sys.executable, "verify.py", "--data", data, "--no-latency", "--json"], cwd=pristine, capture_output=True,
@@ -382,3 +373,11 @@ def test_the_shipped_script_says_what_is_wrong_in_one_sentence(pristine: Path, t
     )
     assert done.returncode == 2
     assert done.stderr == f"verify: {tmp_path}: not an export folder: it has no manifest.json.\n"
+
+
+def test_the_shipped_script_says_which_library_is_missing(pristine: Path) -> None:
+    done = subprocess.run(  # -I -S: without the packages that are installed here
+        [sys.executable, "-I", "-S", pristine / "verify.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "verify: numpy is not installed: pip install numpy onnxruntime\n"

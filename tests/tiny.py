@@ -5,8 +5,10 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import venv
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,10 @@ class FormulaTimer(Timer):
         self.target = Target()
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
-    ) -> dict[str, Timing]:
-        del least_rounds, most_rounds
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12,
+        kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
+    ) -> dict[str, Timing]:  # fmt: skip
+        del least_rounds, most_rounds, kernels, window_ms, round_ms
         files = {**models, REFERENCE: reference} if reference is not None else {**models}
         latency_ms = {key: 0.01 + path.stat().st_size / 1e7 for key, path in files.items()}
         return {
@@ -209,6 +212,10 @@ def write_run(config: Path) -> Path:
     (settings.out / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings)))
     (settings.out / "state.json").write_text(json.dumps({"state": "interrupted", "phase": "inspect"}))
     return settings.out
+
+
+Cli = Callable[..., Result]
+"""What the fixture ``cli`` gives: :func:`call` with the test's own output."""
 
 
 def call(*words: object, capsys: pytest.CaptureFixture[str]) -> Result:
@@ -237,6 +244,19 @@ def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) ->
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees only numpy, onnxruntime and what onnxruntime itself requires."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files if not file.parts[0].startswith("..")}:
+            source = Path(str(distribution(name).locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return folder / "bin" / "python"
 
 
 def add_trial(folder: Path, policy: Policy) -> int:

@@ -119,14 +119,43 @@ function stages(trial) {
     {},
     el("h4", {}, "Accuracy, stage by stage"),
     table(
-      ["Stage", "Rung", "Split", "#Examples", "#Accuracy"],
+      ["Stage", "Split", "#Examples", "#Accuracy"],
       trial.stages.map((s) => [
-        s.name,
-        s.rung,
+        el("span", {}, s.name, el("br"), el("small", { class: "muted" }, `${s.rung} rung`)),
         s.split,
-        s.samples.toLocaleString("en"),
+        decimal(s.samples, 0),
         withError(s.accuracy, s.se ?? null),
       ]),
+    ),
+  );
+}
+
+/** What undoing each choice alone would change, the one that saves most first. */
+function reasons(trial) {
+  const known = data.why[trial.trial] || [];
+  if (!known.length) return null;
+  const nouns = { group: "width of", layer: "bits of", block: "block" };
+  const choice = (entry) => (entry.kind === "group" ? `${Math.round(100 * entry.choice)} % less` : words(entry.choice));
+  const signed = (value, text) => (value < 0 ? `−${text(-value)}` : text(value));
+  const number = (value, text) => (typeof value === "number" ? signed(value, text) : unknown);
+  return el(
+    "div",
+    {},
+    el("h4", {}, "Why this policy"),
+    table(
+      ["Choice", "#Saves, ms", "#Costs, points", "#Damage, nats"],
+      known.map((entry) => [
+        `${nouns[entry.kind] || entry.kind} ${entry.name}: ${choice(entry)}`,
+        number(entry.saved_ms, (ms) => digits(ms, 2)) + (entry.measured ? "" : " pred."),
+        number(entry.accuracy_cost, (share) => (100 * share).toFixed(1)),
+        number(entry.sensitivity, (nats) => digits(nats, 2)),
+      ]),
+    ),
+    el(
+      "p",
+      { class: "muted below" },
+      "Undone one at a time: what the choice saves (measured beside this model, or predicted), and what the search's model " +
+        "of accuracy believes that it costs. Damage: before any fine-tune.",
     ),
   );
 }
@@ -229,7 +258,7 @@ function card(trial) {
     el(
       "div",
       { class: "halves" },
-      el("div", {}, training(trial)),
+      el("div", {}, reasons(trial), training(trial)),
       el("div", {}, stages(trial), parity(trial)),
     ),
     command(trial),

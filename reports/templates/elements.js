@@ -7,13 +7,23 @@ const data = JSON.parse(document.getElementById("data").textContent);
 
 const unknown = "–";
 
+/** A formatter for each number of decimals: making one costs far more than using it. */
+const formats = new Map();
+
+function decimal(value, decimals) {
+  if (!formats.has(decimals)) {
+    const both = { minimumFractionDigits: decimals, maximumFractionDigits: decimals };
+    formats.set(decimals, new Intl.NumberFormat("en", both));
+  }
+  return formats.get(decimals).format(value);
+}
+
 function digits(value, significant = 3) {
   if (value === null || value === undefined) return unknown;
   // Rounded first for the decimals: 9.996 has three digits as 10.0, not as 10.00.
   const rounded = Number(value.toPrecision(significant));
   const decimals = rounded ? significant - 1 - Math.floor(Math.log10(Math.abs(rounded))) : 0;
-  const shown = Math.min(12, Math.max(0, decimals));
-  return value.toLocaleString("en", { minimumFractionDigits: shown, maximumFractionDigits: shown });
+  return decimal(value, Math.min(12, Math.max(0, decimals)));
 }
 const percent = (share) =>
   share === null || share === undefined ? unknown : `${(100 * share).toFixed(1)} %`;

@@ -18,14 +18,29 @@ function markerUpdate(trace) {
   return null;
 }
 
+/** Where a trial stands in the picture: across and up, one or no value each. */
+function whereIs(traces, number) {
+  const x = [];
+  const y = [];
+  for (const trace of traces) {
+    const i = (trace.customdata || []).findIndex((custom) => custom[0] === number);
+    if (i >= 0) {
+      x.push(trace.x[i]);
+      y.push(trace.y[i]);
+    }
+  }
+  return [x, y];
+}
+
 /** The mark of the chosen trial, and on a phone the colour bar on top, where it takes no width. */
 function completeFront(figure, narrow) {
+  const [x, y] = whereIs(figure.data, selected);
   figure.data.push({
     type: "scatter",
     mode: "markers",
     name: "selected",
-    x: [],
-    y: [],
+    x,
+    y,
     hoverinfo: "skip",
     showlegend: false,
     marker: { symbol: "circle-open", size: 22, line: { width: 2 } },
@@ -34,7 +49,13 @@ function completeFront(figure, narrow) {
   if (narrow && scale) {
     const above = { orientation: "h", y: 1.02, yanchor: "bottom", x: 0.5, len: 0.9 };
     Object.assign(scale.marker.colorbar, above);
-    figure.layout.margin.t = 76;
+    Object.assign(figure.layout.margin, { t: 110, r: 16 });
+  }
+  if (narrow) {
+    figure.layout.margin.b = 120; // the legend takes several lines there
+    // The name of the leftmost point would stand on the axis.
+    const [leftmost] = [...(figure.layout.annotations || [])].sort((a, b) => a.x - b.x);
+    if (leftmost) Object.assign(leftmost, { ax: 0, ay: -30, xanchor: "left" });
   }
   for (const trace of figure.data) setKeys(trace, markerUpdate(trace) || {});
 }
@@ -179,16 +200,8 @@ function sayWithin(limits) {
 function ring(number) {
   const plot = frontPlot();
   if (!plot) return;
-  const x = [];
-  const y = [];
-  for (const trace of plot.data) {
-    const i = (trace.customdata || []).findIndex((custom) => custom[0] === number);
-    if (i >= 0) {
-      x.push(trace.x[i]);
-      y.push(trace.y[i]);
-    }
-  }
   const mark = plot.data.findIndex((trace) => trace.name === "selected");
+  const [x, y] = whereIs(plot.data, number);
   Plotly.restyle(plot, { x: [x], y: [y] }, mark);
 }
 

@@ -83,6 +83,7 @@ function fillChooser() {
       );
     }
   }
+  chooser.value = String(selected);
   chooser.addEventListener("change", () => select(Number(chooser.value)));
 }
 
@@ -100,12 +101,13 @@ function listen() {
 }
 
 startFront();
-startFigures();
-const front = frontPlot();
-if (front) front.on("plotly_click", (event) => clicked(event.points));
 listen();
 if (byNumber.size) {
   document.getElementById("trial-section").hidden = false;
-  fillChooser();
   select(selected);
 }
+startFigures();
+const front = frontPlot();
+if (front) front.on("plotly_click", (event) => clicked(event.points));
+// The list of thousands of trials can come after the picture.
+requestAnimationFrame(() => setTimeout(fillChooser));

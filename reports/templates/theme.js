@@ -1,7 +1,9 @@
-// Figures: drawn one after another in the theme's colours, light on paper.
+// Figures: the first at once, the others when they come near the window; in the theme's colours, light on paper.
 
 /** Elements that hold a figure. */
 const drawn = [];
+/** Their heights on the screen, in pixels. */
+const heights = new Map();
 /** What else is to be changed in a figure before and after the theme changes, by the pages that need it. */
 const hooks = { before: (_key, _figure, _place) => {}, after: (_place) => {} };
 
@@ -64,26 +66,36 @@ function toggleTheme() {
   applyTheme();
 }
 
-function draw(key, figure) {
-  const place = document.getElementById(`plot-${key}`);
+const waiting = new Map(Object.entries(data.figures).map(([key, figure]) => [`plot-${key}`, [key, figure]]));
+
+/** Draw the figure that belongs into an element, once. */
+function draw(place) {
+  if (!waiting.has(place.id)) return;
+  const [key, figure] = waiting.get(place.id);
+  waiting.delete(place.id);
   const remove = ["select2d", "lasso2d", "autoScale2d"];
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: remove };
   hooks.before(key, figure, place);
   setKeys(figure.layout, themeUpdate());
   Plotly.newPlot(place, figure.data, figure.layout, config);
+  heights.set(place, figure.layout.height);
   drawn.push(place);
 }
 
-const waiting = Object.entries(data.figures);
+const drawAll = () => [...waiting.keys()].forEach((id) => draw(document.getElementById(id)));
 
-function drawNext() {
-  if (!waiting.length) return;
-  draw(...waiting.shift());
-  setTimeout(drawNext);
-}
+/** Of a page without its margins, in CSS pixels: A4, which also fits on Letter. */
+const PAPER_WIDTH = 700;
 
-function drawAll() {
-  while (waiting.length) draw(...waiting.shift());
+/** The size of a figure on paper: as wide as its card, whose halves stand side by side, and less high than on the screen,
+ * but where each row has its name. */
+function onPaper(place) {
+  const half = place.closest(".half");
+  const named = place._fullLayout.yaxis.type === "category";
+  return {
+    width: half ? PAPER_WIDTH / 2 - 30 : PAPER_WIDTH - 26,
+    height: named ? heights.get(place) : Math.round((half ? 0.7 : 0.6) * heights.get(place)),
+  };
 }
 
 let themeOnScreen;
@@ -93,23 +105,24 @@ function beforePrint() {
   themeOnScreen = document.documentElement.dataset.theme;
   document.documentElement.dataset.theme = "light";
   for (const part of document.querySelectorAll("details")) part.open = true;
-  // Figures have fixed widths: those of a whole and of half a page.
-  applyTheme((place) => ({ width: place.closest(".half") ? 310 : 660 }));
+  applyTheme(onPaper);
 }
 
 function afterPrint() {
   if (themeOnScreen) document.documentElement.dataset.theme = themeOnScreen;
   else delete document.documentElement.dataset.theme;
   // No width is the container's again. Asking for autosize would drop the figure's height as well.
-  applyTheme(() => ({ width: null }));
+  applyTheme((place) => ({ width: null, height: heights.get(place) }));
 }
 
-/** Draw the first figure now and the others when the page has been shown; follow the theme and the printer. */
+/** Draw the first figure now and each other one before it is scrolled to; follow the theme and the printer. */
 function startFigures() {
   labelToggle();
-  if (waiting.length) draw(...waiting.shift());
-  performance.mark("first picture");
-  setTimeout(drawNext, 50);
+  const [first, ...others] = [...waiting.keys()].map((id) => document.getElementById(id));
+  if (first) draw(first);
+  const near = (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => draw(entry.target));
+  const watch = new IntersectionObserver(near, { rootMargin: "100% 0px" });
+  for (const place of others) watch.observe(place);
   document.getElementById("theme").addEventListener("click", toggleTheme);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     labelToggle();
