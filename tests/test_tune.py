@@ -18,7 +18,11 @@ with warnings.catch_warnings():
 
     from nightpress.search.tune import TuneSearch, run_tune_night
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+    pytest.mark.filterwarnings("ignore"),  # Tune uses what Python and its own packages have deprecated
+]
 
 
 def tuner(search: TuneSearch, storage: Path) -> tune.Tuner:
