@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ def spin() -> None:
 
 
 @contextmanager
-def busy(processes: int) -> Iterator[None]:
+def busy(processes: int) -> Generator[None]:
     """So many processes that compute without end."""
     context = multiprocessing.get_context("spawn")
     started = [context.Process(target=spin, daemon=True) for _ in range(processes)]

@@ -49,7 +49,7 @@ class World:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         planned = plan(self.space.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return float(self.profile.predict([policy])[0, 0]), self.profile.predict_size(planned)
 
     def truth(self, policy: Policy) -> dict[str, float]:
         need = 6.0 * len(policy.removed_blocks)

@@ -1,8 +1,11 @@
 """The model card: what this export is, what was measured, and how, in words."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..evaluators.latency.target import Target
+from ..evaluators.latency.timer import PROVIDERS
 from ..search.records import NOTE, PICK, REJECT, Latency, Verified
 from ..spaces.policy import Distill
 from .origin import Origin
@@ -21,19 +24,14 @@ A compressed version of the model of task `{task}`, made by nightpress {version}
 
 - Accuracy: {runtime_name} on the whole test split ({samples} examples), weights from the rung `{rung}`{longer}. The
   original's accuracy is the better of the given weights and of the uncompressed model after the same extra training.
-- Latency: batch {batch}, {threads} thread(s), {cpu}, {runtime_name} {runtime}; {how}.
+- Latency: batch {batch}, {threads} thread(s), {cpu}, {runtime_id} {runtime}; {how}.
 - Agreement with the fake-quantised torch model on the whole test split: top-1 {agreement:.2%}, largest difference of an
   output {difference:.4f}.
 - Layers that run on integer kernels, read back from the optimised graph: {integer_layers} of {layers}.
 
 ## How to run it
 ```python
-import json, onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = {threads}
-session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"],
-                                       disabled_optimizers={disabled!r})
-logits = session.run(["logits"], {{"input": batch}})[0]   # batch: float32, shape (n, …), preprocessed as in training
+{program}   # batch: float32, shape (n, …), preprocessed as in training
 ```
 The session options are part of the measurement (`runtime.json`): with others the speed and the numbers may differ.
 `python verify.py --data test.npz` checks files, accuracy and speed on the machine that serves it.
@@ -48,6 +46,16 @@ The session options are part of the measurement (`runtime.json`): with others th
 model.safetensors --out model.pt`. `finetune.yaml` holds the full-length training.
 """
 RUNTIME_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+_OPENVINO = """import openvino
+options = {{"INFERENCE_NUM_THREADS": {threads}, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}}
+model = openvino.Core().compile_model("model.onnx", "CPU", options)
+logits = model(batch)[0]"""
+_ONNXRUNTIME = """import json, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = {threads}
+session = onnxruntime.InferenceSession("model.onnx", options, providers={providers},
+                                       disabled_optimizers={disabled!r})
+logits = session.run(["logits"], {{"input": batch}})[0]"""
 _SAID = {PICK: "approved by", REJECT: "rejected by", NOTE: "note of"}
 
 
@@ -75,13 +83,14 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         threads=target.threads,
         cpu=_line(device.get("cpu", "unknown CPU")),
         runtime_name=RUNTIME_NAMES.get(target.runtime, target.runtime),
+        runtime_id=target.runtime,
+        program=_program(target),
         how=_how(verified.latency),
         runtime=_line(device.get("runtime_version", "unknown")),
         agreement=verified.top1_agreement,
         difference=verified.max_abs_diff,
         integer_layers=sum(kind == "int8" for kind in verified.bits_used.values()),
         layers=len(verified.bits_used),
-        disabled=list(target.disabled_optimizers),
         digest=origin.digest,
         pruned=len(policy["prune"]),
         quantised=len(policy["bits"]),
@@ -90,6 +99,16 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         learning_rate=policy["finetune"]["learning_rate"],
         approvals="; ".join(map(_said, origin.approvals)) or "none",
     )
+
+
+def _program(target: Target) -> str:
+    """How to load and run the file with the settings of the measurement."""
+    if target.runtime == "openvino":
+        return _OPENVINO.format(threads=target.threads)
+    return _ONNXRUNTIME.format(
+        threads=target.threads, providers=json.dumps(PROVIDERS[target.runtime]),
+        disabled=list(target.disabled_optimizers),
+    )  # fmt: skip
 
 
 def _how(latency: Latency) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.anatomy import WEIGHTED, Op, op_macs
+from ..spaces.anatomy import Op, op_macs
 from ..spaces.policy import FP32, Distill, Policy
 from ..spaces.space import Space, parse_bits
 
@@ -241,7 +241,6 @@ class Shapes:
 
 
 def _layer_work(op: Op, before: Op, removed: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    assert op.kind in WEIGHTED
     full = op_macs(op.kind, op.attrs, before.shape, op.shape)
     out, full_out = _size(op, op.channel_axis, removed), op.shape[op.channel_axis]
     axis = 1 if op.kind == "conv" else len(before.shape) - 1

@@ -193,7 +193,7 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
-        sampler.sensitivity = session.sensitivity
+        sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
         reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference = losses(
@@ -234,6 +234,7 @@ def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str |
     for policy, name in policies:
         if digest(policy) not in known:
             enqueue(session, policy, kept, name)
+            known.add(digest(policy))  # two rules may come to the same policy in a small network
 
 
 def _enqueue_seeds(session: Session) -> None:

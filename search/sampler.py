@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy
 from ..spaces.space import Space
 from .breeding import PARENTS, breed, fresh
-from .costs import Costs, QuickCosts
+from .costs import Costs, ManyCosts, QuickCosts, one_by_one
 from .encoding import Encoder
 from .experience import Experience
 from .gain import Target, expected_gain, target
@@ -117,6 +117,8 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
+    many: ManyCosts | None = None
+    """Costs of many policies at once; one by one without it."""
     memory: Memory | None = None
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
@@ -159,7 +161,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
         surrogate = self.surrogate()
-        aim = self._aim(surrogate)
+        aim = self._aim(surrogate, self.reference)
         rows = self._bred(surrogate, aim, generator)
         return self._best(rows, surrogate, aim) or self.space.random(generator)
 
@@ -201,13 +203,12 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             self._fitted = len(observations), found.kernel
         return found
 
-    def _aim(self, surrogate: Surrogate) -> Target:
+    def _aim(self, surrogate: Surrogate, reference: tuple[float, float, float]) -> Target:
         """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
-        assert self.reference is not None
         rows = self.experience.rows
         expected = surrogate.scale.down(surrogate.predict(rows)[0])
         points = np.column_stack([expected, self.experience.costs])
-        return target(points, np.array([-self.reference[0], *self.reference[1:]]))
+        return target(points, np.array([-reference[0], *reference[1:]]))
 
     def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
@@ -241,7 +242,7 @@ class NightpressSampler(optuna.samplers.BaseSampler):
 
     def _quick_costs(self) -> QuickCosts:
         if self._quick is None:
-            self._quick = QuickCosts(self.encoder, self.costs, self.seed)
+            self._quick = QuickCosts(self.encoder, self.many or one_by_one(self.costs), self.seed)
         return self._quick
 
     def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:

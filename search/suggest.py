@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.inspect import inspect
+from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.profile import Profile, load_profile
 from ..evaluators.latency.target import Target
 from ..evaluators.task import load_task
@@ -20,7 +21,7 @@ from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
 from .breeding import breed, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
-from .costs import QuickCosts
+from .costs import QuickCosts, one_by_one
 from .encoding import Encoder
 from .experience import Experience
 from .folder import TARGET
@@ -44,8 +45,13 @@ class Known:
     anatomy: Anatomy
 
     def costs(self, policy: Policy) -> tuple[float, int]:
-        planned = plan(self.anatomy, policy)
-        return float(self.profile.predict([policy])[0, 0]), self.profile.predict_size(planned)
+        """Predicted latency in ms and file size in bytes. A policy with a kind of kernel that was never measured is
+        taken to be no faster than the uncompressed model: it could be anything, so it is not suggested."""
+        size = self.profile.predict_size(plan(self.anatomy, policy))
+        try:
+            return float(self.profile.predict([policy])[0, 0]), size
+        except UnseenKernelError:
+            return self.profile.reference_ms, size
 
 
 def known_of(run: RunRecord) -> Known:
@@ -136,7 +142,7 @@ def _untried(
     front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))
              for t in within if t.verified]  # fmt: skip
     aim = aim_at(np.array(front).reshape(len(front), 3), corner)
-    quick = QuickCosts(encoder, known.costs, seed)
+    quick = QuickCosts(encoder, one_by_one(known.costs), seed)
 
     def worth(rows: Array, costs: Array | None = None) -> Array:
         costs = quick(rows) if costs is None else costs
@@ -153,11 +159,12 @@ def _untried(
     costs = quick.price(found, policies)
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
+    eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)
     while len(chosen) < MOST_SUGGESTED:
-        gains = worth(found, costs)
+        gains = np.where(eligible, worth(found, costs), -np.inf)
         gains[chosen] = -np.inf
         best = int(np.argmax(gains))
-        if gains[best] <= 1e-6 or costs[best, 0] > corner[1] or costs[best, 1] > corner[2]:
+        if gains[best] <= 1e-6:
             break
         chosen.append(best)
         aim = aim.with_point(float(median[best]), costs[best])

@@ -187,7 +187,8 @@ def test_a_night_refuses_a_wrong_task_as_the_other_commands_do(cli: Cli, place: 
 
 def test_a_target_that_is_neither_runtime_nor_profile(cli: Cli, place: tiny.Place) -> None:
     sentence = tiny.refused(cli("inspect", place.task, "--target", "tensorrt", "--json"))
-    assert sentence == "--target: target must be one of onnxruntime or a profile file, but got 'tensorrt'."
+    runtimes = "onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, openvino"
+    assert sentence == f"--target: target must be one of {runtimes} or a profile file, but got 'tensorrt'."
 
 
 def test_more_threads_than_cores(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_weights_that_are_not_those_of_the_policy(cli: Cli, place: tiny.Place, t
          "a profile holds for one device; cpu was 'Z80' when it was made, here it is "),
         (lambda p: {**p, "device": {**p["device"], "runtime_version": "0.1"}},
          "a profile holds for one device; runtime_version was '0.1' when it was made, here it is "),
-        (lambda p: {**p, "version": 9}, "a profile of version 1 was expected; make one with nightpress calibrate."),
+        (lambda p: {**p, "version": 9}, "a profile of version 2 was expected; make one with nightpress calibrate."),
         (lambda p: {key: p[key] for key in p if key != "points"}, "the profile is damaged: KeyError 'points'."),
     ],
 )  # fmt: skip

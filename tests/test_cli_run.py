@@ -89,11 +89,10 @@ def test_the_simple_rules_are_its_baselines(night: tiny.Night) -> None:
     baselines = night.result.json["baselines"]
     names = [point["name"] for point in baselines]
     fp32 = ["uniform 75% fp32", "uniform 50% fp32", "uniform 25% fp32"]  # left out where INT8 is faster and smaller
-    assert [name for name in names if name not in fp32 and not name.startswith("greedy")] == [
+    assert [name for name in names if name not in fp32 and not name.startswith(("greedy", "global magnitude"))] == [
         "uncompressed", "uniform INT8", "uniform 75% INT8", "uniform 50% INT8", "uniform 25% INT8",
-        "global magnitude 50% INT8", "global magnitude 25% INT8",
     ]  # fmt: skip
-    assert any(name.startswith("greedy") for name in names)
+    assert any(name.startswith("global magnitude") for name in names)  # each policy once, whoever comes to it
     for point in baselines:
         assert point.keys() >= POINT_KEYS
         assert point["measured"] is True

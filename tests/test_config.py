@@ -67,6 +67,8 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "threads": 1,
             "batch": 1,
             "disabled_optimizers": ("WeightBiasQuantization",),
+            "channel_steps": ((0, 4), (64, 8)),
+            "integer_kernels": True,
         },
         "target_profile": None,
         "seed": 0,
@@ -86,17 +88,23 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
         },
         "search": {
             "sampler": "nightpress",
+            "without": (),
             "runner": "local",
             "address": None,
             "workers": 1,
             "resources": {"cpu": None, "gpu": 0.0, "memory_gb": None},
             "storage": None,
+            "study": "nightpress",
             "max_trials": None,
         },
         "finetune": {"short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
-        "calibration_policies": 40,
+        "calibration_policies": None,
+        "force": False,
         "warm_start": (),
+        "seeds": (),
         "device": "auto",
+        "max_disk_bytes": 20_000_000_000,
+        "notify": {"webhook": None, "command": None},
     }
 
 
@@ -121,15 +129,18 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
           scales: [fixed, learned]
         search:
           sampler: random
+          without: [rungs, seeds]
           runner: ray
           address: 10.0.0.1:6379
           workers: auto
           resources: {cpu: 4, gpu: 0.5, memory_gb: 8}
           storage: "sqlite:///a.db"
+          study: plates
           max_trials: 9
         finetune: {short_steps: 3, long_steps: 4, batch_size: 8, finalists: 2}
         calibration_policies: 12
         warm_start: [runs/a, runs/b]
+        seeds: [mine.json]
         device: cpu
         """
     )
@@ -146,12 +157,15 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
     assert (config.space.importance, config.space.stages) == (("l1", "taylor"), (1, 4))
     assert (config.space.ranges, config.space.scales) == (("mse",), ("fixed", "learned"))
     assert asdict(config.search) == {
-        "sampler": "random", "runner": "ray", "address": "10.0.0.1:6379", "workers": "auto",
-        "resources": {"cpu": 4, "gpu": 0.5, "memory_gb": 8.0}, "storage": "sqlite:///a.db", "max_trials": 9,
+        "sampler": "random", "without": ("rungs", "seeds"), "runner": "ray", "address": "10.0.0.1:6379",
+        "workers": "auto",
+        "resources": {"cpu": 4, "gpu": 0.5, "memory_gb": 8.0}, "storage": f"sqlite:///{tmp_path.resolve()}/a.db",
+        "study": "plates", "max_trials": 9,
     }  # fmt: skip
     assert asdict(config.finetune) == {"short_steps": 3, "long_steps": 4, "batch_size": 8, "finalists": 2}
     assert config.calibration_policies == 12
     assert config.warm_start == (str(tmp_path.resolve() / "runs/a"), str(tmp_path.resolve() / "runs/b"))
+    assert config.seeds == (str(tmp_path.resolve() / "mine.json"),)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +208,7 @@ def test_the_run_folder_of_the_command_line_wins(tmp_path: Path) -> None:
         ("task: a\ntarget: {thread: 1}", "unknown key target.thread; did you mean threads"),
         (
             "task: a\nsearch: {zzzz: 1}",
-            "unknown key search.zzzz (known: address, max_trials, resources, runner, sampler, storage, workers",
+            "unknown key search.zzzz (known: address, max_trials, resources, runner, sampler, storage, study, without",
         ),
         ("task: a\n1: 2", "unknown key 1 (known: budget, calibration_policies"),
     ],
@@ -465,3 +479,8 @@ def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None
     path.write_text(text)
     with pytest.raises(InputError, match=r"here\.json: not a profile of nightpress calibrate"):
         read_target(path)
+
+
+def test_a_part_that_the_search_does_not_have_cannot_be_left_out(load: Load) -> None:
+    with pytest.raises(InputError, match=r"search.without must be a list out of .*'rungs'.*, but got \['rung'\]"):
+        load("task: a\nsearch: {without: [rung]}")

@@ -224,9 +224,10 @@ def test_tied_weights_stay_one_parameter() -> None:
 def test_a_channel_shuffle_ties_what_it_puts_side_by_side() -> None:
     anatomy = made_of("dealt").anatomy
 
-    # Of the four that pass the first unit two pass the second one too, and take two channels of it with them.
-    found = {group.name: (group.channels, group.unit, owns(group)["stem.weight", 0]) for group in anatomy.groups}
-    assert found == {"stem": (2, 1, ((0,), (1,))), "stem#1": (2, 1, ((2,), (3,)))}
+    # Of the four that pass the first unit two pass the second one too, and take two channels of it each with them.
+    assert {group.name: owns(group)["stem.weight", 0] for group in anatomy.groups} == {
+        "stem": ((0,), (1,)), "stem#1": ((2,), (3,)), "stem#2": ((4,), (5,), (6,), (7,)),
+    }  # fmt: skip
     assert owns(anatomy.group("stem"))["inner.one.weight", 0] == ((0,), (1,))
     assert owns(anatomy.group("stem"))["inner.two.weight", 0] == ((0, 1), (2, 3))
     assert owns(anatomy.group("stem"))["head.weight", 1] == ((0, 1, 2, 3), (4, 5, 6, 7))

@@ -183,23 +183,23 @@ def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pyte
 # A profile that is used although it is of another device
 
 
-def test_an_overridden_profile_says_so_in_every_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    place = tiny.place(tmp_path)
-    profile = json.loads(place.profile.read_text())
-    profile["device"]["cpu"] = "Another CPU"
-    place.profile.write_text(json.dumps(profile))
-    words = ("predict", place.task, place.policy, "--target", place.profile, "--json")
+def test_an_overridden_profile_says_so_in_every_number(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, path = tiny.place(tmp_path_factory), tmp_path / "profile.json"
+    data = json.loads(place.profile.read_text())
+    path.write_text(json.dumps({**data, "device": {**data["device"], "cpu": "Another CPU"}}))
+    words = ("predict", place.task, place.policy, "--target", path, "--json")
 
     assert "cpu was 'Another CPU' when it was made" in tiny.call(*words, capsys=capsys).sentence
 
     [row] = tiny.call(*words, "--force", capsys=capsys).json["policies"]
-    assert row["forced"].startswith(
-        "a profile holds for one device; cpu was 'Another CPU' when it was made, here it is"
-    )
-    loaded = load_profile(place.profile, place.anatomy, force=True)
-    place.profile.write_text(json.dumps(profile_to_dict(loaded)))
+    assert row["forced"].startswith("a profile holds for one device; cpu was 'Another CPU' when it was made, here it")
+    kept = profile_to_dict(load_profile(path, place.anatomy, force=True))
+    assert kept["forced"] == [row["forced"]]
+    path.write_text(json.dumps({**kept, "device": data["device"]}))
     with pytest.raises(InputError, match=r"cpu was 'Another CPU'"):  # what was overridden once stays in the file
-        load_profile(place.profile, place.anatomy)
+        load_profile(path, place.anatomy)
 
 
 @pytest.mark.slow

@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import fx
 
+import tiny as night
 from nightpress.evaluators import builtin
 from nightpress.evaluators.bake import bake
+from nightpress.evaluators.compute import Compute
+from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency import timer as script
 from nightpress.evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing, write_random
 from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
+from nightpress.search.finalists import LEAST_AGREEMENT
 from nightpress.search.session import noise_warnings
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
@@ -52,6 +56,25 @@ def test_a_runtime_runs_what_the_policy_says_and_answers_as_torch_does(
         expected = module(images(1))
     atol = 1e-4 if policy == POLICIES["uncompressed"] else 0.05 * float(expected.abs().max())
     torch.testing.assert_close(session.outputs(images(1)), expected, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_finalist_is_judged_in_its_target_s_runtime(
+    target: Target, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place = night.place(tmp_path_factory)
+    recipe = Recipe(
+        task=place.task, base=None, anatomy=place.anatomy, seed=0, compute=Compute(), batch_size=64, threads=1,
+        disabled_optimizers=target.disabled_optimizers, runtime=target.runtime,
+    )  # fmt: skip
+    policy = uniform(place.anatomy, width=0.5, bits=INT8)
+
+    outcome = Evaluator(recipe)(Job(policy=policy, rung="long", seed=0, steps=0, folder=tmp_path))
+
+    assert set((outcome.bits_used or {}).values()) == {"int8"}
+    assert (outcome.top1_agreement or 0.0) >= LEAST_AGREEMENT
+    assert outcome.exported is not None
+    assert outcome.exported.samples == 80
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_our_sampler_covers_more_than_random_choice_at_equal_trials(tmp_path: Pa
         folder = tmp_path / name
         folder.mkdir()
         store = made_store(folder, space, name)
-        run_trials(store, space, 30)
+        run_trials(store, space, 18)
         points = [
             losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
             for t in store.trials()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nightpress.search.costs import QuickCosts
+from nightpress.search.costs import QuickCosts, one_by_one
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
 from nightpress.search.netadapt import NetAdaptSampler
@@ -83,7 +83,7 @@ def test_work_of_rows_is_that_of_their_plans(encoder: Encoder) -> None:
 
 def test_quick_costs_follow_the_exact_ones(encoder: Encoder) -> None:
     exact = costs_of(encoder.space.anatomy)
-    quick = QuickCosts(encoder, exact)
+    quick = QuickCosts(encoder, one_by_one(exact))
     rows = encoder.random(100, np.random.default_rng(9))
 
     errors = np.abs(quick(rows) / np.array([exact(encoder.policy(row)) for row in rows]) - 1)
@@ -168,7 +168,8 @@ def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space
         policy = space.sample(TrialSuggest(trial))
         latency, size = costs(policy)
         store.begin(trial, policy, 0.0)
-        store.note(trial.number, size_bytes=size, predicted={"latency_ms": latency})
+        predicted = {"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False}
+        store.note(trial.number, size_bytes=size, predicted=predicted)
         found.append(digest(policy))
 
     assert len(set(found) | {t.digest for t in store.trials()}) == 12

@@ -7,6 +7,8 @@ import pytest
 import tiny
 from nightpress.spaces.policy import digest, policy_from_json
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory: pytest.TempPathFactory) -> tiny.Night:

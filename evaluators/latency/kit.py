@@ -28,7 +28,7 @@ from .measure import (
     timings_of,
     write_random,
 )
-from .target import Fingerprint, Target, target_from_dict, target_to_dict
+from .target import Fingerprint, Target, fingerprint_from_dict, target_from_dict, target_to_dict
 
 VERSION = 1
 MEASURE = "measure.py"
@@ -118,7 +118,7 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
     return Results(
         target=target_from_dict(kit["settings"]),
-        device=Fingerprint(**{**data["device"], "flags": tuple(data["device"]["flags"])}),
+        device=fingerprint_from_dict(data["device"]),
         policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
         timings=timings_of(data),
         sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},

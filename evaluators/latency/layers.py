@@ -10,6 +10,9 @@ import onnx
 from ...spaces.anatomy import WEIGHTED, Anatomy
 from .measure import KERNEL_PASSES, Timer
 
+ROUND_MS = 150
+"""Shares are shown, not seconds: less spread in time will do, and a night has many files to look at."""
+
 # What the runtimes' optimisers append to a node's name when they rewrite it.
 _SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+|/WithoutBiases)+$")
 _PARAMETER = re.compile(r"\.(weight|bias)\b.*$")
@@ -32,7 +35,9 @@ def layer_costs(path: Path, anatomy: Anatomy, timer: Timer) -> LayerCosts:
     owners = _owners(anatomy)
     found: dict[str, dict[str, float]] = {}
     other_ms = 0.0
-    timing = timer.time({"model": path}, None, least_rounds=KERNEL_PASSES, most_rounds=KERNEL_PASSES, kernels=True)
+    timing = timer.time(
+        {"model": path}, None, least_rounds=KERNEL_PASSES, most_rounds=KERNEL_PASSES, kernels=True, round_ms=ROUND_MS
+    )
     for name, kernel in timing["model"].kernels.items():
         layer = owners.get(_PARAMETER.sub("", _SUFFIX.sub("", name)))
         if layer is None:

@@ -20,7 +20,7 @@ from .features import payload_bytes, structure
 from .measure import REFERENCE, Timer, Timing, measure_policies
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import Measured, Predictor, fit
-from .target import Fingerprint, Target, fingerprint, target_from_dict, target_to_dict
+from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, target_from_dict, target_to_dict
 from .units import Worker
 
 VERSION = 2
@@ -211,12 +211,11 @@ def _profile_from_dict(
     data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None, force: bool
 ) -> Profile:
     target = target_from_dict(data["target"])
-    recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
-    device = Fingerprint(**recorded)
+    device = fingerprint_from_dict(data["device"])
     remote = bool(data.get("remote", False))
-    differences = tuple(data.get("forced", ())) + differences_of(
-        data["model"], device, anatomy.digest, device if remote else here or fingerprint(target)
-    )
+    now = device if remote else here or fingerprint(target)
+    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, now)]
+    differences = tuple(dict.fromkeys(found))
     if differences and not force:
         raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
     if data["model"] != anatomy.digest:

@@ -61,7 +61,13 @@ def fingerprint(target: Target) -> Fingerprint:
     found = timer.device(target.runtime)
     if found["runtime_version"] is None:
         raise InputError(missing_runtime(target.runtime) or f"{target.runtime} has no version.")
-    return Fingerprint(**{**found, "flags": tuple(found["flags"])})
+    return fingerprint_from_dict(found)
+
+
+def fingerprint_from_dict(data: Mapping[str, Any]) -> Fingerprint:
+    """A device as JSON has it. Raises KeyError or TypeError when something is missing or unknown."""
+    values: dict[str, Any] = {**data, "flags": tuple(data["flags"])}
+    return Fingerprint(**values)
 
 
 def missing_runtime(runtime: str) -> str | None:
