@@ -24,11 +24,12 @@ demo: $(VENV)/.extra-demo ## compress the example in a new folder under runs/, a
 test: $(VENV)/.extra-test ## run all tests, slow ones too (ARGS="-m 'not slow'" leaves those out)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(VENV)/.extra-dev ## lint, format, types and the tests that guard the structure
+check: $(VENV)/.extra-dev ## lint, format, types, the tests that guard the structure, known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 	$(BIN)/pytest -q $(GUARDS)
+	.ci/audit
 
 clean: ## remove caches and build output; .venv and runs/ stay
 	rm -rf build dist *.egg-info .coverage htmlcov .pytest_cache .ruff_cache .hypothesis

@@ -208,28 +208,31 @@ def narrow_late(bench: Bench, like: Policy) -> tuple[str, Policy]:
     return "last layers narrow, INT8", canonical(replace(like, prune=ratios, bits=bits), bench.anatomy)
 
 
-def half_the_blocks(bench: Bench, like: Policy) -> tuple[str, Policy]:
-    """ResNet-56: without the blocks that are missed least, until half the MACs are left."""
+def half_the_work(bench: Bench, like: Policy) -> tuple[str, Policy]:
+    """ResNet-56 at half the MACs: without the nine blocks that are missed least, and a quarter fewer channels inside
+    the others.
+
+    After half an epoch this mixture was better than either alone: 87.5 % against 86.1 % (14 blocks removed) and
+    87.0 % (half the inner channels).
+    """
     damage: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for block in bench.anatomy.blocks:
             policy = replace(like, removed_blocks=(block.name,))
             job = Job(policy=policy, rung="sensitivity", seed=0, steps=0, folder=Path(folder))
             damage[block.name] = bench.evaluator(job).divergence or 0.0
-    removed: list[str] = []
-    whole = bench.anatomy.macs
-    for block in sorted(bench.anatomy.blocks, key=lambda b: damage[b.name] / b.macs):
-        if sum(b.macs for b in bench.anatomy.blocks if b.name in removed) < 0.5 * whole:
-            removed.append(block.name)
+    removed = sorted(bench.anatomy.blocks, key=lambda b: damage[b.name] / b.macs)[:9]
+    inner = {group.name: 0.25 for group in bench.anatomy.groups if group.name.endswith(".conv1")}
     bits = {layer.name: INT8 for layer in bench.anatomy.layers}
-    policy = replace(like, removed_blocks=tuple(sorted(removed)), bits=bits)
+    names = tuple(sorted(block.name for block in removed))
+    policy = replace(like, removed_blocks=names, prune=inner, bits=bits)
     return f"without {len(removed)} blocks, INT8", canonical(policy, bench.anatomy)
 
 
 GOALS: dict[str, tuple[int, Callable[[Bench, Policy], tuple[str, Policy]]]] = {
     "vgg16_half": (5 * 45_000, narrow_late),
     "vgg16": (5 * 45_000, narrow_late),
-    "resnet56": (2 * 45_000, half_the_blocks),
+    "resnet56": (4 * 45_000, half_the_work),
 }
 
 

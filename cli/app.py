@@ -2,7 +2,7 @@
 
 import typer
 
-from . import night, parts, review, ship
+from . import dashboard, kit, night, parts, review, ship, suggest
 
 app = typer.Typer(
     name="nightpress",
@@ -11,9 +11,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
-    parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, parts.predict, parts.measure,
-    night.run, night.status, night.report, night.compare, review.review, review.approve, review.reject,
-    ship.export, ship.verify, ship.finetune, parts.apply,
+    parts.init, parts.doctor, parts.inspect, parts.sample, parts.calibrate, kit.kit, parts.predict, parts.measure,
+    night.run, night.status, dashboard.dashboard, night.report, night.compare, suggest.suggest,
+    review.review, review.approve, review.reject, ship.export, ship.verify, ship.finetune, parts.apply,
 ):  # fmt: skip
     app.command()(command)
 

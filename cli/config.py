@@ -4,7 +4,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -12,12 +12,18 @@ from typing import Any, cast, get_args, get_type_hints
 import yaml
 
 from ..evaluators.latency.target import RUNTIMES, Target, target_from_dict
+from ..search.claims import sqlite_file, without_password
+from ..search.clock import Deadline
 from ..search.config import (
+    AUTO,
+    PARTS,
+    RAY,
     RUNNERS,
     SAMPLERS,
     BitsConfig,
     FineTuneConfig,
     Limits,
+    Notify,
     PruneConfig,
     RunConfig,
     SearchConfig,
@@ -90,9 +96,12 @@ class FileConfig:
     space: FileSpace = field(default_factory=FileSpace)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    calibration_policies: int = 40
+    calibration_policies: int | None = None
     warm_start: tuple[str, ...] = ()
+    seeds: tuple[str, ...] = ()
     device: str = "auto"
+    max_disk: str = "20GB"
+    notify: Notify = field(default_factory=Notify)
 
 
 def load_config(path: Path, out: Path | None = None) -> RunConfig:
@@ -137,7 +146,13 @@ def validated(data: Mapping[str, Any], path: Path) -> FileConfig:
         raise InputError(f"{path}: {key} {text[0].lower() + text[1:]}, but got {wrong['input']!r}.") from None
 
 
-_ALTERNATIVES = ("str", "bool", "tuple[str, ...]")  # of unions, as pydantic calls them in a key's path
+_ALTERNATIVES = (
+    "str",
+    "bool",
+    "int",
+    "literal['auto']",
+    "tuple[str, ...]",
+)  # of unions, as pydantic calls them in a key's path
 _WORDS = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
@@ -169,20 +184,50 @@ def _resolved(file: FileConfig, path: Path, out: Path | None) -> RunConfig:
         budget_seconds=parse_budget(file.budget, f"{where}: budget") if file.budget is not None else None,
         limits=file.limits,
         space=file.space.resolved,
-        search=file.search, finetune=file.finetune, calibration_policies=file.calibration_policies,
-        warm_start=tuple(str(base / earlier) for earlier in file.warm_start), device=file.device,
+        search=_search(file.search, base), finetune=file.finetune, calibration_policies=file.calibration_policies,
+        warm_start=tuple(str(base / earlier) for earlier in file.warm_start),
+        seeds=tuple(str(base / name) for name in file.seeds), device=file.device,
+        max_disk_bytes=parse_size(file.max_disk, f"{where}: max_disk"), notify=file.notify,
     )  # fmt: skip
+
+
+def _about_workers(search: SearchConfig) -> list[tuple[str, object, bool, str]]:
+    """Rules of where evaluations run, as key, value, whether it holds, and what must."""
+    workers, address, needs = search.workers, search.address, search.resources
+    on_ray, alone = search.runner == RAY, "left out unless search.runner is ray"
+    named = address is None or re.fullmatch(r"(ray://)?[^\s/]+:\d+", address) is not None
+    return [
+        ("search.workers", workers, workers == AUTO or int(workers) >= 1, "at least 1, or auto"),
+        ("search.address", address, named, "host:port of a cluster's head node, or ray://host:port"),
+        ("search.address", address, address is None or on_ray, alone),
+        ("search.resources.cpu", needs.cpu, needs.cpu is None or needs.cpu >= 1, "at least 1"),
+        ("search.resources.gpu", needs.gpu, needs.gpu >= 0, "at least 0"),
+        ("search.resources.gpu", needs.gpu, not needs.gpu or on_ray, alone),
+        ("search.resources.memory_gb", needs.memory_gb, needs.memory_gb is None or needs.memory_gb > 0, "above 0"),
+    ]  # fmt: skip
+
+
+def _search(search: SearchConfig, base: Path) -> SearchConfig:
+    """A storage's file is named from the config's folder, so that every command finds it from anywhere."""
+    if search.storage is None:
+        return search
+    without_password(search.storage)  # what is no URL is told before the night begins
+    file = sqlite_file(search.storage)
+    if file is None or Path(file).is_absolute():
+        return search
+    return replace(search, storage=f"sqlite:///{base / file}")
 
 
 def _check_values(file: FileConfig, where: str) -> None:
     count = file.calibration_policies
     rules: list[tuple[str, object, bool, str]] = [
         ("search.sampler", file.search.sampler, file.search.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+        ("search.without", file.search.without, set(file.search.without) <= set(PARTS), f"a list out of {list(PARTS)}"),
         ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
-        ("search.workers", file.search.workers, file.search.workers >= 1, "at least 1"),
+        *_about_workers(file.search),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
         ("seed", file.seed, file.seed >= 0, "at least 0"),
-        ("calibration_policies", count, 10 <= count <= 500, "between 10 and 500"),
+        ("calibration_policies", count, count is None or 10 <= count <= 500, "between 10 and 500"),
         ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
     ]
     rules += [_listed(f"space.{key}", *listed) for key, *listed in _lists(file.space)]
@@ -194,6 +239,9 @@ def _check_values(file: FileConfig, where: str) -> None:
         rules.append((f"finetune.{name}", value, value is None or value >= 1, "at least 1"))
     if file.search.max_trials is not None:
         rules.append(("search.max_trials", file.search.max_trials, file.search.max_trials >= 1, "at least 1"))
+    webhook = file.notify.webhook
+    holds = webhook is None or webhook.startswith(("https://", "http://"))
+    rules.append(("notify.webhook", "another URL" if not holds else None, holds, "a URL that begins with https://"))
     for limit in fields(Limits):
         value = getattr(file.limits, limit.name)
         rules.append((f"limits.{limit.name}", value, value is None or value > 0, "above 0"))
@@ -265,6 +313,17 @@ def parse_budget(text: str, where: str) -> float:
     return seconds
 
 
+_BYTES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def parse_size(text: str, where: str) -> int:
+    """``20GB``, ``500 MB`` in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]b)", text.strip().lower())
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"{where} must be a size such as 20GB or 500MB, but got {text!r}.")
+    return int(float(match[1]) * _BYTES[match[2]])
+
+
 def parse_until(text: str, where: str, now: datetime | None = None) -> float:
     """``07:00`` (the next one, local time) or an ISO 8601 date and time, in seconds since the epoch."""
     now = now or datetime.now().astimezone()
@@ -285,16 +344,16 @@ def parse_until(text: str, where: str, now: datetime | None = None) -> float:
     return moment.timestamp()
 
 
-def deadline_of(config: RunConfig, until: str | None, budget: str | None) -> float | None:
-    """The deadline in seconds since the epoch; the command line wins over the config; None when nobody says."""
+def deadline_of(config: RunConfig, until: str | None, budget: str | None) -> Deadline | None:
+    """When the night ends; the command line wins over the config; None when nobody says."""
     if until is not None and budget is not None:
         raise InputError("--until and --budget exclude each other.")
     if until is not None:
-        return parse_until(until, "--until")
+        return Deadline(parse_until(until, "--until"), fixed=True)
     if budget is not None:
-        return time.time() + parse_budget(budget, "--budget")
+        return Deadline(time.time() + parse_budget(budget, "--budget"), fixed=False)
     if config.until is not None and config.budget_seconds is not None:
         raise InputError("until and budget exclude each other in a config.")
     if config.until is not None:
-        return parse_until(config.until, "until")
-    return time.time() + config.budget_seconds if config.budget_seconds is not None else None
+        return Deadline(parse_until(config.until, "until"), fixed=True)
+    return Deadline(time.time() + config.budget_seconds, fixed=False) if config.budget_seconds is not None else None

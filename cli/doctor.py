@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.target import Target, fingerprint
+from ..evaluators.latency.capabilities import capabilities
+from ..evaluators.latency.measure import Timer, Timing
+from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, missing_runtime
+from ..evaluators.latency.timer import PROVIDERS, runtime_version
+from ..search.session import BUSY_CORES
 
 PACKAGES = (
     "nightpress", "torch", "torchvision", "optuna", "onnx", "onnxruntime", "scikit-learn", "plotly",
@@ -20,40 +24,90 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def examine() -> dict[str, Any]:
-    """Packages (None where missing), the machine, and the noise of its timings."""
+def examine(fresh: bool = False) -> dict[str, Any]:
+    """Packages (None where missing), the machine, its runtimes with what their kernels can do, and the noise of its
+    timings. ``fresh`` measures the kernels anew where they were measured before."""
     device = fingerprint(Target())
-    load = os.getloadavg()[0]
+    kernels = {name: capabilities(Target(runtime=name), fresh=fresh).to_dict()
+               for name in RUNTIMES if missing_runtime(name) is None}  # fmt: skip
     return {
         "packages": {name: _version(name) for name in PACKAGES},
-        "machine": {**asdict(device), "flags": list(device.flags), "load": load, "cuda": _cuda()},
-        "kernels": {"int8": "avx512_vnni" in device.flags or "avx_vnni" in device.flags or "asimddp" in device.flags},
-        "noise": _noise(load, device.cores),
+        "machine": {**asdict(device), "flags": list(device.flags), "load": os.getloadavg()[0], "cuda": _cuda()},
+        "runtimes": [_runtime(name) for name in RUNTIMES],
+        "kernels": kernels,
+        "noise": _noise(device.cores),
     }
 
 
-def _noise(load: float, cores: int) -> dict[str, Any]:
+def _runtime(name: str) -> dict[str, Any]:
+    return {
+        "runtime": name,
+        "version": runtime_version(name),
+        "providers": list(PROVIDERS.get(name, ("CPU",))),
+        "missing": missing_runtime(name),
+    }
+
+
+def kernel_lines(kernels: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was measured of each runtime, in words."""
+    found: list[str] = []
+    for name, known in kernels.items():
+        widths = ", ".join(
+            f"{w['weights']}-bit weights with {w['activations']}-bit activations on {w['kernel']} kernels at "
+            f"{w['speedup']:.2g} times the speed of fp32" for w in known["widths"]
+        )  # fmt: skip
+        steps = {key: ", ".join(f"{step} from {first}" for first, step in pairs)
+                 for key, pairs in known["channel_steps"].items()}  # fmt: skip
+        found.append(
+            f"{name}: {widths}; channel steps for fp32 alone {steps['fp32']}, for INT8 alone {steps['INT8']}, for both "
+            f"{steps['both']}; a change of precision costs {1000 * known['change_ms']:.1f} µs on "
+            f"{known['change_elements']:,} numbers."
+            + ("" if known["settled"] else " The windows did not agree, so the steps are not measured.")
+        )
+    return found
+
+
+def _noise(core_count: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.onnx"
         path.write_bytes(_probe())
         with Timer(Target()) as timer:
-            windows = timer.time({"probe": path}, None, least_rounds=10, most_rounds=10)["probe"].windows_ms
-    low = min(windows)
-    spread = float(np.median(windows)) / low - 1
-    repeat = sorted(windows)[1] / low - 1
-    quiet = spread < 0.05 and repeat < 0.02
-    meaning = (
-        f"Timings: ten windows of the same model lie {spread:.1%} (median) above the lowest, the two lowest agree "
-        f"within {repeat:.1%}. "
-        + ("This machine is quiet enough to trust differences of a few percent." if quiet else
-           f"Something else uses the cores (load {load:.1f} on {cores}): expect errors of this size.")
-    )  # fmt: skip
+            timing = timer.time({"probe": path}, None, least_rounds=12, most_rounds=12)["probe"]
+    low, (first, second) = timing.latency_ms, timing.halves_ms()
+    spread = float(np.median(timing.windows_ms)) / low - 1
+    floor = max(timing.repeat_error, abs(first / second - 1))
     return {
-        "windows_ms": list(windows),
+        "windows_ms": list(timing.windows_ms),
         "median_above_lowest": spread,
-        "repeat_error": repeat,
-        "meaning": meaning,
+        "repeat_error": timing.repeat_error,
+        "floor": floor,
+        "settled": timing.settled,
+        "busy_cores": timing.busy_cores,
+        "meaning": noise_words(spread, floor, timing, core_count),
     }
+
+
+def noise_words(spread: float, floor: float, timing: Timing, core_count: int) -> str:
+    """What the noise means for a night. ``spread``: how far the median window lies above the lowest; ``floor``: how far
+    two measurements of one model lay apart; shares."""
+    busy = timing.busy_cores
+    told = (
+        f"Timings: {len(timing.windows_ms)} windows of one model, spread over seconds, lie {spread:.1%} (median) above "
+        f"the lowest; measured twice, the model differs from itself by {floor:.1%}. "
+    )
+    disturbed = busy is not None and busy >= BUSY_CORES
+    others = f" Other processes use {busy:.1f} of {core_count} cores: end them for the night." if disturbed else ""
+    if not timing.settled:
+        return told + (
+            "The two lowest windows never agreed within 2 %: a night here marks its latencies as unsettled, and no "
+            f"difference below {max(floor, timing.repeat_error):.0%} between two models means anything." + others
+        )
+    if floor <= 0.02 and spread < 0.05:
+        return told + "A night here can tell models apart that differ by 3 % or more." + others
+    return told + (
+        f"A night here cannot tell models apart that differ by less than {max(0.03, 1.5 * floor):.0%}; each of its "
+        "latencies states its own repeat error." + others
+    )
 
 
 def _probe() -> bytes:

@@ -1,5 +1,8 @@
 """What calibrate and apply do between parsing and printing."""
 
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +16,95 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
-from ..evaluators.latency.profile import calibrate, profile_to_dict
-from ..evaluators.latency.target import Target, target_to_dict
+from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
+from ..evaluators.latency.capabilities import beside_profile, capabilities
+from ..evaluators.latency.kit import read_results, write_kit
+from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
+from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
+from ..evaluators.latency.target import Target
+from ..evaluators.latency.units import Worker
 from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
 from ..search.proposals import baselines
+from ..search.session import noise_warnings
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest
 from .output import write_json
 
+log = logging.getLogger("nightpress")
 
-def calibrate_to_file(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
-    """Calibrate and write the profile; returns the command's JSON."""
+
+def calibrate_to_file(
+    anatomy: Anatomy, target: Target, out: Path, count: int | None, seed: int, task: str
+) -> dict[str, Any]:
+    """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
+    command's JSON."""
+    _check_folder(out)
+    draw, always = _drawing(anatomy, target, seed, task)
+    found = capabilities(target)
+    with Timer(target, warn_of_noise) as timer:
+        if count is not None:
+            profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
+        else:
+            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
+            profile, stages, reason = made.profile, made.stages, made.reason
+    told = _write_profile(profile, out, beside_profile(found))
+    return {**told, "stages": stages_to_list(stages), "stopped": reason}
+
+
+def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
+    """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
+    _check_folder(out)
+    found = read_results(results, anatomy)
+    profile = profile_of(
+        anatomy, found.target, found.policies, found.timings, found.sizes, seconds=lambda: found.seconds,
+        device=found.device,
+    )  # fmt: skip
+    told = _write_profile(replace(profile, remote=True, date=found.date), out)
+    return {**told, "stages": [], "stopped": "all that the kit held"}
+
+
+def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
+    """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit."""
+    draw, always = _drawing(anatomy, target, seed, task)
+    policies = covering(Worker(anatomy), [*always, *draw(count)], draw(CANDIDATES))
+    try:
+        return write_kit(anatomy, policies, target, out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+
+
+def _drawing(
+    anatomy: Anatomy, target: Target, seed: int, task: str
+) -> tuple[Callable[[int], list[Policy]], list[Policy]]:
+    """Draws random policies of the space; and those that every calibration measures."""
+    space = space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+    generator = np.random.default_rng(seed)
+    return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
+
+
+def warn_of_noise(timings: Mapping[str, Timing]) -> None:
+    """Say on stderr what disturbed a measurement."""
+    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
+        log.warning("%s", text)
+
+
+def _check_folder(out: Path) -> None:
     if not out.parent.is_dir():
         raise InputError(f"{out}: its folder does not exist.")
-    space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=target))
-    generator = np.random.default_rng(seed)
-    policies = [space.random(generator) for _ in range(count)] + list(baselines(anatomy, True).values())
-    profile = calibrate(anatomy, policies, target)
-    data = profile_to_dict(profile)
+
+
+def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    data = {**profile_to_dict(profile), **(beside or {})}
     write_json(out, data)
     return {
         "profile": str(out),
-        "target": target_to_dict(target),
+        "target": data["target"],
+        "device": data["device"],
         "models_measured": len(profile.points),
+        "unsettled": sum(point.repeat_error > AGREE for point in profile.points),
         "seconds": profile.seconds,
         "design": profile.predictor.design,
         "heldout": data["heldout"],

@@ -3,12 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .options import Json, RunDir
+from .options import ForceProfile, Json, RunDir
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
@@ -25,31 +26,41 @@ def run(
         Path | None, typer.Option("--out", metavar="RUN", help="The run folder; wins over the config.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run folder that is there.")] = False,
+    force: ForceProfile = False,
     json: Json = False,
 ) -> int:
     """One night: search, verify, report. Example: nightpress run config.yaml --until 07:00"""
     from ..reports import summary
     from ..search.folder import read_run
     from ..search.night import run_night
+    from ..search.notify import notify
     from .config import deadline_of, load_config
     from .live import watching
 
-    settings = load_config(config, out)
+    settings = replace(load_config(config, out), force=force)
     deadline = deadline_of(settings, until, budget)
     live = sys.stderr.isatty()
     if not live:
         log_to_stderr()
-    with watching(live) as watch:
-        state = run_night(settings, deadline, resume=resume, watch=watch)
-    start = time.monotonic()
-    page = _write_report(settings.out, settings.out / "report.html")
-    _add_seconds(settings.out, "report", time.monotonic() - start)
-    record = read_run(settings.out)
+    try:
+        with watching(live) as watch:
+            state = run_night(settings, deadline, resume=resume, watch=watch)
+        start = time.monotonic()
+        page = _write_report(settings.out, settings.out / "report.html")
+        _add_seconds(settings.out, "report", time.monotonic() - start)
+        record = read_run(settings.out)
+    except BaseException as error:
+        ending = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        notify(settings.notify, settings.out, ending, f"{type(error).__name__}: {error}")
+        raise
+    data = summary(record)
+    found = f"{state}; {len(data['front'])} points on the front, {sum(data['trials'].values())} trials; report: {page}"
+    notify(settings.notify, settings.out, state, found, trials=data["trials"], hypervolume=data["hypervolume"])
     if json:
-        emit(summary(record))
+        emit(data)
     else:
         _print_night(record, page)
-    return 130 if state == "interrupted" else 0
+    return {"interrupted": 130, "failed": 1}.get(state, 0)
 
 
 def status(folder: RunDir, json: Json = False) -> None:
@@ -61,8 +72,9 @@ def status(folder: RunDir, json: Json = False) -> None:
     if json:
         emit(data)
         return
+    left = _left(data)
     counts = ", ".join(f"{count} {name.lower()}" for name, count in data["trials"].items() if count)
-    say(f"{data['run']}: {data['state']}, phase {data['phase']}, deadline {data['deadline']}")
+    say(f"{data['run']}: {data['state']}, phase {data['phase']}, deadline {data['deadline']}{left}")
     say(f"trials: {counts or 'none yet'}")
     _print_rows("Best points so far", data["front"])
 
@@ -149,6 +161,16 @@ def _add_seconds(folder: Path, phase: str, seconds: float) -> None:
     state = run_folder.read_json(STATE)
     state.setdefault("seconds", {})[phase] = round(seconds, 2)
     run_folder.write_json(STATE, state)
+
+
+def _left(data: dict[str, Any]) -> str:
+    from datetime import datetime
+
+    from ..search.clock import length
+
+    if data["state"] != "running" or data["deadline"] is None:
+        return ""
+    return f", {length((datetime.fromisoformat(data['deadline']) - datetime.now().astimezone()).total_seconds())} left"
 
 
 def _print_night(record: "RunRecord", page: Path) -> None:

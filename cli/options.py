@@ -9,8 +9,9 @@ TaskRef = Annotated[
     str,
     typer.Argument(metavar="TASK", help="path/to/file.py:function, mnist5k-resnet, mnist5k-vgg or torchvision:<name>."),
 ]
-TargetRef = Annotated[str, typer.Option("--target", metavar="T", help="A runtime (onnxruntime) or a profile file.")]
+TargetRef = Annotated[str, typer.Option("--target", metavar="T", help="onnxruntime, openvino, … or a profile file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyFiles = Annotated[list[Path], typer.Argument(metavar="POLICY.json...", help="Policy files.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+ForceProfile = Annotated[bool, typer.Option("--force", help="Take a profile of another device or model all the same.")]

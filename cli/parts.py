@@ -1,11 +1,12 @@
 """Commands on a task, a target or policies; each is one step of a night, on its own."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Force, Json, PolicyFiles, TargetRef, TaskRef
+from .options import Force, ForceProfile, Json, PolicyFiles, TargetRef, TaskRef
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
@@ -35,16 +36,22 @@ def init(
     say(f"next: put your model into {folder / 'task.py'}, then nightpress run {folder / 'config.yaml'} --until 07:00")
 
 
-def doctor(json: Json = False) -> None:
+def doctor(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the kernels anew.")] = False, json: Json = False
+) -> None:
     """What is installed, devices, kernels, and how noisy this machine is. Example: nightpress doctor"""
-    from .doctor import examine
+    from .doctor import examine, kernel_lines
 
-    found = examine()
+    log_to_stderr()
+    found = examine(fresh)
     if json:
         emit(found)
         return
     table("Packages", [{"package": k, "version": v} for k, v in found["packages"].items()])
     table("Machine", [{"what": k, "value": v} for k, v in found["machine"].items()])
+    table("Runtimes", found["runtimes"])
+    for line in kernel_lines(found["kernels"]):
+        say(line)
     say(found["noise"]["meaning"])
 
 
@@ -53,7 +60,7 @@ def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False
     from ..spaces.anatomy import anatomy_to_dict
 
     log_to_stderr()
-    found, anatomy, where = _anatomy(task, target)
+    found, anatomy, where = find_anatomy(task, target)
     choices = tuple((p.weights, p.activations) for p in where.bit_choices((8, 32), (8, 32)))
     data = anatomy_to_dict(anatomy, choices)
     if json:
@@ -64,7 +71,9 @@ def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False
     groups = [{**g, "channels": f"{g['channels']} × {g['unit']}" if g["unit"] > 1 else g["channels"]}
               for g in data["groups"]]  # fmt: skip
     table("Prunable groups", groups, ["name", "channels", "step", "macs", "layers"])
-    table("Quantisable layers", data["layers"], ["name", "kind", "macs", "params", "bits"])
+    offered = ", ".join(f"{weights}/{activations}" for weights, activations in choices)
+    layers = [{**layer, "bits of weights/activations": offered} for layer in data["layers"]]
+    table("Quantisable layers", layers, ["name", "kind", "macs", "params", "bits of weights/activations"])
     table("Removable blocks", data["blocks"], ["name", "macs", "layers"])
     table("Left out", data["left_out"], ["name", "reason"])
 
@@ -86,7 +95,7 @@ def sample(
     from ..spaces.policy import digest, policy_to_json
 
     log_to_stderr()
-    _, anatomy, where = _anatomy(task, target)
+    _, anatomy, where = find_anatomy(task, target)
     space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=where))
     generator = np.random.default_rng(seed)
     files: list[dict[str, str]] = []
@@ -109,17 +118,26 @@ def calibrate(
     task: TaskRef,
     out: Annotated[Path, typer.Option("--out", metavar="PROFILE.json", help="The profile file.")],
     target: TargetRef = "onnxruntime",
-    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    results: Annotated[
+        Path | None, typer.Option("--from", metavar="results.json", help="What a kit measured on another device.")
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("-n", min=10, max=500, help="Policies to measure; without it, until the error stops falling."),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     json: Json = False,
 ) -> None:
     """Measure policies on a target and fit the latency predictor.
     Example: nightpress calibrate mnist5k-resnet --out here.json"""
-    from .measuring import calibrate_to_file
+    from .measuring import calibrate_from_results, calibrate_to_file
 
     log_to_stderr()
-    _, anatomy, where = _anatomy(task, target)
-    data = calibrate_to_file(anatomy, where, out, count, seed, task)
+    _, anatomy, where = find_anatomy(task, target, measured=results is None)
+    if results is not None:
+        data = calibrate_from_results(anatomy, results, out)
+    else:
+        data = calibrate_to_file(anatomy, where, out, count, seed, task)
     if json:
         emit(data)
         return
@@ -132,7 +150,7 @@ def calibrate(
 
 def predict(
     task: TaskRef, policies: PolicyFiles, target: Annotated[Path, typer.Option("--target", metavar="PROFILE.json")],
-    json: Json = False,
+    force: ForceProfile = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Latency, size and MACs of policies from a profile.
     Example: nightpress predict mnist5k-resnet a.json --target here.json"""
@@ -142,16 +160,18 @@ def predict(
     from ..spaces.policy import digest
 
     log_to_stderr()
-    _, anatomy, where = _anatomy(task, str(target))
-    profile = load_profile(target, anatomy)
+    _, anatomy, where = find_anatomy(task, str(target), runs_here=False)
+    profile = load_profile(target, anatomy, force=force)
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
         planned = plan(anatomy, policy)
-        latency, low, high = profile.predict(planned)
+        latency, low, high = (float(value) for value in profile.predict([policy])[0])
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
-             "size_bytes": file_size(planned), "macs": planned.macs}
+             "size_bytes": file_size(planned), "macs": planned.macs, "forced": "; ".join(profile.forced) or None}
         )  # fmt: skip
+    if profile.forced and not json:
+        say(f"These numbers may not hold: {'; '.join(profile.forced)}.")
     _show("policies", "Predicted", rows, json)
 
 
@@ -159,17 +179,19 @@ def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxrunti
     """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
     from ..evaluators.latency.measure import measure_policies
     from ..spaces.policy import digest
+    from .measuring import warn_of_noise
 
     log_to_stderr()
-    _, anatomy, where = _anatomy(task, target)
+    _, anatomy, where = find_anatomy(task, target)
     read = _policies(policies, anatomy, where)
     timings, sizes = measure_policies(anatomy, {str(path): policy for path, policy in read}, where)
     rows = [
         {"file": str(path), "digest": digest(policy), "latency_ms": timings[str(path)].latency_ms,
          "repeat_error": timings[str(path)].repeat_error, "reference_ms": timings[str(path)].reference_ms,
-         "ratio": timings[str(path)].ratio, "size_bytes": sizes[str(path)]}
+         "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)]}
         for path, policy in read
     ]  # fmt: skip
+    warn_of_noise(timings)
     _show("policies", "Measured", rows, json)
 
 
@@ -187,7 +209,7 @@ def apply(
     from .measuring import apply_to_file
 
     log_to_stderr()
-    found, anatomy, where = _anatomy(task, "onnxruntime")
+    found, anatomy, where = find_anatomy(task, "onnxruntime")
     [(_, chosen)] = _policies([policy], anatomy, where, any_bits=True)
     data = apply_to_file(found, anatomy, chosen, out, weights)
     if json:
@@ -196,14 +218,22 @@ def apply(
         say(f"wrote {out}: {data['params']:,} parameters, {data['macs'] / 1e6:.1f} M MACs")
 
 
-def _anatomy(task: str, target: str) -> "tuple[Task, Anatomy, Target]":
+def find_anatomy(
+    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int
+) -> "tuple[Task, Anatomy, Target]":
+    """Task, anatomy and target of a command; ``settings`` replace fields of the target, ``measured`` takes the steps
+    that its kernels were measured to have. Raises InputError."""
     from ..evaluators.inspect import inspect as look
+    from ..evaluators.latency.capabilities import capabilities
     from ..evaluators.latency.target import check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
 
-    where, _ = parse_target(target, Path(), "--target")
-    check_target(where)
+    where = replace(parse_target(target, Path(), "--target")[0], **settings)
+    if runs_here:
+        check_target(where)
+    if measured:
+        where = capabilities(where).applied(where)
     found = load_task(task, Path.cwd())
     check_task(found)
     anatomy, _ = look(found, step_of=where.channel_step)
@@ -234,4 +264,4 @@ def _show(key: str, title: str, rows: list[dict[str, Any]], json: bool) -> None:
     if json:
         emit({key: rows})
     else:
-        table(title, rows)
+        table(title, [{k: v for k, v in row.items() if k != "forced"} for row in rows])

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ..reports import ReviewLinks, page_html
-from ..search.folder import read_run
+from ..search.folder import read_run, study_place
 from ..search.records import NOTE, PICK, REJECT, RunRecord, TrialRecord
 from ..search.store import approve_trial
 from ..spaces.errors import InputError
@@ -37,7 +37,7 @@ def keep_word(run: RunRecord, trial: TrialRecord, action: str, note: str) -> dic
         "trial": trial.number, "digest": trial.digest, "action": action, "note": note, "who": user_name(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }  # fmt: skip
-    approve_trial(run.path, entry, run.config["search"]["storage"])
+    approve_trial(run.path, entry, *study_place(run.config))
     return entry
 
 

@@ -28,6 +28,10 @@ def export(
     require_approval: Annotated[
         bool, typer.Option("--require-approval", help="Refuse what nobody approved, or what was rejected last.")
     ] = False,
+    run_task: Annotated[
+        bool,
+        typer.Option("--run-task", help="Trust the task of a run from elsewhere, which is executed."),
+    ] = False,
     opset: Opset = None,
     ir_version: IrVersion = None,
     openvino: OpenVino = False,
@@ -45,7 +49,12 @@ def export(
     log_to_stderr()
     record = read_run(folder)
     options = Options(
-        force=force, opset=opset, ir_version=ir_version, openvino=openvino, require_approval=require_approval
+        force=force,
+        opset=opset,
+        ir_version=ir_version,
+        openvino=openvino,
+        require_approval=require_approval,
+        run_task=run_task,
     )
     if set_ is not None:
         data = export_set(record, front(record), set_, out, options)

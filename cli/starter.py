@@ -39,6 +39,8 @@ space:
   bits: {weights: [8, 32], activations: [8, 32]}
   blocks: true
   distill: true
-search: {sampler: nightpress, runner: local, workers: 1}
+search: {sampler: nightpress, runner: local, workers: 1}     # workers: auto; runner: ray, see docs/cluster.md
 device: auto                   # cpu | cuda
+max_disk: 20GB                 # what the run folder's checkpoints may take
+notify: {}                     # webhook: https://..., command: a shell command; told at the end and of trouble
 """

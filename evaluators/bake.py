@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..spaces.plan import Plan, PlannedOp
+from .biases import fold, folded_scales
 from .onnx_graph import Array, LayerTensors, Tensors
-from .quantise import QuantConv2d, quantisers, weight_grid, weight_integers
+from .quantise import QuantConv2d, quantisers, weight_integers
 
 
 def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
@@ -45,33 +46,20 @@ def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
 def _layer(module: fx.GraphModule, planned: PlannedOp, name: str) -> LayerTensors:
     layer = cast("QuantConv2d", module.get_submodule(name))
     weight = layer.weight.detach().float()
-    bias = layer.bias.detach().float() if layer.bias is not None else torch.zeros(weight.shape[0])
-    factor = torch.ones(weight.shape[0])
-    if planned.op.norm is not None:
-        norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm))
-        factor, bias = _fold(norm, bias)
+    norm = cast("nn.BatchNorm2d", module.get_submodule(planned.op.norm)) if planned.op.norm else None
+    factor, bias = fold(layer, norm)
     if planned.bits.weights == 32:
         folded = weight * _per_channel(factor, weight)
         return LayerTensors(weight=_finite(folded, name), scales=None, bias=_finite(bias, name))
     if planned.bits.weights == 16:  # rounded as training rounds them, before the batch norm's factor
         halves = _finite(weight_integers(layer), name).astype(np.float16)
         return LayerTensors(weight=halves, scales=_finite(factor, name), bias=_finite(bias, name))
-    scales, _ = weight_grid(layer)
     integers = weight_integers(layer) * _per_channel(torch.where(factor < 0, -1.0, 1.0), weight)
     return LayerTensors(
         weight=_finite(integers, name).astype(np.int8),
-        # A channel whose γ is 0 has scale 0, which no runtime accepts: the least positive number stands in.
-        scales=_finite((scales * factor.abs()).clamp_min(1e-12), name),
+        scales=_finite(folded_scales(layer, factor), name),
         bias=_finite(bias, name),
     )
-
-
-def _fold(norm: nn.BatchNorm2d, bias: Tensor) -> tuple[Tensor, Tensor]:
-    mean, var = cast("Tensor", norm.running_mean), cast("Tensor", norm.running_var)
-    gamma = norm.weight if norm.affine else torch.ones_like(mean)
-    beta = norm.bias if norm.affine else torch.zeros_like(mean)
-    factor = gamma / torch.sqrt(var + norm.eps)
-    return factor, beta + (bias - mean) * factor
 
 
 def _norm(norm: nn.BatchNorm2d) -> tuple[Array, Array, Array, Array]:

@@ -6,6 +6,7 @@ What does not depend on the input (masks, position tables) is computed here once
 import copy
 import io
 import logging
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from ..spaces.errors import InputError
 CONSTANT = "constant."
 """Prefix of the state entries that are not the model's own but were computed from them."""
 _SIZED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "new_empty"})
+_INSIDE = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Wrappers, with the attribute that holds the user's module."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -66,6 +69,7 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
 
     Raises InputError saying what cannot be exported, in which module, and what to do.
     """
+    _check_plain(model)
     copied = copy.deepcopy(model).cpu().eval()
     _check_types(copied)
     _settle(copied)
@@ -77,6 +81,18 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     captured = _captured(program, copied, "" if output is None else "model.")
     _check_mutations(program, set(captured.nodes), type(model).__name__)
     return captured
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raises InputError for what wraps or replaces a Python module; its parameters have other names, or no forward."""
+    for name, module in model.named_modules():
+        kind, where = type(module).__name__, f"its part {name}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"The model must be a Python module, but {where} is TorchScript: build the module and load its weights."
+            )
+        if kind in _INSIDE:
+            raise InputError(f"The model must be a plain module, but {where} is a {kind}: give its .{_INSIDE[kind]}.")
 
 
 def _check_types(model: nn.Module) -> None:
@@ -107,9 +123,10 @@ def _check_output(program: ExportedProgram, name: str) -> None:
     count = len(program.graph_signature.user_outputs)
     if whole is None or not whole.is_leaf() or count != 1:
         kind = whole.type.__name__ if whole is not None and whole.type is not None else "nothing"
+        example = "[0]" if kind in {"tuple", "list"} else "['out']"
         raise InputError(
             f"The model must return one tensor, but {name} returns a {kind} of {count}; Task.output picks the one that "
-            "counts: Task(output=lambda outputs: outputs['out'], …)."
+            f"counts: Task(output=lambda outputs: outputs{example}, …)."
         )
     value = nodes[-1].meta.get("val") if isinstance(nodes[-1], fx.Node) else nodes[-1]
     if not isinstance(value, Tensor):
@@ -180,7 +197,7 @@ def _hushed() -> Generator[None]:
     for log in loggers:
         log.setLevel(logging.CRITICAL)
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
@@ -201,13 +218,19 @@ def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
             f"The forward of {where} works for one batch size only: it must not use the size of the batch as a "
             "number, as x.reshape(32, -1) would."
         )
+    if "fake tensor" in text:
+        return (
+            f"The forward of {where} writes into its weights or keeps a tensor of one call for the next; it must "
+            "compute its output from its input and leave everything else as it is."
+        )
     try:
         with torch.no_grad():
             model(example)
     except Exception as plain:  # noqa: BLE001  the user's own forward again, without the tracer
         return (
             f"The model {type(model).__name__} cannot run a batch of 2 examples of shape {tuple(example.shape[1:])}: "
-            f"{_first_line(plain)} (in {_culprit(plain, model)}). Its forward must take any batch of fp32 inputs."
+            f"{_first_line(plain)} (in {_culprit(plain, model)}). Its forward must take one tensor, a batch of any "
+            "size in fp32."
         )
     return (
         f"The model {type(model).__name__} cannot be traced: {text} (in {where}). Its forward must not branch on "

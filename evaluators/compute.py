@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+EVALUATION_BATCH = 256
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -17,6 +18,7 @@ class Compute:
     device: str = "cpu"
     bf16: bool = False
     channels_last: bool = False
+    evaluation_batch: int = EVALUATION_BATCH
 
     def cast(self, value: Tensor) -> Tensor:
         value = value.to(self.device, non_blocking=True)

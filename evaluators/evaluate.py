@@ -27,7 +27,7 @@ from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
 from .quality import Score, judge, outputs_of, score
-from .runtime import Session, bits_used, check_bits
+from .runtime import check_bits, open_session
 from .sparsity import sparsify
 from .staged import cut_further
 from .task import Task, load_task, picked
@@ -51,6 +51,7 @@ class Recipe:
     batch_size: int
     threads: int
     disabled_optimizers: tuple[str, ...] = ()
+    runtime: str = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,8 @@ class Job:
     """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length.
 
     ``rung`` is one of :data:`RUNGS`, ``given`` (the given weights on both splits) or ``sensitivity``
-    (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's).
+    (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's). ``batch_size`` takes the
+    place of the recipe's where that was too large for the memory; evaluations then run in batches as small.
     """
 
     policy: Policy
@@ -66,6 +68,7 @@ class Job:
     seed: int
     steps: int
     folder: Path
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,7 @@ class Evaluator:
     def __init__(self, recipe: Recipe, task: Task | None = None) -> None:
         torch.set_num_threads(recipe.threads)
         self.recipe = recipe
+        self.compute = recipe.compute
         self.task = task or load_task(recipe.task, Path(recipe.base) if recipe.base else None)
         train, self.search = split_search(materialise(self.task.train), seed=recipe.seed)
         self.compressor: Compressor = compressor(
@@ -117,10 +121,11 @@ class Evaluator:
     def __call__(self, job: Job, progress: Callable[[float], None] | None = None) -> Outcome:
         """Evaluate. Raises DivergedError, MemoryError, or whatever the user's code raises."""
         start = time.perf_counter()
+        self.trainer.batch_size = job.batch_size or self.recipe.batch_size
+        compute = self.recipe.compute
+        self.compute = replace(compute, evaluation_batch=job.batch_size or compute.evaluation_batch)
         if job.rung == GIVEN:
-            search, test = (
-                judge(self.model, split, self.task, self.recipe.compute) for split in (self.search, self.test)
-            )
+            search, test = (judge(self.model, split, self.task, self.compute) for split in (self.search, self.test))
             return Outcome(search=search, exported=test, seconds=time.perf_counter() - start)
         if job.rung == SENSITIVITY:
             return replace(self.sensitivity(self.prepare(job)[0]), seconds=time.perf_counter() - start)
@@ -128,7 +133,7 @@ class Evaluator:
         save_checkpoint(module, checkpoint(job.folder, job.rung))
         # The lowest rung only sorts out the hopeless: fewer examples will do, and its standard error says so.
         split = self.search.take(torch.arange(min(len(self.search), BN_ITEMS))) if job.rung == "bn" else self.search
-        found = judge(module, split, self.task, self.recipe.compute)
+        found = judge(module, split, self.task, self.compute)
         outcome = Outcome(search=found, losses=losses)
         if job.rung == "long":
             outcome = self.export(job, module, plan, outcome)
@@ -194,9 +199,9 @@ class Evaluator:
     def sensitivity(self, module: fx.GraphModule) -> Outcome:
         """Mean KL(uncompressed ‖ compressed) over the first items of the search split."""
         part = Arrays(self.search.inputs[:SENSITIVITY_ITEMS], self.search.targets[:SENSITIVITY_ITEMS])
-        outputs = outputs_of(module, part, self.task, self.recipe.compute)
+        outputs = outputs_of(module, part, self.task, self.compute)
         if self._given_outputs is None:
-            self._given_outputs = outputs_of(self.model, part, self.task, self.recipe.compute)
+            self._given_outputs = outputs_of(self.model, part, self.task, self.compute)
         divergence = F.kl_div(
             F.log_softmax(outputs, dim=1),
             F.log_softmax(self._given_outputs, dim=1),
@@ -209,12 +214,15 @@ class Evaluator:
         """Write ``model.onnx`` beside the checkpoint and compare it with the simulation on the whole test split."""
         path = job.folder / "model.onnx"
         write_onnx(module, plan, job.policy, path)
-        session = Session(path, threads=self.recipe.threads, disabled_optimizers=self.recipe.disabled_optimizers)
+        session = open_session(
+            path, self.recipe.runtime, threads=self.recipe.threads,
+            disabled_optimizers=self.recipe.disabled_optimizers,
+        )  # fmt: skip
         start = time.perf_counter()
         exported = session.outputs(self.task.model_inputs(self.test.inputs))
         seconds = time.perf_counter() - start
-        simulated = outputs_of(module, self.test, self.task, self.recipe.compute)
-        used = bits_used(path, plan, self.recipe.disabled_optimizers)
+        simulated = outputs_of(module, self.test, self.task, self.compute)
+        used = session.bits_used(plan)
         check_bits(used, plan)
         agreement = float((simulated.argmax(dim=1) == exported.argmax(dim=1)).float().mean())
         return replace(

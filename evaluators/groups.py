@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..spaces.anatomy import WEIGHTED, Group, LeftOut, Op, Slice
-from .labels import FIXED, Labelling, Labels, label
+from .labelling import FIXED, Labelling, Labels
+from .labels import label
 
 # Where labels occur: ("parameter", entry, axis), ("tensor", operation, axis) or ("before", operation, 0).
 _Place = tuple[str, str, int]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +24,10 @@ _ELEMENTWISE = {
 _IDENTITY = frozenset({
     "dropout", "dropout_", "feature_dropout", "contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy",
 })  # fmt: skip
+_CASTS = frozenset({"to", "_to_copy", "type_as"})
+_RECURRENT = frozenset({
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+})  # fmt: skip
 _BINARY = {
     "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "sub": "sub", "sub_": "sub", "div": "div", "div_": "div",
 }  # fmt: skip
@@ -38,6 +43,9 @@ def lower(captured: Captured) -> tuple[list[Op], str]:
     Raises InputError naming the first operation that the exporter does not know.
     """
     lowering = _Lowering(captured)
+    recurrent = next((node for node in captured.nodes if target_name(node) in _RECURRENT), None)
+    if recurrent is not None:  # before its initial state of zeros is complained of
+        raise unsupported(recurrent, "a recurrent layer")
     for node in captured.nodes:
         lowering.add(node)
     output = lowering.alias[captured.output.name]
@@ -57,9 +65,11 @@ class _Lowering(ShapeLowering):
         if not isinstance(value, Tensor):  # the size of the batch; what reads it is judged by its own shape
             return
         kind = target_name(node)
-        if kind in _IDENTITY or (kind in {"to", "_to_copy", "type_as"} and value.dtype == torch.float32):
+        if kind in _IDENTITY or (kind in _CASTS and value.dtype == torch.float32):
             self.alias[node.name] = self._input(node.args[0])
             return
+        if kind in _CASTS:
+            raise unsupported(node, f"a cast to {str(value.dtype).removeprefix('torch.')}")
         handler = getattr(self, f"_{kind}", None) or self._by_family(kind)
         if handler is None:
             raise unsupported(node)
@@ -80,14 +90,20 @@ class _Lowering(ShapeLowering):
 
     def _conv2d(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
-        if isinstance(given.get("padding", 0), str):
-            raise unsupported(node, f"a convolution with padding {given['padding']!r}")
-        weight = self.captured.state[self._weights(node, given["weight"])]
-        attrs = {
-            "kernel": tuple(weight.shape[2:]), "stride": pair(given.get("stride", 1)),
-            "padding": pair(given.get("padding", 0)), "dilation": pair(given.get("dilation", 1)),
+        kernel = tuple(self.captured.state[self._weights(node, given["weight"])].shape[2:])
+        dilation = pair(given.get("dilation", 1))
+        padding = given.get("padding", "valid" if node.target is torch.ops.aten.conv2d.padding else 0)
+        attrs: dict[str, Any] = {
+            "kernel": kernel, "stride": pair(given.get("stride", 1)), "dilation": dilation,
             "groups": int(given.get("groups", 1)),
         }  # fmt: skip
+        if padding == "same":  # of an even kernel torch pads more behind than before
+            whole = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+            attrs["padding"] = tuple(total // 2 for total in whole)
+            if any(total % 2 for total in whole):
+                attrs["padding_behind"] = tuple(total - total // 2 for total in whole)
+        else:
+            attrs["padding"] = (0, 0) if padding == "valid" else pair(padding)
         self._layer(node, "conv", given, attrs)
 
     def _linear(self, node: fx.Node) -> None:

@@ -101,8 +101,10 @@ class ShapeLowering(Lowering):
     def _pad(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "pad", "mode", "value"))
         amounts = [int(a) for a in given["pad"]]
-        if given.get("mode", "constant") != "constant" or given.get("value") not in (None, 0, 0.0):
-            raise unsupported(node, f"padding with {given.get('mode')!r}, {given.get('value')}")
+        if given.get("mode", "constant") != "constant":
+            raise unsupported(node, f"padding by {given['mode']!r}")
+        if given.get("value") not in (None, 0, 0.0):
+            raise unsupported(node, f"padding with {given['value']}")
         if not any(amounts):
             self.alias[node.name] = self._input(given["input"])
             return

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ..spaces.plan import Plan, PlannedOp
+from ..spaces.plan import Plan, PlannedOp, bias_refinement
 from .onnx_ops import EMIT, INPUT, OUTPUT
 
 OPSET = 17  # read by every runtime of the last three years; QDQ per channel needs 13
@@ -76,7 +76,8 @@ def build_onnx(plan: Plan, tensors: Tensors, *, batch: int | None = 1, metadata:
 
 
 def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
-    """Numbers for timing: what a kernel costs depends on shapes and types, not on trained values."""
+    """Numbers for timing: what a kernel costs depends on shapes and types, not on trained values. No two are the same,
+    because the runtime merges constants that are."""
     generator = np.random.default_rng(seed)
     layers: dict[str, LayerTensors] = {}
     for planned in plan.ops:
@@ -87,13 +88,14 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
         if planned.bits.weights <= 8:
             top = 2 ** (planned.bits.weights - 1) - 1
             weight: Array = generator.integers(-top, top + 1, size=shape).astype(np.int8)
-            scales = np.full(cout, 0.05 / top, np.float32)
+            scales = generator.uniform(0.04, 0.06, cout).astype(np.float32) / top
         elif planned.bits.weights == 16:
             weight = generator.normal(0, 0.05, size=shape).astype(np.float16)
-            scales = np.ones(cout, np.float32)
+            scales = generator.uniform(0.9, 1.1, cout).astype(np.float32)
         else:
             weight, scales = generator.normal(0, 0.05, size=shape).astype(np.float32), None
-        layers[planned.op.module] = LayerTensors(weight=weight, scales=scales, bias=np.full(cout, 0.01, np.float32))
+        bias = generator.normal(0, 0.01, cout).astype(np.float32)
+        layers[planned.op.module] = LayerTensors(weight=weight, scales=scales, bias=bias)
     norms: dict[str, tuple[Array, ...]] = {
         op.op.module: tuple(np.full(op.channels, fill, np.float32) for fill in _NORM_FILLS[op.op.kind])
         for op in plan.ops
@@ -102,9 +104,23 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
     constants: dict[str, Array] = {
         op.op.name: np.zeros(op.shape, np.float32) for op in plan.ops if op.op.kind == "param"
     }
-    kinds = {op.op.name: op.op.kind for op in plan.ops}
-    grids = {name: (0.02, 0 if kinds[name] in {"relu", "relu6"} else 128) for name in set(plan.quantised.values())}
+    positive = _never_negative(plan)
+    grids = {
+        name: (float(generator.uniform(0.015, 0.025)), 0 if name in positive else int(generator.integers(100, 156)))
+        for name in sorted(set(plan.quantised.values()))
+    }
     return Tensors(layers=layers, grids=grids, norms=norms, constants=constants)
+
+
+def _never_negative(plan: Plan) -> set[str]:
+    """Tensors whose grid begins at 0 in every export. The runtime drops a ReLU in front of such a grid."""
+    found: set[str] = set()
+    for planned in plan.ops:
+        if planned.op.kind in _POSITIVE or (
+            planned.op.kind in _KEEP_SIGNS and planned.inputs and found.issuperset(planned.inputs)
+        ):
+            found.add(planned.op.name)
+    return found
 
 
 def weight_shape(planned: PlannedOp) -> tuple[int, ...]:
@@ -114,6 +130,11 @@ def weight_shape(planned: PlannedOp) -> tuple[int, ...]:
     return (planned.shape[-1], planned.in_shapes[0][-1])
 
 
+_POSITIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "softmax", "abs", "exp", "sqrt"})
+_KEEP_SIGNS = frozenset({
+    "max_pool", "avg_pool", "global_pool", "flatten", "reshape", "permute", "slice", "select", "cat", "add", "mul",
+    "mean", "resize", "expand", "roll",
+})  # fmt: skip
 _NORM_FILLS = {"batch_norm": (1, 0, 0, 1), "layer_norm": (1, 0)}
 
 
@@ -170,11 +191,13 @@ class Builder:
             return [self.constant(f"{name}.weight", values), self.constant(f"{name}.bias", bias)]
         if values.dtype == np.float16:
             return [self._widened(f"{name}.weight", values, tensors.scales, axis), self.constant(f"{name}.bias", bias)]
-        if not planned.int8 or axis:  # the integers' sum is not requantised, so the bias is added in fp32
+        if not planned.int8_bias:
             weight = self._dequantise(f"{name}.weight", values, tensors.scales, axis)
             return [weight, self.constant(f"{name}.bias", bias)]
-        step = np.float32(self.tensors.grids[self.plan.quantised[planned.inputs[0]]][0])
-        integers, scales = _with_room_for_bias(tensors.weight, tensors.scales, bias / step)
+        site = self.plan.quantised[planned.inputs[0]]
+        step = np.float32(self.tensors.grids[site][0])
+        factor = bias_refinement(planned.bits.weights, self.plan.activation_bits[site])
+        integers, scales = _with_room_for_bias(tensors.weight * np.int8(factor), tensors.scales / factor, bias / step)
         biases = np.round(bias / (scales * step).astype(np.float64)).astype(np.int32)
         return [
             self._dequantise(f"{name}.weight", integers, scales),
@@ -203,8 +226,8 @@ class Builder:
             return result
         scale, zero_point = self.tensors.grids[site]
         grid = [
-            self.constant(f"{tensor}.scale", np.array(scale, np.float32)),
-            self.constant(f"{tensor}.zero", np.array(zero_point, np.uint8)),
+            self.constant(f"{tensor}.grid.scale", np.array(scale, np.float32)),
+            self.constant(f"{tensor}.grid.zero", np.array(zero_point, np.uint8)),
         ]
         quantised = self.node("QuantizeLinear", [result, *grid], f"{tensor}.q")
         bits = self.plan.activation_bits[site]

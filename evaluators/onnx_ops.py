@@ -19,7 +19,8 @@ def _conv(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     attrs = planned.op.attrs
     return builder.node(
         "Conv", [*inputs, *builder.weight(planned)], planned.op.name,
-        kernel_shape=list(attrs["kernel"]), strides=list(attrs["stride"]), pads=[*attrs["padding"], *attrs["padding"]],
+        kernel_shape=list(attrs["kernel"]), strides=list(attrs["stride"]),
+        pads=[*attrs["padding"], *attrs.get("padding_behind", attrs["padding"])],
         dilations=list(attrs["dilation"]), group=planned.groups,
     )  # fmt: skip
 

@@ -11,8 +11,6 @@ from .compute import Compute
 from .data import Arrays
 from .task import Task
 
-EVALUATION_BATCH = 256
-
 
 class DivergedError(RuntimeError):
     """The training loss stopped being a finite number."""
@@ -34,7 +32,7 @@ def outputs_of(module: nn.Module, arrays: Arrays, task: Task, compute: Compute) 
     with torch.no_grad():
         parts = [
             module(compute.cast(task.model_inputs(part))).float().cpu()
-            for part in arrays.inputs.split(EVALUATION_BATCH)
+            for part in arrays.inputs.split(compute.evaluation_batch)
         ]
     return torch.cat(parts)
 

@@ -122,8 +122,9 @@ def _has(root: nn.Module, path: str) -> bool:
 
 def _conv(planned: PlannedOp) -> nn.Module:
     attrs = planned.op.attrs
+    padding = "same" if "padding_behind" in attrs else attrs["padding"]
     return nn.Conv2d(
-        planned.in_shapes[0][1], planned.shape[1], attrs["kernel"], attrs["stride"], attrs["padding"],
+        planned.in_shapes[0][1], planned.shape[1], attrs["kernel"], attrs["stride"], padding,
         attrs["dilation"], planned.groups, bias="bias" in planned.op.params, device="meta",
     )  # fmt: skip
 

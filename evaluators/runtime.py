@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from ..spaces.plan import Plan
+from .latency.timer import PROVIDERS
 from .onnx_graph import INPUT, OUTPUT
+from .runtime_openvino import OpenVinoSession
 
 _BATCH = 64
 
 
 class Session:
-    """A model loaded in ONNX Runtime on the CPU. Raises RuntimeError with the runtime's reason in one line."""
+    """A model loaded in ONNX Runtime. Raises RuntimeError with the runtime's reason in one line."""
 
     def __init__(
-        self, path: Path, *, threads: int, disabled_optimizers: tuple[str, ...], optimised: Path | None = None
-    ) -> None:
+        self, path: Path, *, threads: int, disabled_optimizers: tuple[str, ...], optimised: Path | None = None,
+        runtime: str = "onnxruntime",
+    ) -> None:  # fmt: skip
+        self._path, self._disabled = path, disabled_optimizers
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -33,7 +37,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(
                 str(path),
                 options,
-                providers=["CPUExecutionProvider"],
+                providers=PROVIDERS[runtime],
                 disabled_optimizers=list(disabled_optimizers),
             )
         except Exception as error:  # the runtime raises types of its own that share no base
@@ -45,6 +49,19 @@ class Session:
         run = cast("Any", self._session).run
         parts = [run([OUTPUT], {INPUT: part.float().numpy()})[0] for part in inputs.split(_BATCH)]
         return torch.from_numpy(np.concatenate(parts))
+
+    def bits_used(self, plan: Plan) -> dict[str, str]:
+        """For each layer what the runtime runs on the CPU."""
+        return bits_used(self._path, plan, self._disabled)
+
+
+def open_session(
+    path: Path, runtime: str, *, threads: int, disabled_optimizers: tuple[str, ...]
+) -> Session | OpenVinoSession:
+    """A file in the runtime of a target. Raises RuntimeError with the runtime's reason in one line."""
+    if runtime == "openvino":
+        return OpenVinoSession(path, threads=threads)
+    return Session(path, threads=threads, disabled_optimizers=disabled_optimizers, runtime=runtime)
 
 
 def optimised_graph(path: Path, disabled_optimizers: tuple[str, ...]) -> onnx.ModelProto:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..spaces.policy import Distill, Policy
-from .compute import Compute
+from .compute import EVALUATION_BATCH, Compute
 from .data import Arrays
 from .distill import Hints, Pairs, blended_loss, pair
-from .quality import EVALUATION_BATCH, DivergedError
+from .quality import DivergedError
 from .quantise import ActivationQuantiser, end_observation, quantisers
 from .sparsity import hold, masks
 from .taps import Tapped, find_taps, tapped

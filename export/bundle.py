@@ -14,6 +14,7 @@ import onnx
 
 from ..evaluators.evaluate import checkpoint
 from ..evaluators.latency import measure
+from ..search.mark import is_ours
 from ..search.records import REJECT, RunRecord, TrialRecord, Verified, last_word
 from ..spaces.errors import InputError
 from . import verify
@@ -37,13 +38,15 @@ LEAST_MARGIN = 0.10
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How to export. ``opset`` and ``ir_version`` None leave the file as it was measured; ``openvino`` adds its
-    representation; ``require_approval`` refuses what no person approved last."""
+    representation; ``require_approval`` refuses what no person approved last; ``run_task`` lets a run that was not
+    begun here execute its task's code, where the night left a point unverified."""
 
     force: bool = False
     opset: int | None = None
     ir_version: int | None = None
     openvino: bool = False
     require_approval: bool = False
+    run_task: bool = False
 
 
 PLAIN = Options()
@@ -58,7 +61,7 @@ def export_trial(run: RunRecord, trial: TrialRecord, out: Path, options: Options
     check_trial(run, trial, options)
     with staged(out, force=options.force) as folder:
         origin = origin_of(run, trial) if trial.verified is not None else origin_of(run, trial).here()
-        verified = _collect(run, trial, origin, folder)
+        verified = _collect(run, trial, origin, folder, options)
         data = write_files(origin, verified, folder, options)
     return {"dir": str(out), **data}
 
@@ -80,9 +83,18 @@ def check_trial(run: RunRecord, trial: TrialRecord, options: Options) -> None:
         log.warning("trial %d was rejected by %s: %s", trial.number, word["who"], word["note"])
 
 
-def _collect(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path) -> Verified:
+def _collect(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path, options: Options) -> Verified:
     """Put model, weights and, where there is one, the original into the folder; measure now what the night did not."""
+    if trial.driver not in {None, run.state.get("driver")}:
+        raise InputError(
+            f"{run.path}: another driver of this study trained trial {trial.number}; export it from its run folder."
+        )
     if trial.verified is None:
+        if not options.run_task and not is_ours(run):
+            raise InputError(
+                f"{run.path}: the night did not verify trial {trial.number}, so exporting it executes {origin.task}, "
+                "but this run was not begun by you on this machine; --run-task says that you trust its code."
+            )
         return verify_now(run, trial, origin, folder)
     source = _within(run, trial.verified.model_file)
     weights = checkpoint(source.parent, "long")
@@ -152,6 +164,7 @@ def _measured(origin: Origin, verified: Verified, size_bytes: int) -> dict[str, 
         "accuracy_se": quality.accuracy_se,
         "samples": quality.samples,
         "latency_ms": latency.latency_ms,
+        "latency_measured": latency.measured,
         "repeat_error": latency.repeat_error,
         "reference_ms": latency.reference_ms,
         "ratio": latency.ratio,

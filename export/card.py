@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..search.records import NOTE, PICK, REJECT, Verified
+from ..search.records import NOTE, PICK, REJECT, Latency, Verified
 from ..spaces.policy import Distill
 from .origin import Origin
 
@@ -19,10 +19,9 @@ A compressed version of the model of task `{task}`, made by nightpress {version}
 | speed | {ratio:.2f}× ({ratio_low:.2f}× to {ratio_high:.2f}×) | 1× |
 | file | {size_bytes:,} bytes | {original_bytes} |
 
-- Accuracy: ONNX Runtime on the whole test split ({samples} examples), weights from the rung `{rung}`{longer}. The
+- Accuracy: {runtime_name} on the whole test split ({samples} examples), weights from the rung `{rung}`{longer}. The
   original's accuracy is the better of the given weights and of the uncompressed model after the same extra training.
-- Latency: batch {batch}, {threads} thread(s), {cpu}, onnxruntime {runtime}; lowest of windows that were spread in time
-  and interleaved with the original.
+- Latency: batch {batch}, {threads} thread(s), {cpu}, {runtime_name} {runtime}; {how}.
 - Agreement with the fake-quantised torch model on the whole test split: top-1 {agreement:.2%}, largest difference of an
   output {difference:.4f}.
 - Layers that run on integer kernels, read back from the optimised graph: {integer_layers} of {layers}.
@@ -48,6 +47,7 @@ The session options are part of the measurement (`runtime.json`): with others th
 `policy.json` and `model.safetensors` rebuild the model in torch: `nightpress apply policy.json TASK --weights
 model.safetensors --out model.pt`. `finetune.yaml` holds the full-length training.
 """
+RUNTIME_NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _SAID = {PICK: "approved by", REJECT: "rejected by", NOTE: "note of"}
 
 
@@ -74,6 +74,8 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         batch=target.batch,
         threads=target.threads,
         cpu=_line(device.get("cpu", "unknown CPU")),
+        runtime_name=RUNTIME_NAMES.get(target.runtime, target.runtime),
+        how=_how(verified.latency),
         runtime=_line(device.get("runtime_version", "unknown")),
         agreement=verified.top1_agreement,
         difference=verified.max_abs_diff,
@@ -87,6 +89,18 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         distill=_distill(policy["distill"]),
         learning_rate=policy["finetune"]["learning_rate"],
         approvals="; ".join(map(_said, origin.approvals)) or "none",
+    )
+
+
+def _how(latency: Latency) -> str:
+    """How the latency is known."""
+    if latency.measured:
+        noisy = "" if latency.settled else "; the machine was so noisy that the two lowest windows never agreed"
+        return f"lowest of windows that were spread in time\n  and interleaved with the original{noisy}"
+    forced = f"; {_line(latency.forced)}" if latency.forced else ""
+    return (
+        f"**predicted, not measured** ({latency.low_ms:.3f} to {latency.high_ms:.3f} ms in 90 % of cases{forced}):\n  "
+        "`python verify.py` measures it on the device"
     )
 
 

@@ -15,6 +15,7 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.task import load_task
 from ..search.finalists import verified_of
 from ..search.records import RunRecord, TrialRecord, Verified
+from ..search.session import latency_of
 from ..search.store import policy_of
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
@@ -45,6 +46,11 @@ def verify_now(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path)
 
     Raises InputError when the trial left no weights or its task has changed since.
     """
+    if (run.target or {}).get("remote"):
+        raise InputError(
+            f"{run.path}: trial {trial.number} was not verified during the night, and its profile is of another "
+            "device than this machine, so it cannot be measured here."
+        )
     number = trial.number if trial.reused_from is None else trial.reused_from
     if not str(number).isdigit():  # a record from elsewhere may hold a path
         raise InputError(f"{run.path}: trial {trial.number} reuses {number!r}, which is no trial's number.")
@@ -73,6 +79,7 @@ def measure_weights(weights: Weights, folder: Path, whose: str, model: str) -> V
     recipe = Recipe(
         task=weights.task, base=None, anatomy=anatomy, seed=weights.seed, compute=Compute(),
         batch_size=weights.batch_size, threads=threads, disabled_optimizers=weights.target.disabled_optimizers,
+        runtime=weights.target.runtime,
     )  # fmt: skip
     evaluator = Evaluator(recipe, task)
     epoch = max(1, len(evaluator.trainer.train) // weights.batch_size)
@@ -88,4 +95,4 @@ def measure_weights(weights: Weights, folder: Path, whose: str, model: str) -> V
     (folder / REFERENCE).write_bytes(build_onnx(uncompressed, random_tensors(uncompressed), batch=None))
     with Timer(weights.target) as timer:
         timing = timer.time({"model": folder / MODEL}, folder / REFERENCE)["model"]
-    return verified_of(outcome, timing, rung=weights.rung, model_file="", struck_out=None)
+    return verified_of(outcome, latency_of(timing), rung=weights.rung, model_file="", struck_out=None)

@@ -74,7 +74,7 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
         trial=trial.number,
         digest=trial.digest,
         policy=trial.policy,
-        target=target_from_dict(run.config["target"]),
+        target=target_from_dict(found.get("target") or run.config["target"]),
         device=found.get("device") or {},
         digests={key: run.state.get(key) for key in ("model", "data", "code")},
         reference_accuracy=_reference_accuracy(run),

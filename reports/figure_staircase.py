@@ -1,6 +1,7 @@
 """The staircase of the device: how its latency steps with the number of channels."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 
 from ..search.records import RunRecord
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 COLOURS = (BLUE, AMBER, GREEN, RED, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 """With the colours: a line is told from another without seeing its hue."""
+LARGEST_GAP = 8
+"""Between neighbours on a line, in the smallest distance of two."""
 
 
 class Stair(NamedTuple):
@@ -71,8 +74,12 @@ def staircase_text(info: StaircaseInfo) -> str:
 
 def _riser(stair: Stair) -> tuple[float, float, float] | None:
     """The largest rise between neighbouring widths: (ms, from channels, to channels)."""
-    pairs = zip(stair.points, stair.points[1:], strict=False)
-    return max(((second[1] - first[1], first[0], second[0]) for first, second in pairs), default=None)
+    rises = (
+        (second[1] - first[1], first[0], second[0])
+        for first, second in itertools.pairwise(_with_gaps(stair.points))
+        if first[1] is not None and second[1] is not None
+    )
+    return max(rises, default=None)
 
 
 def staircase_figure(info: StaircaseInfo) -> "Figure":
@@ -80,14 +87,24 @@ def staircase_figure(info: StaircaseInfo) -> "Figure":
     figure = blank("channels", "latency, ms", height=380)
     for i, stair in enumerate(info.stairs):
         colour = COLOURS[i % len(COLOURS)]
+        points = list(_with_gaps(stair.points))
         figure.add_scatter(
-            x=[x for x, _ in stair.points],
-            y=[y for _, y in stair.points],
+            x=[x for x, _ in points],
+            y=[y for _, y in points],
             mode="lines+markers",
             name=no_markup(stair.name),
-            line={"shape": "hv", "color": colour, "dash": DASHES[i // len(COLOURS) % len(DASHES)], "width": 1.5},
+            line={"shape": "hvh", "color": colour, "dash": DASHES[i // len(COLOURS) % len(DASHES)], "width": 1.5},
             marker={"size": 6, "color": colour},
             hovertemplate="%{x} channels: %{y:.4~g} ms<extra>" + no_markup(stair.name) + "</extra>",
         )
     figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _with_gaps(points: tuple[tuple[float, float], ...]) -> Iterator[tuple[float, float | None]]:
+    """A line says that what lies between was looked at: it ends where widths were left out."""
+    closest = min((b[0] - a[0] for a, b in itertools.pairwise(points)), default=0)
+    for before, (width, latency_ms) in zip((None, *points), points, strict=False):
+        if before is not None and width - before[0] > LARGEST_GAP * closest:
+            yield (before[0] + width) / 2, None
+        yield width, latency_ms

@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..evaluators.latency.target import Target
-from ..spaces.policy import DISTILL_METHODS
+from ..spaces.space import Offer
 
-SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "random")
-RUNNERS = ("local",)
+SAMPLERS = ("nightpress", "nsga2", "nsga3", "tpe", "gp", "netadapt", "random")
+PARTS = ("free_objectives", "rungs", "sensitivity", "seeds")
+LOCAL, RAY = RUNNERS = ("local", "ray")
+AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,32 +34,38 @@ class BitsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpaceConfig:
-    """``prune`` None keeps all channels; ``distill`` lists the methods on offer, none of them means no distillation.
-
-    Of the ways to rank channels, to prune in stages and to place quantisers the search chooses where there is
-    more than one.
-    """
+class SpaceConfig(Offer):
+    """``prune`` None keeps all channels."""
 
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
-    blocks: bool = True
-    distill: tuple[str, ...] = DISTILL_METHODS
-    sparsity: bool = False
-    importance: tuple[str, ...] = ("l2",)
-    stages: tuple[int, ...] = (1,)
-    ranges: tuple[str, ...] = ("minmax",)
-    scales: tuple[str, ...] = ("fixed",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What one worker takes. ``cpu`` None divides this machine's cores among its workers, and means one on a cluster;
+    ``memory_gb`` (GiB) None divides 80 % of this machine's memory, and is no condition on a cluster."""
+
+    cpu: int | None = None
+    gpu: float = 0.0
+    memory_gb: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchConfig:
-    """``storage`` None keeps the study in the run folder; ``max_trials`` None lets the clock decide."""
+    """``address`` None starts a cluster of our own on this machine where the runner is ``ray``; ``workers`` ``auto``
+    takes all the room there is. ``storage`` None keeps the study in the run folder; drivers whose ``storage`` and
+    ``study`` are the same search together. ``max_trials`` None lets the clock decide."""
 
     sampler: str = "nightpress"
-    runner: str = "local"
-    workers: int = 1
+    without: tuple[str, ...] = ()
+    """What the search does without, of ``PARTS``: to see what each of them is worth."""
+    runner: str = LOCAL
+    address: str | None = None
+    workers: int | Literal["auto"] = 1
+    resources: Resources = field(default_factory=Resources)
     storage: str | None = None
+    study: str = "nightpress"
     max_trials: int | None = None
 
 
@@ -71,6 +80,14 @@ class FineTuneConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Who is told at the end of a night, and of trouble: a URL that takes JSON by POST, a shell command."""
+
+    webhook: str | None = None
+    command: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """A run's config as resolved: paths absolute, defaults filled in."""
 
@@ -80,6 +97,8 @@ class RunConfig:
     out: Path
     target: Target = field(default_factory=Target)
     target_profile: str | None = None
+    force: bool = False
+    """Whether a profile of another model or device is taken all the same."""
     seed: int = 0
     until: str | None = None
     budget_seconds: float | None = None
@@ -87,7 +106,13 @@ class RunConfig:
     space: SpaceConfig = field(default_factory=SpaceConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     finetune: FineTuneConfig = field(default_factory=FineTuneConfig)
-    calibration_policies: int = 40
+    calibration_policies: int | None = None
+    """Policies to measure; None lets the agent stop when the held-out error has stopped falling."""
     warm_start: tuple[str, ...] = ()
     """Run folders of the same model whose fronts are enqueued first."""
+    seeds: tuple[str, ...] = ()
+    """Policy files that are tried first."""
     device: str = "auto"
+    max_disk_bytes: int = 20_000_000_000
+    """What the run's artefacts may take."""
+    notify: Notify = field(default_factory=Notify)

@@ -2,29 +2,44 @@
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, measure_policies
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from .disk import find_room, free_disk, is_full
+from .encoding import Encoder
+from .experience import Experience
+from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Latency, Rung, TrialRecord, TrialState, Verified
-from .runner import Failure
+from .rungs import judge_rungs
 from .session import Session, latency_of, quality_of
 from .store import policy_of
+from .surrogate import Describer, Surrogate
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
 OUTCOME = "long.json"
 MOST_REMEASURED = 30
 UNCOMPRESSED = "uncompressed"
+MOST_EPOCHS = 20
+"""Of a long fine-tune: what it can use."""
+LONG_SHARE = 0.5
+"""Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
+whole front, and more trials only its choice."""
+LONGER, LEAST_FINALISTS = 3, 4
+"""A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
+LEAST_VERIFIED = 3
 LEAST_AGREEMENT = 0.97
 """Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
@@ -40,14 +55,22 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
 
 def remeasure_front(session: Session) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
-    trials = [t for t in complete(session, "search") if t.measured is None]
+    trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
     near = _near_front(session, trials)[:MOST_REMEASURED]
-    if not near:
+    if not near or session.profile.remote:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
     policies = {str(t.number): policy_of(t) for t in near}
-    timings, _ = measure_policies(session.prepared.anatomy, policies, session.config.target)
-    session.measured(timings, "search")
+    anatomy, target = session.prepared.anatomy, session.config.target
+    try:
+        timings, sizes = session.on_target(
+            "search", lambda timer: measure_policies(anatomy, policies, target, timer, kernels=True)
+        )
+    except MeasurementError as error:
+        session.trouble(f"the front is not measured, its latencies are predictions: {error}")
+        session.folder.decide("search", "the front was not re-measured", str(error))
+        return
+    feed_back(session, policies, timings, sizes)
     for trial in near:
         session.store.remeasure(trial.number, latency_of(timings[str(trial.number)]))
     session.folder.decide(
@@ -79,33 +102,39 @@ def choose(session: Session) -> list[TrialRecord]:
     """A spread of the search's front within the limits, most hypervolume first.
 
     Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
-    short one would leave the fast end of the front out.
+    short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best.
     """
-    later = _extrapolation(session)
     trials = [t for t in complete(session, "search") if _hopeful(session, t)]
-    points = {t.number: _losses(t, later) for t in trials}
-    front = [trials[i] for i in non_dominated(list(points.values()))] if trials else []
-    reference = session.state["reference"]
-    corner = losses(reference["accuracy"], reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
+    if not trials:
+        return []
+    later = expected_accuracies(session, trials)
+    points = {t.number: _losses(t, later[t.number]) for t in trials}
+    front = [trials[i] for i in non_dominated(list(points.values()))]
+    reference, limits = session.state["reference"], session.config.limits
+    floor = max(reference["accuracy"], limits.min_accuracy or reference["accuracy"])
+    corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"]
-    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted)] if front else []
+    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])
     return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
 
 
-def _extrapolation(session: Session) -> Callable[[float], float]:
-    """Short accuracy → long accuracy, a line through the baselines that have both; as it is with fewer than four."""
-    pairs = [
-        (t.quality.accuracy, _load(_outcome_file(session, t.number)).search.accuracy)
-        for t in complete(session, "baseline")
-        if t.quality and _outcome_file(session, t.number).is_file()
-    ]
-    short, long = np.array(pairs).T if pairs else (np.zeros(0), np.zeros(0))
-    if len(pairs) < 4 or short.std() < 1e-6:
-        return lambda accuracy: accuracy
-    slope = float(np.clip(np.polyfit(short, long, 1)[0], 0.0, 1.0))
-    return lambda accuracy: float(long.mean() + slope * (accuracy - short.mean()))
+def expected_accuracies(session: Session, trials: list[TrialRecord]) -> dict[int, float]:
+    """Accuracy that each trial will probably have after the long fine-tune, by number."""
+    surrogate = surrogate_of(session)
+    rows = np.stack([surrogate.describer.encoder.row(policy_of(t)) for t in trials])
+    median, _, _ = surrogate.accuracy(rows)
+    return {t.number: float(value) for t, value in zip(trials, median, strict=True)}
+
+
+def surrogate_of(session: Session) -> Surrogate:
+    """What the night knows of accuracies, whichever sampler proposed the trials."""
+    encoder = Encoder(session.prepared.space)
+    known = Experience(encoder)
+    known.read(session.store.study)
+    with threadpool_limits(limits=1, user_api="blas"):
+        return Surrogate(Describer(encoder, session.sensitivity), known.observations())
 
 
 def _hopeful(session: Session, trial: TrialRecord) -> bool:
@@ -120,42 +149,63 @@ def _hopeful(session: Session, trial: TrialRecord) -> bool:
     )
 
 
-def train_long(session: Session) -> None:
-    """The long fine-tune of baselines and finalists, each exported. What the deadline leaves no time for is said.
+def train_rules(session: Session) -> None:
+    """The long fine-tune of the baselines, before the search: they get the same training as the finalists, or the
+    comparison with them would be worth nothing, and the search learns from them what it will give."""
+    rules = _rules(session)
+    seconds = LONG_SHARE * session.clock.left_before("verify", "report")
+    _size_long(session, rules, seconds)
+    _train(session, rules, session.clock.left_seconds - seconds)
 
-    The baselines come first: they get the same training, or the comparison with them would be worth nothing, and what
-    they gain by it tells which trials are worth it.
-    """
-    rules = sorted(complete(session, "baseline"), key=lambda t: t.name != UNCOMPRESSED)
-    likely = choose(session)
-    _size_long(session, rules + likely)
+
+def train_long(session: Session) -> None:
+    """The long fine-tune of the finalists, each exported. What the deadline leaves no time for is said."""
     end = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
-    _train(session, rules, end + _expected_seconds(session, likely))
+    _train(session, _rules(session), end)  # those that there was no time for before the search
     chosen = choose(session)
     if chosen:
+        expected = expected_accuracies(session, chosen)
         session.folder.decide(
             "finalists", f"trials {', '.join(str(t.number) for t in chosen)}",
             "chosen greedily by the hypervolume that each adds to those before it, at the accuracy to be expected "
-            "after the long fine-tune",
+            "after the long fine-tune", expected={str(number): round(value, 4) for number, value in expected.items()},
+            alternatives=len(complete(session, "search")),
         )  # fmt: skip
-    _train(session, chosen, end)
+    _train(session, ours(session, chosen), end)
+    judge_rungs(session)
+
+
+def _rules(session: Session) -> list[TrialRecord]:
+    return sorted((t for t in complete(session, "baseline") if session.store.ours(t)),
+                  key=lambda t: t.name != UNCOMPRESSED)  # fmt: skip
+
+
+def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+    """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
+    return [t for t in trials if session.store.ours(t)]
 
 
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
     deadline."""
-    jobs = {t.number: _job(session, t) for t in trials if not _outcome_file(session, t.number).is_file()}
+    jobs = {t.number: _job(session, t) for t in trials if not outcome_file(session, t.number).is_file()}
     if not jobs:
         return
-    one = _expected_seconds(session, trials) / len(trials) * session.config.search.workers
+    if not find_room(session, jobs):
+        session.folder.decide("finalists", f"{len(jobs)} long fine-tunes left out", "the disk is full")
+        return
+    one = _expected_seconds(session, trials) / len(trials) * session.workers
     done = 0
     for number, result in session.run_all(jobs, end + one):
         done += 1
         session.update(activity=f"long fine-tune {done} of {len(jobs)}")
+        if is_full(result):
+            free_disk(session, jobs)
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
-            _save(_outcome_file(session, number), result)
+            _save(outcome_file(session, number), result)
+            session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
 
@@ -163,26 +213,33 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
 def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
     steps = session.state["rungs"]["long_steps"]
-    costs = (_long_costs(session, t) for t in trials)
-    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.config.search.workers
+    costs = (long_costs(session, t) for t in trials)
+    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
 
 
-def _size_long(session: Session, queue: list[TrialRecord]) -> None:
-    """The length that lets all of the queue finish, from what their short fine-tunes took; the config wins."""
+def _size_long(session: Session, rules: list[TrialRecord], share_seconds: float) -> None:
+    """The length that lets the baselines and as many finalists as are wanted finish, from what the short fine-tunes
+    took; the config wins. A finalist is taken to cost what the median baseline does."""
     rungs = session.state["rungs"]
-    if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not queue:
+    if session.config.finetune.long_steps is not None or rungs.get("long_sized") or not rules:
         return
-    seconds = 0.9 * session.clock.left_before("verify", "report") * session.config.search.workers
-    fixed, a_step = (sum(parts) for parts in zip(*(_long_costs(session, t) for t in queue), strict=True))
-    steps = max(rungs["short_steps"], min(20 * rungs["epoch_steps"], int((seconds - fixed) / max(a_step, 1e-9))))
+    costs = np.array([long_costs(session, t) for t in rules])
+    affordable, count = 0, rungs["finalists"]
+    for count in range(rungs["finalists"], min(rungs["finalists"], LEAST_FINALISTS) - 1, -1):
+        fixed, a_step = costs.sum(axis=0) + count * np.median(costs, axis=0)
+        affordable = int((0.9 * share_seconds * session.workers - fixed) / max(a_step, 1e-9))
+        if affordable >= LONGER * rungs["short_steps"]:  # else fewer are trained, but well
+            break
+    steps = max(rungs["short_steps"], min(MOST_EPOCHS * rungs["epoch_steps"], affordable))
     session.folder.decide(
-        "finalists", f"long fine-tunes of {steps} steps",
-        f"{len(queue)} of them, at what the short ones took, fit into the time that is left for it",
+        "search", f"long fine-tunes of {steps} steps",
+        f"{len(rules)} baselines and {count} finalists, at what the short ones took, fit into the time for it",
+        affordable=affordable, least=rungs["short_steps"], most=MOST_EPOCHS * rungs["epoch_steps"],
     )  # fmt: skip
-    session.update(rungs={**rungs, "long_steps": steps, "long_sized": True})
+    session.update(rungs={**rungs, "long_steps": steps, "finalists": count, "long_sized": True})
 
 
-def _long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
 
     The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
@@ -205,12 +262,12 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 def verify(session: Session) -> None:
     """Re-measure every exported finalist and baseline beside the uncompressed model; strike out what fails."""
     trials = {t.number: t for t in session.store.trials()}
-    outcomes = {n: _load(_outcome_file(session, n)) for n in trials if _outcome_file(session, n).is_file()}
+    outcomes = {n: _load(outcome_file(session, n)) for n in trials if outcome_file(session, n).is_file()}
+    outcomes = _affordable(session, trials, outcomes)
     if not outcomes:
         return
     session.update(activity=f"verifying {len(outcomes)} exported models")
-    files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in outcomes}
-    timings = session.time_files(files, _reference_file(session), "verify")
+    latencies, reference_ms = _latencies(session, {n: trials[n] for n in outcomes})
     original = next((n for n in outcomes if trials[n].name == UNCOMPRESSED), None)
     given = session.state["given"]["test"]["accuracy"]
     trained = outcomes[original].exported if original is not None else None
@@ -223,27 +280,58 @@ def verify(session: Session) -> None:
         }
     )
     for number, outcome in outcomes.items():
-        verified = _verified(session, trials[number], outcome, timings[str(number)])
+        verified = _verified(session, trials[number], outcome, latencies[number])
         session.store.verify(number, verified)
         if verified.struck_out:
             log.info("trial %d struck out: %s", number, verified.struck_out)
     for number in outcomes:
         for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
             (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
-    session.update(reference_ms=timings[REFERENCE].latency_ms)
+    session.update(reference_ms=reference_ms)
 
 
-def _verified(session: Session, trial: TrialRecord, outcome: Outcome, timing: Timing) -> Verified:
+def _affordable(
+    session: Session, trials: Mapping[int, TrialRecord], outcomes: Mapping[int, Outcome]
+) -> dict[int, Outcome]:
+    """What there is time to measure, at what a model took during calibration: the uncompressed one, then what was
+    found, then the rules. The others stay unverified, and that is said."""
+    each = session.profile.seconds / max(1, len(session.profile.points))
+    most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / max(each, 1e-9)))
+    order = sorted(outcomes, key=lambda n: (trials[n].name != UNCOMPRESSED, trials[n].role == "baseline", n))
+    if len(order) > most:
+        session.folder.decide(
+            "verify", f"{len(order) - most} exported models left unverified",
+            f"a model takes {each:.2g} s here, and the deadline leaves time for {most}",
+        )  # fmt: skip
+    return {number: outcomes[number] for number in order[:most]}
+
+
+def _latencies(session: Session, trials: dict[int, TrialRecord]) -> tuple[dict[int, Latency], float]:
+    """Of each exported model, and the uncompressed model's: measured here, or predicted for another device."""
+    if not session.profile.remote:
+        files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in trials}
+        timings = session.time_files(files, _reference_file(session), "verify")
+        return {n: latency_of(timings[str(n)]) for n in trials}, timings[REFERENCE].latency_ms
+    session.folder.decide(
+        "verify", "latencies are predictions",
+        f"the profile is of another device ({session.profile.device.cpu}); verify.py of an export measures it there",
+    )  # fmt: skip
+    reference_ms = session.profile.reference_ms
+    known = {n: trial.measured or session.predicted(policy_of(trial)) for n, trial in trials.items()}
+    return {n: replace(latency, reference_ms=reference_ms) for n, latency in known.items()}, reference_ms
+
+
+def _verified(session: Session, trial: TrialRecord, outcome: Outcome, latency: Latency) -> Verified:
     if outcome.exported is None:
         raise ValueError(f"trial {trial.number}: its long fine-tune left no export")
     return verified_of(
-        outcome, timing, rung=Rung.LONG,
+        outcome, latency, rung=Rung.LONG,
         model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
-        struck_out=_strike(session, trial, outcome, latency_of(timing)),
+        struck_out=_strike(session, trial, outcome, latency),
     )  # fmt: skip
 
 
-def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str, struck_out: str | None) -> Verified:
+def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: str, struck_out: str | None) -> Verified:
     """An exported model's record. Raises ValueError when the outcome has no export in it."""
     exported, simulated = outcome.exported, outcome.simulated
     if exported is None or simulated is None or outcome.top1_agreement is None or outcome.max_abs_diff is None:
@@ -252,7 +340,7 @@ def verified_of(outcome: Outcome, timing: Timing, *, rung: str, model_file: str,
         quality=quality_of(exported, rung, "test", outcome.losses, outcome.seconds),
         simulated=quality_of(simulated, rung, "test"),
         search_quality=quality_of(outcome.search, rung, "search"),
-        latency=latency_of(timing),
+        latency=latency,
         size_bytes=outcome.size_bytes or 0,
         top1_agreement=outcome.top1_agreement,
         max_abs_diff=outcome.max_abs_diff,
@@ -292,15 +380,14 @@ def _reference_file(session: Session) -> Path:
     return path
 
 
-def _losses(
-    trial: TrialRecord, later: Callable[[float], float] = lambda accuracy: accuracy
-) -> tuple[float, float, float]:
+def _losses(trial: TrialRecord, accuracy: float | None = None) -> tuple[float, float, float]:
     if trial.quality is None or trial.latency is None or trial.size_bytes is None:
         raise ValueError(f"trial {trial.number} has an unknown objective")
-    return losses(later(trial.quality.accuracy), trial.latency.latency_ms, trial.size_bytes)
+    seen = trial.quality.accuracy if accuracy is None else accuracy
+    return losses(seen, trial.latency.latency_ms, trial.size_bytes)
 
 
-def _outcome_file(session: Session, number: int) -> Path:
+def outcome_file(session: Session, number: int) -> Path:
     return session.folder.artifacts(number) / OUTCOME
 
 

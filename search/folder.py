@@ -1,18 +1,20 @@
 """A run's folder: its files, who may write to it, and the run read back as one value."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from ..spaces.errors import InputError
 from .records import RunRecord
-from .store import read_study
+from .store import STUDY, read_study
 
 CONFIG, STATE, TARGET, DECISIONS = "config.yaml", "state.json", "target.json", "decisions.jsonl"
 LAYERS, WHY = "layers.json", "why.json"
@@ -23,7 +25,10 @@ SENSITIVITY, LOG, REPORT, ARTIFACTS, LOCK = (
     "artifacts",
     "lock",
 )
+BALLAST, BALLAST_BYTES = ".ballast", 8 << 20
+"""A file that is given up when the disk is full, so that the record and the report can still be written."""
 log = logging.getLogger("nightpress")
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -32,6 +37,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self.pressed = False
+        """Whether the ballast had to be given up."""
 
     def acquire(self) -> None:
         """Raises InputError naming the other driver's pid and host."""
@@ -65,14 +72,52 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def lay_ballast(self) -> None:
+        """Set space aside for the record; without it where the disk is full already."""
+        self.pressed = False
+        try:
+            with (self.path / BALLAST).open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
+        except OSError:
+            (self.path / BALLAST).unlink(missing_ok=True)
+
+    def make_room(self) -> bool:
+        """Give the ballast up; whether there was any."""
+        try:
+            (self.path / BALLAST).unlink()
+        except FileNotFoundError:
+            return False
+        self.pressed = True
+        log.warning("the disk is full: space that was set aside for the record is used now")
+        return True
+
+    def drop_ballast(self) -> None:
+        (self.path / BALLAST).unlink(missing_ok=True)
+
+    def _written(self, write: Callable[[], T]) -> T:
+        """Write, once more with the ballast's space when the disk is full."""
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.make_room():
+                raise
+            return write()
+
     def artifacts(self, trial: int) -> Path:
         return self.path / ARTIFACTS / str(trial)
 
     def write_json(self, name: str, data: Any) -> None:
-        """Whole or not at all."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False))
-        partial.replace(self.path / name)
+        """Whole or not at all, also when the power fails."""
+        partial, text = self.path / f".{name}.partial", json.dumps(data, indent=1, allow_nan=False)
+
+        def write() -> None:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path / name)
+
+        self._written(write)
 
     def read_json(self, name: str) -> Any:
         """The file's content, None when it does not exist."""
@@ -94,8 +139,14 @@ class RunFolder:
         )
 
     def _append(self, name: str, entry: Mapping[str, Any]) -> None:
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(entry, allow_nan=False) + "\n")
+        line = json.dumps(entry, allow_nan=False) + "\n"
+
+        def write() -> None:
+            _end_line(self.path / name)
+            with (self.path / name).open("a") as file:
+                file.write(line)
+
+        self._written(write)
 
 
 class JsonLog(logging.Handler):
@@ -103,16 +154,28 @@ class JsonLog(logging.Handler):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        _end_line(path)
         self._file = path.open("a")
 
     def emit(self, record: logging.LogRecord) -> None:
         entry = {"time": record.created, "level": record.levelname.lower(), "message": record.getMessage()}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        with suppress(OSError):  # a full disk: the record matters more than its log
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
         super().close()
+
+
+def _end_line(path: Path) -> None:
+    """Give a last line that a killed driver tore its end, so that the next one stands on its own."""
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def read_run(path: Path) -> RunRecord:
@@ -122,8 +185,8 @@ def read_run(path: Path) -> RunRecord:
     if missing is not None:
         raise InputError(f"{path}: not a run folder: it has no {missing}.")
     config = _read_config(path / CONFIG)
-    study = read_study(path, (config.get("search") or {}).get("storage"))
-    state = _read_state(folder)
+    study = read_study(path, *study_place(config))
+    state = read_state(folder)
     if state["state"] == "running" and not folder.held():
         state = {**state, "state": "interrupted", "reason": "its driver ended without a word"}
     parts: dict[str, Any] = {}
@@ -146,6 +209,12 @@ def read_run(path: Path) -> RunRecord:
     )
 
 
+def study_place(config: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Where a run's study is: the storage's URL, None for the journal in its folder, and the study's name."""
+    search = config.get("search") or {}
+    return search.get("storage"), search.get("study") or STUDY
+
+
 def _read_config(path: Path) -> Mapping[str, Any]:
     import yaml
 
@@ -158,7 +227,8 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return config
 
 
-def _read_state(folder: RunFolder) -> Mapping[str, Any]:
+def read_state(folder: RunFolder) -> dict[str, Any]:
+    """How a run stands. Raises InputError when the file is damaged."""
     try:
         state = folder.read_json(STATE)
     except ValueError:

@@ -5,29 +5,64 @@ unreadable for good. Here the kernel frees the lock (flock), each entry is one a
 before the next entry.
 """
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
+from optuna.trial import FrozenTrial, TrialState
 
 from ..spaces.errors import InputError
 
+FOLLOWED = frozenset({"digest", "started", "role", "predicted", "size_bytes", "macs", "reason", "finished"})
+"""Attributes of a trial; ``policy``, ``params`` and ``state`` come after them."""
+
+
+class OneWriterJournal(JournalStorage):
+    """A journal's study with one driver. Only it adds trials that wait, so that it need not look at all trials for each
+    proposal to find that none does."""
+
+    def __init__(self, backend: BaseJournalBackend) -> None:
+        super().__init__(backend)
+        self._may_wait = True
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        self._may_wait = self._may_wait or template_trial is not None
+        return super().create_new_trial(study_id, template_trial)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        only_waiting = states == (TrialState.WAITING,)
+        if only_waiting and not self._may_wait:
+            return []
+        found = super().get_all_trials(study_id, deepcopy, states)
+        if only_waiting:
+            self._may_wait = bool(found)
+        return found
+
 
 class JournalFile(BaseJournalBackend):
-    """One JSON entry a line. Several processes of one machine may share it."""
+    """One JSON entry a line. Several processes of one machine may share it. ``make_room`` is asked when the disk is
+    full; it says whether it freed anything."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self._path = path
-        path.touch()
-        with self._locked() as file:
-            _cut_torn_tail(file)
+        self._make_room = make_room
+        self._prepare()
         self._read_to = 0  # bytes
         self._read_count = 0  # entries
+
+    def _prepare(self) -> None:
+        self._path.touch()
+        with self._locked() as file:
+            _cut_torn_tail(file)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """Entries from number ``log_number_from`` on. Raises InputError naming the line that is damaged."""
@@ -59,14 +94,18 @@ class JournalFile(BaseJournalBackend):
             ) from None
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries. They survive the death of the process at once, and a power cut when this returns, but for a
-        trial's single parameters, of which there are dozens and which its policy attribute repeats."""
+        """Append entries. They survive the death of the process at once, and a power cut when this returns, but for
+        those that :func:`_followed` names. Raises OSError when they cannot be written; then none stands in the file."""
         data = b"".join(json.dumps(log, separators=(",", ":")).encode() + b"\n" for log in logs)
+        durable = not all(_followed(log) for log in logs)
         with self._locked() as file:
             _cut_torn_tail(file)
-            os.write(file, data)
-            if not all("param_name" in log for log in logs):
-                os.fsync(file)
+            try:
+                _append(file, data, durable=durable)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
+                    raise
+                _append(file, data, durable=durable)
 
     @contextmanager
     def _locked(self) -> Generator[int]:
@@ -76,6 +115,37 @@ class JournalFile(BaseJournalBackend):
             yield file
         finally:
             os.close(file)  # frees the lock as well
+
+
+class ReadJournal(JournalFile):
+    """A journal that somebody else writes, for those who only look."""
+
+    def _prepare(self) -> None:
+        pass
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Raises InputError."""
+        raise InputError(f"{self._path}: it was opened for reading only.")
+
+
+def _followed(log: Mapping[str, Any]) -> bool:
+    """Whether the entry needs no flush of its own: a trial's single parameters, of which there are dozens and which its
+    policy attribute repeats, and attributes that are always followed by one whose flush takes them along."""
+    return "param_name" in log or not FOLLOWED.isdisjoint(log.get("user_attr", ()))
+
+
+def _append(file: int, data: bytes, *, durable: bool) -> None:
+    """All of it or nothing: a full disk may take a part."""
+    size = os.fstat(file).st_size
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        if durable:
+            os.fsync(file)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
 
 
 def _cut_torn_tail(file: int) -> None:

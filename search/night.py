@@ -1,63 +1,85 @@
 """The driver of a night: owns the study and the clock, and runs the phases one after another."""
 
 import logging
+import math
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8
-from . import finalists, prepare
-from .clock import SHARES, Clock
+from ..spaces.policy import INT8, Policy, digest
+from . import finalists, planning, prepare
+from .clock import Clock, Deadline
 from .config import RunConfig
-from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run
+from .disk import find_room
+from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
+from .mark import mark
+from .memory import Memory
 from .pareto import losses, non_dominated
-from .proposals import baselines, greedy_walk
-from .records import TrialState
-from .sampler import NightpressSampler, make_sampler
-from .session import InterruptionError, Session, graceful
+from .plateau import stalled
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
+from .records import RunRecord, TrialState
+from .resolved import check_same, resolved_config
+from .rungs import judge_stopping
+from .sampler import NightpressSampler, Options, make_sampler
+from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
 from .store import Store, open_storage, policy_of
 from .trials import Trials, enqueue
+from .why import record_why
 
 log = logging.getLogger("nightpress")
-SEEDS = 8
+SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
+ENDING = ("verify", "report")
+"""Phases that must have their time whatever came before."""
+JUDGED = 50
+"""A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
+LOOK_SECONDS = 20.0
+"""How often the search looks at the disk and at what the finalists will need."""
 
 
 def run_night(
     config: RunConfig,
-    deadline: float | None,
+    deadline: Deadline | None,
     *,
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
+    search_by: Callable[[Session, Trials], None] | None = None,
 ) -> str:
-    """Run the phases up to verification; returns the final state: ``done`` or ``interrupted``.
+    """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
+    the target device was lost before the verification.
 
-    ``deadline`` is in seconds since the epoch; None takes the run's own when it resumes, else eight hours.
+    ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
+    :func:`search`.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
     folder.acquire()
     handler = JsonLog(folder.path / LOG)
     log.addHandler(handler)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))  # the log is written whether or not a terminal shows it
     try:
-        state = folder.read_json(STATE) or {}
+        folder.lay_ballast()
+        state = read_state(folder) if (folder.path / STATE).is_file() else {}
         clock = _clock(config, deadline, state, resume)
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
+        log.info("the deadline is %s", clock.told())
         session.update(
-            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.start), pid=os.getpid(),
-            host=socket.gethostname(), reason=None,
+            state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
+            host=socket.gethostname(), reason=None, disk_full=False,
+            mark=mark(config.task, config.base),
         )  # fmt: skip
         with graceful(session):
-            return _run(session)
+            return _run(session, search_by or search)
     except InputError:
         if not resume and not (folder.path / ARTIFACTS).exists():
             shutil.rmtree(folder.path)  # nothing was trained: the corrected config may use the same folder
@@ -65,15 +87,26 @@ def run_night(
     finally:
         log.removeHandler(handler)
         handler.close()
+        folder.drop_ballast()
         folder.release()
 
 
-def _run(session: Session) -> str:
+def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
     try:
-        _phases(session)
+        _phases(session, search_by)
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
         session.update(state="interrupted", current=None, activity=None, reason="stopped by a signal")
+    except MeasurementError as error:
+        if not session.begun:  # nothing was searched yet
+            session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
+            raise
+        reason = f"the target device was lost: {error}; --resume verifies what was trained"
+        session.trouble(reason)
+        session.update(state="failed", current=None, activity=None, reason=reason)
+    except KeyboardInterrupt:
+        session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
+        raise
     except Exception as error:  # whatever it was, the record must not say that the night goes on
         session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
         raise
@@ -82,42 +115,76 @@ def _run(session: Session) -> str:
     return str(session.state["state"])
 
 
-def _phases(session: Session) -> None:
+def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
         prepare.prepare(session)
         prepare.size_rungs(session)
+        own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
+        _runs_before(session)
+        session.update(workers=session.workers)
+        planning.check_budget(session)
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
+    planning.plan_verify(session)
     trials = _open_study(session)
-    with session.phase("baselines"):
+    try:
+        _evaluate(session, trials, search_by)
+    except OverdueError:
+        phase = str(session.state["phase"])
+        session.folder.decide(phase, "gave up what was running", "the verification would not be over by the deadline")
+        session.jobs.runner.close()
+        trials.give_up("given up: the verification had to begin")
+    with session.phase("verify"):
+        finalists.verify(session)
+        if session.places.target_node:
+            session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
+            return
+        with session.measuring():
+            record_layers(session)
+        record_why(session)
+
+
+def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
+    """All that trains. Raises OverdueError when it would take the verification's time."""
+    with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
         _aim(session)
         _run_baselines(session, trials)
-    with session.phase("sensitivity"):
+    with session.phase("sensitivity", *ENDING):
         prepare.probe_sensitivity(session)
         _enqueue_seeds(session)
         _aim(session)
-    with session.phase("search"):
-        _search(session, trials)
+    with session.phase("search", *ENDING):
+        _run_enqueued(session, trials)
+        finalists.train_rules(session)
+        search_by(session, trials)
         finalists.remeasure_front(session)
-    with session.phase("finalists"):
+    with session.phase("finalists", *ENDING):
         finalists.train_long(session)
-    with session.phase("verify"):
-        finalists.verify(session)
-        record_layers(session)
 
 
 def _open_study(session: Session) -> Trials:
-    config = session.config
-    storage = open_storage(session.folder.path, config.search.storage)
-    count = len(Store(storage).trials())
-    sampler = make_sampler(config.search.sampler, config.seed, count, session.prepared.space, session.costs)
-    session.provide(store=Store(storage, sampler), sampler=sampler)
-    unfinished = session.store.repair()
+    config, space = session.config, session.prepared.space
+    shared = config.search.storage is not None
+    driver = session.state.setdefault("driver", uuid.uuid4().hex) if shared else None
+    storage = open_storage(session.folder.path, config.search.storage, make_room=session.folder.make_room)
+    name, seed = config.search.sampler, config.seed + (int(driver, 16) % 10_000 if driver else 0)
+    sampler = make_sampler(name, seed, 0, space, session.costs)
+    # Ours draws by the trial's number; the others keep a state, which a resumed night would not have.
+    fresh = None if isinstance(sampler, NightpressSampler) else (
+        lambda trials: make_sampler(name, seed, trials, space, session.costs)
+    )  # fmt: skip
+    store = Store(storage, sampler, study=config.search.study, driver=driver, sampler_at=fresh)
+    session.provide(store=store, sampler=sampler)
+    session.update()  # the driver's name is on record before any trial bears it
+    there = store.join(session.prepared.anatomy.digest)
+    unfinished = store.repair()
     if unfinished:
         session.folder.decide(
             "search", f"took up {len(unfinished)} unfinished trials", "the driver before ended in the middle"
         )
+    if there and not any(store.ours(t) for t in store.trials()):
+        session.folder.decide("search", f"joined a search of {there} trials", f"study {config.search.study!r} is there")
     return Trials(session, adopted=unfinished)
 
 
@@ -125,30 +192,63 @@ def _aim(session: Session) -> None:
     """Tell our sampler what it may build on."""
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
+        sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
-        reference = session.state["reference"]
-        sampler.reference = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+        reference, limits = session.state["reference"], session.config.limits
+        sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
+        sampler.reference = losses(
+            max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
+            min(reference["latency_ms"], limits.max_latency_ms or math.inf),
+            min(reference["size_bytes"], limits.max_size_bytes or math.inf),
+        )
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    if not session.state.get("baselines_enqueued", False):
-        for name, policy in baselines(session.prepared.anatomy, bool(session.config.space.distill)).items():
-            enqueue(session, policy, "baseline", name)
-        session.update(baselines_enqueued=True)
+    rules = prepare.rules_of(session)
+    left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items() if name not in left_out])
+    if left_out and not session.state.get("pointless"):
+        session.folder.decide(
+            "baselines", f"left out {', '.join(left_out)}",
+            "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
+        )  # fmt: skip
+    session.update(pointless=list(left_out))
+    _run_enqueued(session, trials)
+
+
+def _run_enqueued(session: Session, trials: Trials) -> None:
     while session.store.waiting("baseline"):
         trials.fill(1)
         trials.collect()
     trials.drain()
 
 
+def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str | None]]) -> None:
+    """Put policies in front of the search: once, also where the driver was killed in the middle of it or another one
+    shares the study."""
+    store = session.store
+    if store.claims.take(role) != (store.driver or ""):
+        return
+    kept = "baseline" if role == "greedy" else role  # a rule too, but one that is known only later
+    known = store.enqueued(kept)
+    for policy, name in policies:
+        if digest(policy) not in known:
+            enqueue(session, policy, kept, name)
+
+
 def _enqueue_seeds(session: Session) -> None:
     if session.state.get("seeds_enqueued", False):
         return
     prepared = session.prepared
-    _enqueue_earlier(session)
-    walk = greedy_walk(prepared.space, session.sensitivity, session.costs, SEEDS)
-    for policy in walk:
-        enqueue(session, policy, "seed")
+    steps = greedy_walk(prepared.space, session.sensitivity, session.costs, WALK)
+    rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
+    _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
+    walk = [] if "seeds" in session.config.search.without else spread_out(steps, SEEDS)
+    own = own_policies(session.config.seeds, prepared.space)
+    seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
+    _enqueue(session, "seed", [(policy, None) for policy in seeds])
+    if own:
+        session.folder.decide("sensitivity", f"enqueued {len(own)} policies of the user", "seeds")
     if INT8 in prepared.space.bit_choices:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
@@ -157,49 +257,69 @@ def _enqueue_seeds(session: Session) -> None:
     session.update(seeds_enqueued=True)
 
 
-def _enqueue_earlier(session: Session) -> None:
+def _earlier(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
-    for earlier in session.config.warm_start:
-        run = read_run(Path(earlier))
-        if run.state.get("model") != session.prepared.anatomy.digest:
-            raise InputError(
-                f"warm_start: {earlier} is a run of model {run.state.get('model')}, this one's is "
-                f"{session.prepared.anatomy.digest}."
-            )
+    found: list[Policy] = []
+    for run in _runs_before(session):
         done = [t for t in run.trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
         points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
                   if t.quality and t.latency and t.size_bytes]  # fmt: skip
         front = [done[i] for i in non_dominated(points)]
-        for trial in front:
-            enqueue(session, policy_of(trial), "seed")
-        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {earlier}", "warm_start")
+        found += [policy_of(trial) for trial in front]
+        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
+    return found
 
 
-def _search(session: Session, trials: Trials) -> None:
-    """Trials until the clock, the trial limit or the sampler's ideas run out."""
-    most = session.config.search.max_trials
-    reason = "the time for it is used up"
-    while session.clock.left_before("finalists", "verify", "report") > _trial_seconds(session):
-        begun = sum(t.role != "baseline" for t in session.store.trials())
-        if most is not None and begun >= most:
-            reason = f"max_trials {most} is reached"
-            break
-        if trials.dry:
-            reason = "the sampler proposes only policies that are known"
-            break
-        trials.fill(session.config.search.workers if most is None else most - begun)
-        trials.collect()
+def _runs_before(session: Session) -> list[RunRecord]:
+    runs = [read_run(Path(earlier)) for earlier in session.config.warm_start]
+    for run in runs:
+        if run.state.get("model") != session.prepared.anatomy.digest:
+            raise InputError(
+                f"warm_start: {run.path} is a run of model {run.state.get('model')}, this one's is "
+                f"{session.prepared.anatomy.digest}."
+            )
+    return runs
+
+
+def search(session: Session, trials: Trials) -> None:
+    """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
+    looked = -math.inf
+    while (reason := enough(session, trials)) is None:
+        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
+            looked = time.monotonic()
+            planning.plan_finalists(session)
+            find_room(session, trials.running)
+            continue
+        most = session.config.search.max_trials
+        more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
+        trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
     session.folder.decide("search", "ended the search", reason)
+    judge_stopping(session)
+
+
+def enough(session: Session, trials: Trials) -> str | None:
+    """Why the search ends; None while it goes on."""
+    most = session.config.search.max_trials
+    if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
+        return "the time for it is used up"
+    if most is not None and session.store.tally().begun >= most:
+        return f"max_trials {most} is reached"
+    if session.state.get("disk_full"):
+        return "the disk is full"
+    if trials.dry:
+        return "the sampler proposes only policies that are known"
+    if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
+        return None
+    trials.judged = trials.finished
+    reference = session.state["reference"]
+    corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+    return stalled([t for t in session.store.trials() if t.role != "baseline"], corner)
 
 
 def _trial_seconds(session: Session) -> float:
     """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
-    spans = sorted(
-        sum(q.seconds for q in t.qualities)
-        for t in session.store.trials()
-        if t.state is TrialState.COMPLETE and t.reused_from is None
-    )
+    spans = session.store.tally().spans
     return spans[(3 * len(spans)) // 4] if spans else 0.0
 
 
@@ -210,7 +330,7 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     if resume:
         if not written.is_file():
             raise InputError(f"{path}: not a run folder, so there is nothing to resume: it has no {CONFIG}.")
-        _check_same(yaml.safe_load(written.read_text()), resolved, path)
+        check_same(yaml.safe_load(written.read_text()), resolved, config, path)
         return RunFolder(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: the run folder exists already; choose another out, or go on with --resume.")
@@ -222,46 +342,19 @@ def _open_folder(config: RunConfig, resume: bool) -> RunFolder:
     return RunFolder(path)
 
 
-def resolved_config(config: RunConfig) -> dict[str, Any]:
-    """The config as a run keeps it: all defaults filled in, the time limits left to the state."""
-    data = asdict(config)
-    data.pop("out")
-    data.pop("until")
-    data.pop("budget_seconds")
-    return _plain(data)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _check_same(before: Any, now: dict[str, Any], path: Path) -> None:
-    """A resumed run must mean the same thing; the time limit may differ."""
-    for key, value in now.items():
-        was = before.get(key) if isinstance(before, dict) else None
-        if was != value:
-            raise InputError(
-                f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "
-                f"{value!r}."
-            )
-
-
-def _clock(config: RunConfig, deadline: float | None, state: dict[str, Any], resume: bool) -> Clock:
+def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], resume: bool) -> Clock:
     now = time.time()
     if deadline is None and resume and "deadline_epoch" in state:
-        deadline = float(state["deadline_epoch"])
-        if deadline <= now:
+        deadline = Deadline(float(state["deadline_epoch"]), fixed=bool(state.get("deadline_fixed", True)))
+        if deadline.epoch <= now:
             raise InputError(
                 f"{config.out}: its deadline {state['deadline']} has passed; give --budget or --until to go on."
             )
     if deadline is None:
-        deadline = now + DEFAULT_BUDGET_SECONDS
-    if deadline <= now:
+        deadline = Deadline(now + DEFAULT_BUDGET_SECONDS, fixed=False)
+    if deadline.epoch <= now:
         raise InputError("The deadline must lie in the future.")
-    state["deadline_epoch"] = deadline
-    state["shares"] = dict(SHARES)
-    return Clock(start=now, deadline=deadline)
+    state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
+    clock = Clock(deadline.epoch, deadline.fixed)
+    state["shares"] = clock.shares()
+    return clock

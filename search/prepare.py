@@ -2,10 +2,13 @@
 
 import copy
 import hashlib
+import json
+import logging
 import math
 import os
 import platform
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,27 +17,31 @@ import numpy as np
 import torch
 
 from ..evaluators import dryrun
+from ..evaluators.apply import compressor
 from ..evaluators.compute import Compute
 from ..evaluators.data import Arrays, materialise, split_search
-from ..evaluators.evaluate import GIVEN, SENSITIVITY, Job, Recipe
-from ..evaluators.inspect import inspect
-from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
-from ..evaluators.latency.target import check_target
-from ..evaluators.task import check_task, load_task, picked
+from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
+from ..evaluators.importance import saliency, scores
+from ..evaluators.inspect import inspect, network_of
+from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
+from ..evaluators.latency.profile import is_remote, load_profile
+from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Distill, Policy
-from ..spaces.space import Space, uniform
+from ..spaces.policy import INT8, Distill, LayerBits, Policy
+from ..spaces.space import Offer, Space, canonical, uniform
 from .config import RunConfig
+from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
+from .jobs import Jobs
+from .places import find_places
 from .proposals import baselines, probes, sensitivity_of
-from .runner import Failure, LocalRunner
 from .session import Prepared, Session, quality_of
+from .worker import Failure
 
+log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
@@ -43,19 +50,23 @@ FINALISTS_WANTED = 8
 def prepare(session: Session) -> None:
     """Build the anatomy and the space, choose how to train, start the workers. Raises InputError."""
     config = session.config
-    check_target(config.target)
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
     least = config.limits.min_accuracy
     if least is not None and least > 1 and task.metric is None:
         raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
+    places = find_places(config.search, session.folder.path)
+    session.provide(places=places)
+    if config.target_profile is None or not is_remote(Path(config.target_profile)):
+        places.check_target(config.target)
+    config = _capable(session, config)
     anatomy, _ = inspect(task, step_of=config.target.channel_step)
     dryrun.stop()  # its memory belongs to the night
     space = space_of(anatomy, config)
     device = "cuda" if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()) else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda needs a CUDA device, but torch sees none; use device: auto.")
-    threads = max(1, len(os.sched_getaffinity(0)) // config.search.workers)
+    threads = places.needs.cpu
     torch.set_num_threads(threads)
     train, _ = split_search(materialise(task.train), seed=config.seed)
     trainer = Trainer(task, train, Compute(device=device), config.seed, config.finetune.batch_size)
@@ -66,17 +77,53 @@ def prepare(session: Session) -> None:
     recipe = Recipe(
         task=config.task, base=config.base, anatomy=anatomy, seed=config.seed, compute=compute,
         batch_size=config.finetune.batch_size, threads=threads, disabled_optimizers=config.target.disabled_optimizers,
+        runtime=config.target.runtime,
     )  # fmt: skip
-    session.provide(
-        prepared=Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms),
-        runner=LocalRunner(recipe, config.search.workers),
-    )
+    prepared = Prepared(task=task, anatomy=anatomy, space=space, train_items=len(train), step_ms=step_ms)
+    session.provide(prepared=prepared, make=partial(Evaluator, recipe))
+    session.provide(jobs=_jobs(session, recipe))
     session.update(
         task=task.name, model=anatomy.digest, anatomy=_anatomy_state(anatomy), environment=_environment(config),
         dimensions=space.dimensions, data=_data_digest(train), code=_code_digest(config),
     )  # fmt: skip
     for item in anatomy.left_out:
         session.folder.decide("inspect", f"left out {item.name}", item.reason)
+
+
+def _jobs(session: Session, recipe: Recipe) -> Jobs:
+    """The workers, with what is known of how long a job takes: its steps, and a pass over all data for the judging."""
+    prepared = session.prepared
+    epoch = prepared.train_items / recipe.batch_size
+    return Jobs(
+        session.places.start(session.make, session.folder.path), recipe.batch_size,
+        expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
+        tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
+    )  # fmt: skip
+
+
+def _capable(session: Session, config: RunConfig) -> RunConfig:
+    """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
+    and a resumed night keeps those that it began with."""
+    if config.target_profile is not None or session.places.target_node:
+        return config
+    known = session.state.get("capabilities")
+    if known is None:
+        session.update(activity="measuring what the target can do")
+        known = capabilities(config.target).to_dict()
+        session.update(capabilities=known)
+    found = capabilities_from_dict(known)
+    target = found.applied(config.target, [LayerBits(weights=w, activations=a) for w in config.space.bits.weights
+                                           for a in config.space.bits.activations])  # fmt: skip
+    kernels = ", ".join(f"{w.weights}/{w.activations} on {w.kernel} kernels {w.speedup:.2g}×" for w in found.widths)
+    steps = ", ".join(f"{step} from {first} channels" for first, step in target.channel_steps)
+    session.folder.decide(
+        "inspect", f"channel steps: {steps}",
+        f"stairs of {len(found.stairs)} kinds of layers; speed by bits of weights/activations: {kernels}; a change of "
+        f"precision costs {1000 * found.change_ms:.1f} µs on {found.change_elements} numbers",
+        settled=found.settled,
+    )  # fmt: skip
+    session.config = replace(config, target=target)
+    return session.config
 
 
 def _data_digest(train: Arrays) -> str:
@@ -101,13 +148,7 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         anatomy=anatomy,
         max_ratio=prune.max_ratio if prune is not None else 0.0,
         bit_choices=config.target.bit_choices(config.space.bits.weights, config.space.bits.activations),
-        blocks=config.space.blocks,
-        distill=config.space.distill,
-        sparsity=config.space.sparsity,
-        importance=config.space.importance,
-        stages=config.space.stages,
-        ranges=config.space.ranges,
-        scales=config.space.scales,
+        **{offered.name: getattr(config.space, offered.name) for offered in fields(Offer)},
     )
     structural = (
         len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
@@ -138,8 +179,9 @@ def _compute(session: Session, trainer: Trainer, space: Space) -> tuple[Compute,
     """How to train and what a step costs; probed once a run, so that a resumed night trains the same way."""
     known = session.state.get("compute")
     if known is None:
-        # With the dearest of the methods on offer, because the budget must pay for it.
-        method = next((m for m in space.distill if Distill(method=m).inner), "logit" if space.distill else "none")
+        # With the method that most trials use: the dearest would make all fine-tunes as short as its own must be.
+        logit = next((m for m in space.distill if Distill(method=m).logit), None)
+        method = logit or next(iter(space.distill), "none")
         policy = Policy(model=space.anatomy.digest, distill=Distill(method=method))
         try:
             compute, step_ms = probe(trainer, picked(trainer.task, copy.deepcopy(trainer.task.model)), policy)
@@ -169,10 +211,10 @@ def size_rungs(session: Session) -> None:
     finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
     epoch = max(1, session.prepared.train_items // finetune.batch_size)
     count = len(baselines(session.prepared.anatomy, bool(session.config.space.distill)))
-    search_ms = 1000 * clock.share_seconds("search") * session.config.search.workers
+    search_ms = 1000 * clock.share_seconds("search") * session.workers
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
     finalists = finetune.finalists or FINALISTS_WANTED
-    long_ms = 1000 * clock.share_seconds("finalists") * session.config.search.workers
+    long_ms = 1000 * clock.share_seconds("finalists") * session.workers
     # Compressed networks train in about half the time of the original; the baselines go through it as well.
     long = finetune.long_steps or _between(long_ms / ((finalists + count) * 0.6) / step_ms, 2 * short, 20 * epoch)
     session.folder.decide(
@@ -181,6 +223,21 @@ def size_rungs(session: Session) -> None:
         f"{TRIALS_WANTED} trials and {finalists + count} long fine-tunes",
     )  # fmt: skip
     session.update(rungs={"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch})
+
+
+def rules_of(session: Session) -> dict[str, Policy]:
+    """The simple rules of this night, global magnitude among them."""
+    prepared = session.prepared
+    return baselines(prepared.anatomy, bool(session.config.space.distill), magnitudes(prepared.task, prepared.anatomy))
+
+
+def magnitudes(task: Task, anatomy: Anatomy) -> dict[str, list[float]] | None:
+    """L2 norms of the channels by group, each group's with a mean of 1; None where nothing can be pruned."""
+    if not anatomy.groups:
+        return None
+    whole = compressor(anatomy, network_of(task, anatomy), task.example_input).whole()
+    found = scores({group.name: group.slices for group in anatomy.groups}, saliency(whole, "l2"))
+    return {name: values.tolist() for name, values in found.items()}
 
 
 def _between(value: float, low: int, high: int) -> int:
@@ -192,41 +249,29 @@ def calibrate_target(session: Session) -> None:
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
     if own.is_file():
-        profile = load_profile(own, anatomy)
+        forced = config.force or bool(session.state.get("forced"))
+        profile = load_profile(own, anatomy, here=session.places.fingerprint(config.target), force=forced)
     elif config.target_profile is not None:
-        profile = load_profile(Path(config.target_profile), anatomy)
+        here = session.places.fingerprint(config.target)
+        profile = load_profile(Path(config.target_profile), anatomy, here=here, force=config.force)
     else:
-        profile = _calibrate(session)
-    session.folder.write_json(TARGET, profile_to_dict(profile))
-    session.provide(profile=profile)
+        profile = measure_target(session)
+    session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
+    session.keep_profile(profile)
+    for difference in profile.forced:
+        log.warning("the profile is used all the same: %s", difference)
+        session.folder.decide("calibrate", "the profile is used all the same", difference)
+    session.update(forced=session.forced)
     _check_limits(session)
 
 
-def _calibrate(session: Session) -> Profile:
-    config, prepared = session.config, session.prepared
-    generator = np.random.default_rng(config.seed)
-    policies = [prepared.space.random(generator) for _ in range(max(LEAST_POINTS, config.calibration_policies))]
-    policies += list(baselines(prepared.anatomy, bool(config.space.distill)).values())
-    with Timer(config.target) as timer:
-        profile = calibrate(
-            prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-        )
-    held = profile.predictor.heldout
-    session.state.setdefault("noise", []).append(
-        {"time": session.clock.now(), "phase": "calibrate", "reference_ms": profile.reference_ms,
-         "repeat_error": profile.reference_repeat_error}
-    )  # fmt: skip
-    session.folder.decide(
-        "calibrate", f"predict latency by {profile.predictor.design}",
-        f"held-out error {held.mape:.1%} over {held.n} measured policies, "
-        f"the best of {len(profile.predictor.candidates)} designs",
-        designs=profile.predictor.candidates,
-    )  # fmt: skip
-    return profile
-
-
-def _tell(session: Session, text: str) -> None:
-    session.update(activity=text)
+def _beside_profile(session: Session) -> dict[str, Any]:
+    """What the target's file holds beside the profile: the run's own measurement, or that of the config's profile."""
+    if session.config.target_profile is None:
+        known = session.state.get("capabilities")
+        return beside_profile(capabilities_from_dict(known)) if known is not None else {}
+    data = json.loads(Path(session.config.target_profile).read_text())
+    return {key: data[key] for key in MEASURED_BESIDE if key in data}
 
 
 def _check_limits(session: Session) -> None:
@@ -237,6 +282,9 @@ def _check_limits(session: Session) -> None:
     harsh = [
         uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
     ]
+    if space.blocks:
+        blocks = tuple(b.name for b in prepared.anatomy.blocks)
+        harsh += [canonical(replace(policy, removed_blocks=blocks), prepared.anatomy) for policy in harsh]
     tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
     predicted = [session.predict(policy) for policy in tried]
     fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
@@ -248,6 +296,14 @@ def _check_limits(session: Session) -> None:
     if limits.max_size_bytes is not None and least > limits.max_size_bytes:
         raise InputError(
             f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
+        )
+    together = [
+        size for low, size in ((low, size) for _, low, _, size in predicted) if low <= (limits.max_latency_ms or low)
+    ]
+    if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
+        raise InputError(
+            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
+            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
         )
 
 

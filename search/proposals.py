@@ -1,18 +1,19 @@
 """Policies that need no search: uniform baselines, sensitivity probes, and a greedy latency-per-damage walk."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from ..spaces.anatomy import Anatomy
-from ..spaces.policy import FP32, INT8, Distill, Policy
-from ..spaces.space import Space, bits_name, canonical, uniform
+from ..spaces.errors import InputError
+from ..spaces.policy import FP32, INT8, Distill, Policy, policy_from_json
+from ..spaces.space import Space, bits_name, canonical, check_policy, uniform
+from .costs import Costs
 
 PROBE_RATIO = 0.5
-Costs = Callable[[Policy], tuple[float, int]]
-"""Predicted latency in ms and file size in bytes of a policy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +35,14 @@ class Sensitivity:
         return pruned + removed + stored
 
 
-def baselines(anatomy: Anatomy, distill: bool) -> dict[str, Policy]:
-    """The simple rules that a search must beat, by name. The uncompressed model is trained without distillation."""
+def baselines(
+    anatomy: Anatomy, distill: bool, scores: Mapping[str, Sequence[float]] | None = None
+) -> dict[str, Policy]:
+    """The simple rules that a search must beat, by name. The uncompressed model is trained without distillation.
+
+    ``scores`` are the channels' magnitudes by group, each group's with a mean of 1; without them there is no global
+    magnitude among the rules.
+    """
     plain = Policy(model=anatomy.digest, distill=Distill(method="none", alpha=0.0))
     like = Policy(model=anatomy.digest) if distill else plain
     rules = {
@@ -47,7 +54,32 @@ def baselines(anatomy: Anatomy, distill: bool) -> dict[str, Policy]:
     for width in (0.75, 0.5, 0.25):
         rules[f"uniform {width:.0%} fp32"] = uniform(anatomy, width=width, bits=FP32, like=like)
         rules[f"uniform {width:.0%} INT8"] = uniform(anatomy, width=width, bits=INT8, like=like)
+    for width in (0.5, 0.25) if scores else ():
+        rules[f"global magnitude {width:.0%} INT8"] = global_magnitude(anatomy, scores or {}, width, like)
     return rules
+
+
+def global_magnitude(anatomy: Anatomy, scores: Mapping[str, Sequence[float]], width: float, like: Policy) -> Policy:
+    """All layers in INT8; of all channels together the weakest go until the share ``width`` is left (Han et al. 2015,
+    with channels for weights)."""
+    everything = np.sort(np.concatenate([np.asarray(scores[g.name], dtype=np.float64) for g in anatomy.groups]))
+    threshold = everything[min(len(everything) - 1, round((1 - width) * len(everything)))]
+    ratios = {g.name: float(np.mean(np.asarray(scores[g.name]) < threshold)) for g in anatomy.groups}
+    bits = {layer.name: INT8 for layer in anatomy.layers}
+    return canonical(replace(like, prune={n: min(r, 0.999) for n, r in ratios.items()}, bits=bits), anatomy)
+
+
+def pointless(rules: Mapping[str, Policy], costs: Costs) -> dict[str, str]:
+    """Rules in fp32 whose twin in INT8 is faster and smaller, with the twin's name: equally wide and as accurate within
+    the noise, so they would cost training and never stand on a front."""
+    found: dict[str, str] = {}
+    for name, policy in rules.items():
+        twin = name.replace("fp32", "INT8")
+        if twin != name and twin in rules:
+            mine, its = costs(policy), costs(rules[twin])
+            if its[0] < mine[0] and its[1] < mine[1]:
+                found[name] = twin
+    return found
 
 
 def probes(space: Space) -> dict[tuple[str, str, str], Policy]:
@@ -98,9 +130,41 @@ def greedy_walk(space: Space, sensitivity: Sensitivity, costs: Costs, count: int
             break
         policy, cost, _ = max(options, key=lambda o: (cost - o[1]) / max(o[2], 1e-6))
         walk.append(policy)
-    steps = walk[1:]
+    return spread_out(walk[1:], count)
+
+
+def spread_out(steps: Sequence[Policy], count: int) -> list[Policy]:
+    """At most ``count`` of the steps, evenly."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)) if steps else []
     return [steps[i] for i in chosen]
+
+
+def own_policies(files: Sequence[str], space: Space) -> list[Policy]:
+    """The user's own policies. Raises InputError when one is none, or one of another model or target."""
+    found: list[Policy] = []
+    for name in files:
+        try:
+            text = Path(name).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"seeds: {name} cannot be read: {error}.") from None
+        policy = policy_from_json(text, f"seeds: {name}")
+        check_policy(policy, space.anatomy, space.bit_choices, f"seeds: {name}")
+        found.append(canonical(policy, space.anatomy))
+    return found
+
+
+def greedy_rules(walk: Sequence[Policy], rules: Mapping[str, Policy], costs: Costs) -> dict[str, Policy]:
+    """The points of a greedy walk that are as fast as the uniform half and quarter width: rivals at equal speed."""
+    found: dict[str, Policy] = {}
+    for width in ("50%", "25%"):
+        like = rules.get(f"uniform {width} INT8")
+        if like is None or not walk:
+            continue
+        wanted = math.log(costs(like)[0])
+        nearest = min(walk, key=lambda policy: abs(math.log(costs(policy)[0]) - wanted))
+        if nearest not in found.values():
+            found[f"greedy {width}"] = nearest
+    return found
 
 
 def _cost(pair: tuple[float, int]) -> float:

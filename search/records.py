@@ -48,7 +48,10 @@ class Quality:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
     """Milliseconds of one inference. Predicted: with a 90 % interval. Measured: with its repeat error
-    (how far the two lowest windows lie apart, as a share) and the reference measured in between."""
+    (how far the two lowest windows lie apart, as a share) and the reference measured in between.
+
+    ``settled`` is False where the windows never agreed, because the machine was too noisy. ``forced`` says in what
+    the profile differs from this model or device, where it was used all the same."""
 
     latency_ms: float
     low_ms: float
@@ -56,6 +59,8 @@ class Latency:
     measured: bool
     repeat_error: float | None = None
     reference_ms: float | None = None
+    settled: bool = True
+    forced: str | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -104,6 +109,8 @@ class TrialRecord:
     started: float | None = None
     finished: float | None = None
     verified: Verified | None = None
+    driver: str | None = None
+    """The run that evaluates it, where several share a study."""
 
     @property
     def quality(self) -> Quality | None:
@@ -174,6 +181,8 @@ def row(trial: TrialRecord) -> dict[str, Any]:
         "repeat_error": latency.repeat_error if latency else None,
         "reference_ms": latency.reference_ms if latency else None,
         "ratio": latency.ratio if latency else None,
+        "settled": latency.settled if latency else None,
+        "forced": latency.forced if latency else None,
         "size_bytes": verified.size_bytes if verified else trial.size_bytes,
         "macs": trial.macs,
         "params": trial.params,

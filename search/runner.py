@@ -2,37 +2,39 @@
 
 import multiprocessing
 import os
-import resource
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
-from ..evaluators.evaluate import Evaluator, Job, Outcome, Recipe
+from ..evaluators.evaluate import Job, Outcome
+from .worker import WORKER_LOST, Factory, Failure, Worker, settle
 
 MEMORY_SHARE = 0.8
 """Of the machine's memory, for all workers together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """An evaluation that gave no outcome: the exception's type and text."""
-
-    kind: str
-    text: str
-
-
 class Runner(Protocol):
-    """Runs jobs somewhere. Keys are chosen by the caller; an evaluation is idempotent."""
+    """Runs jobs somewhere. Keys are chosen by the caller; an evaluation is idempotent, so a job whose worker was lost
+    may be submitted again."""
 
-    def submit(self, key: int, job: Job) -> None:
-        """Take a job; at most ``workers`` run at once."""
+    @property
+    def workers(self) -> int:
+        """How many jobs run at once as things stand; it changes where workers come and go."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """Share of the latest reported fine-tune that is done, in [0, 1]."""
+        ...
+
+    def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
+        """Take a job, which may run for ``cap_seconds``; at most ``workers`` run at once, the rest wait."""
         ...
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
@@ -44,98 +46,124 @@ class Runner(Protocol):
         ...
 
 
-class LocalRunner:
-    """Evaluations in processes of this machine. A worker that dies fails its job; the pool is made anew."""
+def machine_bytes() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-    def __init__(self, recipe: Recipe, workers: int) -> None:
-        self._recipe = recipe
+
+@dataclass(slots=True)
+class _Process:
+    """A worker and our end of its pipe."""
+
+    process: SpawnProcess
+    pipe: Connection
+    key: int | None = None
+    """Of the job that it works on."""
+
+
+class LocalRunner:
+    """Evaluations in processes of this machine. A worker that dies loses its own job only; the next job gets a new one.
+
+    ``memory_bytes`` caps each worker; by default 80 % of the machine's memory is divided among them.
+    """
+
+    def __init__(self, make: Factory, workers: int, memory_bytes: int | None = None) -> None:
+        self._make = make
         self._workers = workers
-        self._memory_bytes = int(MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / workers)
+        self._memory_bytes = memory_bytes or int(MEMORY_SHARE * machine_bytes() / workers)
         self._context = multiprocessing.get_context("spawn")
-        self._progress: Any = self._context.RawValue("d", 0.0)  # one writer, and a torn reading does no harm
-        self._futures: dict[Future[Outcome | Failure], tuple[int, Job]] = {}
-        self._pool = self._make_pool()
+        self._progress: Any = self._context.RawValue("d", 0.0)  # a torn reading does no harm
+        self._waiting: deque[tuple[int, Job, float | None]] = deque()
+        self._processes: list[_Process] = []
+
+    @property
+    def workers(self) -> int:
+        return self._workers
 
     @property
     def progress(self) -> float:
-        """Share of the latest reported fine-tune that is done, in [0, 1]."""
         return self._progress.value
 
-    def submit(self, key: int, job: Job) -> None:
-        try:
-            future = self._pool.submit(_evaluate, job)
-        except BrokenProcessPool:  # a worker died between two jobs
-            self._pool = self._make_pool()
-            future = self._pool.submit(_evaluate, job)
-        self._futures[future] = (key, job)
+    def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
+        self._waiting.append((key, job, cap_seconds))
+        self._start_waiting()
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
-        if not self._futures:
+        busy = {worker.pipe: worker for worker in self._processes if worker.key is not None}
+        if not busy:
             return
-        done, _ = wait(self._futures, timeout=timeout_seconds, return_when=FIRST_COMPLETED)
-        broken = False
-        for future in done:
-            key, _ = self._futures.pop(future)
-            error = future.exception()
-            if isinstance(error, BrokenProcessPool):
-                broken = True
-                yield key, Failure("WorkerDied", "the worker process ended, as it does when memory runs out")
-            elif error is not None:
-                yield key, Failure(type(error).__name__, str(error))
-            else:
-                yield key, future.result()
-        if broken:
-            self._pool = self._make_pool()
+        for pipe in wait(list(busy), timeout_seconds):
+            worker = busy[pipe]  # type: ignore[index]  wait returns what it was given
+            if worker.key is None:
+                continue
+            key, worker.key = worker.key, None
+            try:
+                result = worker.pipe.recv()
+            except (EOFError, ConnectionError):
+                result = Failure(WORKER_LOST, f"the worker process {self._bury(worker)}")
+            self._start_waiting()
+            yield key, result
 
     def close(self) -> None:
-        processes = list((self._pool._processes or {}).values())
-        for process in processes:
-            process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._futures.clear()
+        for worker in self._processes:
+            worker.process.kill()
+        for worker in list(self._processes):
+            self._bury(worker)
+        self._waiting.clear()
 
-    def _make_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self._workers,
-            mp_context=self._context,
-            initializer=_start,
-            initargs=(self._recipe, self._progress, self._memory_bytes),
-        )
+    def _start_waiting(self) -> None:
+        while self._waiting:
+            worker = next((w for w in reversed(self._processes) if w.key is None), None)
+            if worker is None:
+                if len(self._processes) == self._workers:
+                    return
+                worker = self._spawn()
+            try:
+                worker.pipe.send(self._waiting[0][1:])
+            except OSError:  # it died between two jobs
+                self._bury(worker)
+                continue
+            worker.key = self._waiting.popleft()[0]
+
+    def _spawn(self) -> _Process:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._make, self._progress, self._memory_bytes))
+        process.start()
+        theirs.close()  # so that its death ends the pipe
+        self._processes.append(_Process(process, ours))
+        return self._processes[-1]
+
+    def _bury(self, worker: _Process) -> str:
+        """Forget a worker that has ended; says how it did."""
+        self._processes.remove(worker)
+        worker.process.join()
+        worker.pipe.close()
+        code = worker.process.exitcode or 0
+        worker.process.close()
+        if code == -signal.SIGKILL:
+            return "was killed, as it is when memory runs out"
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
-_evaluator: Evaluator | None = None
-_shared_progress: Any = None
-_recipe: Recipe | None = None
-
-
-def _start(recipe: Recipe, progress: Any, memory_bytes: int) -> None:
-    global _recipe, _shared_progress
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a worker that is killed would leave behind
+def _serve(pipe: Connection, make: Factory, progress: Any, memory_bytes: int) -> None:
+    """A worker's life: one job after another, until the driver is gone."""
+    settle(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
-    # Past this an allocation fails and the trial with it; without it the kernel would pick a process to kill.
-    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    _recipe, _shared_progress = recipe, progress
+    worker = Worker(make)
+
+    def report(done: float) -> None:
+        progress.value = done
+
+    while True:
+        try:
+            job, cap_seconds = pipe.recv()
+            pipe.send(worker(job, cap_seconds, report))
+        except (EOFError, ConnectionError):
+            return
 
 
 def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def _evaluate(job: Job) -> Outcome | Failure:
-    global _evaluator
-    try:
-        if _evaluator is None:
-            if _recipe is None:
-                return Failure("WorkerNotStarted", "the worker was not given its recipe")
-            _evaluator = Evaluator(_recipe)
-        return _evaluator(job, _report)
-    except Exception as error:  # noqa: BLE001  the one place where a trial becomes FAILED
-        return Failure(type(error).__name__, (str(error).strip().splitlines() or [""])[0])
-
-
-def _report(done: float) -> None:
-    if _shared_progress is not None:
-        _shared_progress.value = done

@@ -1,14 +1,14 @@
-"""Who proposes the next policy: Optuna's samplers by name, and ours.
+"""Who proposes the next policy: Optuna's samplers by name, a greedy walk with measured steps, and ours.
 
-Latency and size of a policy cost nothing to know, only its accuracy does. So each proposal of the
-``nightpress`` sampler looks at a few hundred policies, predicts all three, and takes the one with the largest
-optimistic gain in hypervolume.
+Latency and size of a policy cost nothing to know, only its accuracy does. So each proposal of the ``nightpress``
+sampler breeds tens of thousands of policies, prices them all, and takes the one with the largest expected gain in
+hypervolume after the long fine-tune.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 import numpy as np
 import optuna
@@ -16,20 +16,28 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+from threadpoolctl import threadpool_limits
 
-from ..spaces.policy import Policy, digest, policy_from_dict
+from ..spaces.policy import Policy
 from ..spaces.space import Space
-from .pareto import hypervolume, losses, non_dominated
-from .proposals import Costs, Sensitivity
-from .records import TrialState
+from .breeding import PARENTS, breed, fresh
+from .costs import Costs, QuickCosts
+from .encoding import Encoder
+from .experience import Experience
+from .gain import Target, expected_gain, target
+from .memory import Memory
+from .netadapt import NetAdaptSampler
+from .proposals import Sensitivity
+from .records import Rung
+from .surrogate import RUNGS, Describer, Kernel, Surrogate
 
-POOL = 160
 LEAST_TRIALS = 6
-OPTIMISM = 1.0
-MOST_OBSERVATIONS = 200
+SHORT = RUNGS.index(Rung.SHORT)
+"""How far a trial of the search goes."""
+SCREENED = 600
+"""Of a generation: those whose uncertainty is looked at."""
+REFIT = 1.15
+"""The kernel is looked for again when there are so many times more observations."""
 Array = NDArray[np.float64]
 
 
@@ -72,17 +80,34 @@ def _sampler(name: str, seed: int, space: Space, costs: Costs) -> optuna.sampler
         return optuna.samplers.NSGAIIISampler(seed=seed, population_size=24)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=12)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=12)
     if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
+    if name == "netadapt":
+        return NetAdaptSampler(space, costs, seed)
     return NightpressSampler(space, costs, seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What an ablation leaves out, one at a time.
+
+    ``free_objectives``: latency and size are taken from what was tried, not predicted for each candidate.
+    ``rungs``: cheap rungs teach nothing. ``sensitivity``: the damages of the probes are not known.
+    """
+
+    free_objectives: bool = True
+    rungs: bool = True
+    sensitivity: bool = True
 
 
 @dataclass
 class NightpressSampler(optuna.samplers.BaseSampler):
-    """Proposes the policy with the largest optimistic hypervolume gain out of a pool of mutants and crosses.
+    """Proposes the policy with the largest expected hypervolume gain out of a population bred for it.
 
-    The accuracy surrogate is a Gaussian process over the choices, the additive damage of the sensitivity
-    probes and the rung, so that cheap rungs teach it too.
+    Policies that are being evaluated count as if they had come out as expected, so workers in parallel get
+    different ones.
     """
 
     space: Space
@@ -91,9 +116,19 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
+    options: Options = field(default_factory=Options)
+    memory: Memory | None = None
+    """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
     def __post_init__(self) -> None:
+        self.encoder = Encoder(self.space)
+        self.experience = Experience(self.encoder)
         self._described = distributions(self.space)
+        self._quick: QuickCosts | None = None
+        self._fitted: tuple[int, Any] | None = None
+        self._survivors: Array | None = None
+        self._spread = 0.2
+        self._recalled = False
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._described
@@ -104,7 +139,12 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         if "fixed_params" in trial.system_attrs:  # an enqueued policy: nothing to propose
             return {}
         generator = np.random.default_rng((self.seed, trial.number))
-        policy = self._propose(_observations(study), generator)
+        self.experience.read(study)
+        self._recall(trial.number)
+        with threadpool_limits(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
+            policy = self._propose(generator)
+        if self.memory is not None:
+            self.memory.keep(trial.number, self._remembered())
         return {name: value for name, value in self.space.params(policy).items() if name in search_space}
 
     def sample_independent(
@@ -114,141 +154,107 @@ class NightpressSampler(optuna.samplers.BaseSampler):
             study, trial, param_name, param_distribution
         )
 
-    def _propose(self, seen: "list[_Observation]", generator: np.random.Generator) -> Policy:
-        full = [o for o in seen if o.complete]
-        if len(full) < LEAST_TRIALS or self.reference is None:
+    def _propose(self, generator: np.random.Generator) -> Policy:
+        known = self.experience
+        if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
-        losses = np.array([o.losses for o in full])
-        front = non_dominated(losses)
-        parents = [full[i].policy for i in front]
-        known = {digest(o.policy) for o in seen}
-        pool = [p for p in self._pool(parents, generator) if digest(p) not in known]
-        if not pool:
-            return self.space.random(generator)
-        costs = np.array([self.costs(p) for p in pool], dtype=np.float64)
-        mean, spread = self._surrogate(seen, pool)
-        optimistic = np.column_stack([-(mean + OPTIMISM * spread), costs])
-        return pool[_best_gain(optimistic, losses[front], np.array(self.reference))]
+        surrogate = self.surrogate()
+        aim = self._aim(surrogate)
+        rows = self._bred(surrogate, aim, generator)
+        return self._best(rows, surrogate, aim) or self.space.random(generator)
 
-    def _pool(self, parents: list[Policy], generator: np.random.Generator) -> list[Policy]:
-        pool: dict[str, Policy] = {}
-        names = list(self._described.items())
-        for number in range(POOL):
-            if number % 8 == 0:
-                policy = self.space.random(generator)
-            else:
-                first, second = (self.space.params(parents[i]) for i in generator.integers(len(parents), size=2))
-                mixed = {n: (second if generator.uniform() < 0.3 else first).get(n) for n, _ in names}
-                for index in generator.choice(len(names), size=int(generator.integers(1, 4)), replace=False):
-                    mixed[names[index][0]] = _mutate(mixed[names[index][0]], names[index][1], generator)
-                policy = self.space.sample(_Fixed(mixed))
-            pool[digest(policy)] = policy
-        return list(pool.values())
+    def _remembered(self) -> dict[str, Array]:
+        found = {"spread": np.array(self._spread)}
+        if self._fitted is not None:
+            found["fitted"] = np.array([self._fitted[0], *astuple(self._fitted[1])])
+        if self._survivors is not None:
+            found["survivors"] = self._survivors
+        if self._quick is not None:
+            found["rows"], found["truth"] = self._quick.examples
+        return found
 
-    def _surrogate(self, seen: "list[_Observation]", pool: list[Policy]) -> tuple[Array, Array]:
-        """Mean and standard deviation of the top rung's accuracy for each policy of the pool, shape (pool,)."""
-        rows = seen[-MOST_OBSERVATIONS:]
-        top = max(o.rung for o in rows)
-        inputs = np.array([self._vector(o.policy, o.rung / max(top, 1)) for o in rows])
-        best = max(o.accuracy for o in rows)
-        # Collapsed networks are all equally useless: their depth must not bend the model where it matters.
-        targets = np.maximum([o.accuracy for o in rows], best - 0.25)
-        centre, width = inputs.mean(axis=0), inputs.std(axis=0)
-        used = width > 1e-9
-        kernel: Any = ConstantKernel(1.0) * RBF(np.sqrt(used.sum()), (0.3, 100.0)) + WhiteKernel(0.05, (1e-3, 1.0))
-        model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
-            model.fit((inputs[:, used] - centre[used]) / width[used], targets)
-        asked = np.array([self._vector(p, 1.0) for p in pool])
-        mean, spread = cast(
-            "tuple[Array, Array]",
-            model.predict((asked[:, used] - centre[used]) / width[used], return_std=True),
-        )
-        return mean, spread
+    def _recall(self, number: int) -> None:
+        """Once a process: what the driver before remembered."""
+        if self._recalled or self.memory is None:
+            return
+        self._recalled = True
+        known = self.memory.before(number)
+        if known is None:
+            return
+        self._spread = float(known["spread"])
+        if "fitted" in known:
+            count, *kernel = known["fitted"].tolist()
+            self._fitted = int(count), Kernel(*kernel)
+        self._survivors = known.get("survivors")
+        if "rows" in known:
+            self._quick_costs().recall(known["rows"], known["truth"])
 
-    def _vector(self, policy: Policy, rung: float) -> Array:
-        params = self.space.params(policy)
-        # The damage estimate and the rung matter more than any single choice: they get weight by repetition.
-        damage = np.log1p(self.sensitivity.damage(policy))
-        choices = [_number(params[name], described) for name, described in self._described.items()]
-        return np.array([*choices, damage, damage, damage, rung, rung])
+    def surrogate(self) -> Surrogate:
+        """Fitted to all that is known; its kernel is looked for again only now and then."""
+        sensitivity = self.sensitivity if self.options.sensitivity else Sensitivity()
+        observations = self.experience.observations(cheap=self.options.rungs)
+        kernel = None
+        if self._fitted is not None and len(observations) < self._fitted[0] * REFIT:
+            kernel = self._fitted[1]
+        found = Surrogate(Describer(self.encoder, sensitivity), observations, kernel)
+        if kernel is None:
+            self._fitted = len(observations), found.kernel
+        return found
 
+    def _aim(self, surrogate: Surrogate) -> Target:
+        """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
+        assert self.reference is not None
+        rows = self.experience.rows
+        expected = surrogate.scale.down(surrogate.predict(rows)[0])
+        points = np.column_stack([expected, self.experience.costs])
+        return target(points, np.array([-self.reference[0], *self.reference[1:]]))
 
-@dataclass(frozen=True, slots=True)
-class _Observation:
-    policy: Policy
-    rung: int
-    accuracy: float
-    losses: tuple[float, float, float]
-    complete: bool
+    def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
+        """A population after some generations, the most promising first."""
+        tried = self.experience.rows
+        parents = np.vstack([tried, self._survivors]) if self._survivors is not None else tried
+        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, aim), generator)
+        self._survivors = found[:PARENTS]
+        return found
 
+    def _worth(self, rows: Array, surrogate: Surrogate, aim: Target) -> Array:
+        """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
+        costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
+        mean = surrogate.mean(rows)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim)
+        best = np.argsort(-rough, kind="stable")[:SCREENED]
+        worth = rough - 1e3
+        hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
+        self._spread = float(np.median(hoped[1]))
+        worth[best] = self._by_effort(rows[best], costs[best], hoped, surrogate, aim)
+        return worth
 
-def _observations(study: Study) -> list[_Observation]:
-    """Every rung that every finished trial reached."""
-    rungs = {"bn": 0, "short": 1}
-    found: list[_Observation] = []
-    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)):
-        attrs = trial.user_attrs
-        if "policy" not in attrs or trial.values is None:
-            continue
-        policy = policy_from_dict(attrs["policy"], f"trial {trial.number}")
-        values = trial.values
-        for quality in attrs.get("qualities", []):
-            last = quality is attrs["qualities"][-1]
-            found.append(
-                _Observation(
-                    policy=policy, rung=rungs.get(quality["rung"], 1), accuracy=quality["accuracy"],
-                    losses=losses(quality["accuracy"], values[1], values[2]),
-                    complete=last and attrs.get("state") == TrialState.COMPLETE,
-                )
-            )  # fmt: skip
-    return found
+    def _by_effort(
+        self, rows: Array, costs: Array, hoped: tuple[Array, Array], surrogate: Surrogate, aim: Target
+    ) -> Array:  # fmt: skip
+        """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
+        nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
+        gains = expected_gain(*hoped, surrogate.scale, costs, aim)
+        effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
+        beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
+        return np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
 
+    def _quick_costs(self) -> QuickCosts:
+        if self._quick is None:
+            self._quick = QuickCosts(self.encoder, self.costs, self.seed)
+        return self._quick
 
-def _best_gain(points: Array, front: Array, reference: Array) -> int:
-    """The point that adds most to the front's hypervolume, scaled to the reference; ties to the first."""
-    scale = np.abs(reference - np.minimum(front.min(axis=0), points.min(axis=0))) + 1e-12
-    have, corner = front / scale, reference / scale
-    base = hypervolume(have, corner)
-    gains = [hypervolume(np.vstack([have, p / scale]), corner) - base for p in points]
-    if max(gains) > 0:
-        return int(np.argmax(gains))
-    return int(np.argmin((points / scale).sum(axis=1)))
-
-
-def _mutate(value: Any, distribution: BaseDistribution, generator: np.random.Generator) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[int(generator.integers(len(distribution.choices)))]
-    if isinstance(distribution, IntDistribution):
-        reach = max(1.0, 0.2 * (distribution.high - distribution.low))
-        return int(np.clip(round(generator.normal(value, reach)), distribution.low, distribution.high))
-    floats = cast("FloatDistribution", distribution)
-    if floats.log:
-        return float(np.clip(value * np.exp(generator.normal(0, 0.5)), floats.low, floats.high))
-    return float(np.clip(generator.normal(value, 0.2 * (floats.high - floats.low)), floats.low, floats.high))
-
-
-def _number(value: Any, distribution: BaseDistribution) -> float:
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices.index(value) / max(1, len(distribution.choices) - 1)
-    if isinstance(distribution, FloatDistribution) and distribution.log:
-        return float(np.log(value))
-    return float(value)
-
-
-@dataclass(frozen=True, slots=True)
-class _Fixed:
-    answers: Mapping[str, Any]
-
-    def choice(self, name: str, values: Sequence[str]) -> str:
-        return self.answers[name]
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        return self.answers[name]
-
-    def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return self.answers[name]
+    def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:
+        """The best of the most promising new ones, at their exact costs."""
+        chosen = fresh(self.encoder, rows, self._quick_costs(), self.experience.digests)
+        if not chosen:
+            return None
+        policies = list(chosen.values())
+        found = np.stack([self.encoder.row(policy) for policy in policies])
+        free = self.options.free_objectives
+        costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
+        hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
+        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, aim)))]
 
 
 @dataclass(slots=True)

@@ -1,20 +1,26 @@
 """What all phases of a night share, and how they are told to stop."""
 
 import logging
+import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
-from ..evaluators.latency.measure import REFERENCE, Timer, Timing
-from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.insitu import UnseenKernelError
+from ..evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing
+from ..evaluators.latency.profile import Profile, profile_to_dict
+from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..evaluators.task import Task
@@ -22,21 +28,33 @@ from ..spaces.anatomy import Anatomy
 from ..spaces.plan import Plan, plan
 from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
-from .clock import Clock
+from .clock import Clock, length
 from .config import RunConfig
-from .folder import STATE, RunFolder
+from .folder import STATE, TARGET, RunFolder
+from .jobs import Jobs
+from .notify import notify
 from .pareto import losses, non_dominated
+from .places import Places
 from .proposals import Sensitivity
 from .records import Latency, Quality, TrialState, row
-from .runner import Failure, LocalRunner
+from .runner import Runner
 from .store import Store
+from .worker import Factory, Failure
 
 log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
+T = TypeVar("T")
+MINUTE_SECONDS = 60.0
+BUSY_CORES = 0.2
+"""Of other processes during a measurement, from which on it is worth a warning."""
 
 
 class InterruptionError(Exception):
     """Ctrl-C or SIGTERM: the night ends gracefully."""
+
+
+class OverdueError(Exception):
+    """A phase ran into the time of what must follow it: what is under way is given up."""
 
 
 @dataclass(slots=True)
@@ -62,6 +80,9 @@ class Session:
     watch: Callable[["Session"], None]
     state: dict[str, Any] = field(default_factory=dict[str, Any])
     stop: bool = False
+    followers: tuple[str, ...] = ()
+    """Phases whose time the running one must not touch, whatever it is busy with."""
+    _told: float = 0.0
     _parts: dict[str, Any] = field(default_factory=dict[str, Any])
     _cost_cache: dict[str, tuple[float, float, float, int]] = field(
         default_factory=dict[str, tuple[float, float, float, int]]
@@ -81,8 +102,26 @@ class Session:
         return self._parts["store"]
 
     @property
-    def runner(self) -> LocalRunner:
-        return self._parts["runner"]
+    def places(self) -> Places:
+        return self._parts["places"]
+
+    @property
+    def make(self) -> Factory:
+        """Makes a worker's evaluator."""
+        return self._parts["make"]
+
+    @property
+    def jobs(self) -> Jobs:
+        return self._parts["jobs"]
+
+    @property
+    def runner(self) -> Runner:
+        return self.jobs.runner
+
+    @property
+    def workers(self) -> int:
+        """How many jobs can run at once now, at least one."""
+        return max(1, self.runner.workers)
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -95,8 +134,10 @@ class Session:
 
     def close(self) -> None:
         """End the workers, where there are any."""
-        if "runner" in self._parts:
+        if "jobs" in self._parts:
             self.runner.close()
+        if "places" in self._parts:
+            self.places.close()
 
     @property
     def sampler(self) -> optuna.samplers.BaseSampler:
@@ -105,15 +146,28 @@ class Session:
     def provide(self, **parts: Any) -> None:
         self._parts.update(parts)
 
+    def use_profile(self, profile: Profile) -> None:
+        """From now on predict by this one; what was predicted before is forgotten."""
+        self.provide(profile=profile)
+        self._cost_cache.clear()
+
+    def keep_profile(self, profile: Profile) -> None:
+        """Use this profile and write it to the run's folder, with what was measured beside it."""
+        self.use_profile(profile)
+        self.folder.write_json(TARGET, {**profile_to_dict(profile), **self._parts.get("beside_profile", {})})
+
     @contextmanager
-    def phase(self, name: str) -> Generator[None]:
-        """Mark a phase in state and log; its seconds are counted even when it is interrupted."""
+    def phase(self, name: str, *followers: str) -> Generator[None]:
+        """Mark a phase in state and log; its seconds are counted even when it is interrupted. It ends with an
+        OverdueError when it runs into the time of its followers."""
         start = time.monotonic()
+        self.followers = followers
         self.update(phase=name)
         log.info("phase %s", name)
         try:
             yield
         finally:
+            self.followers = ()
             spent = self.state.setdefault("seconds", {})
             spent[name] = round(spent.get(name, 0.0) + time.monotonic() - start, 2)
             self.update()
@@ -130,11 +184,59 @@ class Session:
         if self.stop:
             raise InterruptionError
 
-    def results(self) -> Iterator[tuple[int, Outcome | Failure]]:
+    def results(self, timeout_seconds: float = TICK_SECONDS) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results of submitted jobs within one tick; keeps the live view and the stop signal served."""
-        yield from self.runner.as_completed(TICK_SECONDS)
+        for key, result in self.jobs.as_completed(timeout_seconds):
+            if isinstance(result, Outcome):
+                self._count("evaluated_seconds", result.seconds)
+            yield key, result
+        self.tick()
+
+    @contextmanager
+    def measuring(self) -> Generator[None]:
+        """Count the seconds that a measurement on the target takes."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._count("measured_seconds", time.monotonic() - start)
+
+    def _count(self, kind: str, seconds: float) -> None:
+        spent = self.state.setdefault(kind, {})
+        phase = str(self.state.get("phase"))
+        spent[phase] = round(spent.get(phase, 0.0) + seconds, 3)
+
+    def tick(self) -> None:
+        """What goes on whatever a phase is busy with: the live view, a line a minute, clocks, signals, the deadline.
+
+        Raises InterruptionError and OverdueError.
+        """
+        happened = self.clock.noticed()
+        if happened is not None:
+            self.replan({}, happened)
+        if time.monotonic() - self._told >= MINUTE_SECONDS:
+            self._told = time.monotonic()
+            log.info("%s", minute_line(self))
+            self.update()
         self.watch(self)
         self.check()
+        if self.followers and self.clock.left_before(*self.followers) <= 0:
+            raise OverdueError(f"the time for {', '.join(self.followers)} has come")
+
+    def replan(self, seconds: Mapping[str, float], reason: str) -> None:
+        """Give phases that are to come another length, in seconds, because of what was learned."""
+        self.clock.planned.update(seconds)
+        shares = self.clock.shares()
+        self.state["deadline_epoch"] = self.clock.deadline
+        self.update(deadline=self.clock.deadline_text(), shares=shares)
+        total = self.clock.total_seconds
+        told = ", ".join(f"{phase} {length(shares[phase] * total)}" for phase in seconds) or "what is left"
+        self.folder.decide(self.state.get("phase") or "inspect", f"planned anew: {told}", reason, shares=shares)
+
+    def trouble(self, text: str) -> None:
+        """Tell whoever is away that the night needs them."""
+        log.warning("%s", text)
+        notify(self.config.notify, self.folder.path, "trouble", text)
 
     def run_all(
         self, jobs: Mapping[int, Job], until_left_seconds: float | None = None
@@ -142,11 +244,11 @@ class Session:
         """Run independent jobs, never more at once than there are workers; starts none past the time limit."""
         waiting, running = list(jobs.items()), 0
         while waiting or running:
-            while waiting and running < self.config.search.workers:
+            while waiting and running < self.workers:
                 if until_left_seconds is not None and self.clock.left_seconds < until_left_seconds:
                     waiting = []
                     break
-                self.runner.submit(*waiting.pop(0))
+                self.jobs.submit(*waiting.pop(0))
                 running += 1
             for key, result in self.results():
                 running -= 1
@@ -154,8 +256,13 @@ class Session:
 
     def costs(self, policy: Policy) -> tuple[float, int]:
         """Predicted latency in ms and file size in bytes, quick enough for thousands of policies."""
-        planned = plan(self.prepared.anatomy, policy)
-        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+        return self.costs_of([policy])[0]
+
+    def costs_of(self, policies: Sequence[Policy]) -> list[tuple[float, int]]:
+        """The same for many policies at once, which is quicker by far."""
+        latencies = self._predicted(policies)[:, 0]
+        sizes = [self.profile.predict_size(plan(self.prepared.anatomy, policy)) for policy in policies]
+        return [(float(latency), size) for latency, size in zip(latencies, sizes, strict=True)]
 
     def predict(self, policy: Policy) -> tuple[float, float, float, int]:
         """Predicted latency with the ends of its interval (ms), and the file size in bytes, for which the
@@ -163,28 +270,86 @@ class Session:
         key = digest(policy)
         if key not in self._cost_cache:
             planned = plan(self.prepared.anatomy, policy)
-            self._cost_cache[key] = (*self.profile.predict(planned), file_size(planned))
+            latency, low, high = (float(value) for value in self._predicted([policy])[0])
+            self._cost_cache[key] = (latency, low, high, file_size(planned))
         return self._cost_cache[key]
 
+    @property
+    def forced(self) -> str | None:
+        """What every number from the profile must carry: in what it differs from this model or device."""
+        return "; ".join(self.profile.forced) or None
+
+    def predicted(self, policy: Policy) -> Latency:
+        """A policy's predicted latency as a record."""
+        latency, low, high, _ = self.predict(policy)
+        return Latency(latency_ms=latency, low_ms=low, high_ms=high, measured=False, forced=self.forced)
+
+    def _predicted(self, policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """The profile's predictions; a policy with a kind of kernel that was never measured is measured first."""
+        try:
+            return self.profile.predict(policies)
+        except UnseenKernelError as error:
+            if len(policies) > 1:
+                return np.concatenate([self._predicted([policy]) for policy in policies])
+            self._parts["measure_unseen"](self, policies[0], error)
+            return self.profile.predict(policies)
+
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
-        """Keep the reference's own figures: the noise of the night."""
-        if REFERENCE not in timings:
-            return
-        timing = timings[REFERENCE]
+        """Keep the reference's own figures, the noise of the night, and warn of what makes it."""
+        if REFERENCE in timings:
+            self.note_noise(timings[REFERENCE], phase, sum(not timing.settled for timing in timings.values()))
+
+    def note_noise(self, reference: Timing, phase: str, unsettled: int) -> None:
+        """Keep one measurement of the reference; ``unsettled`` models never had two windows that agree."""
         entry = {
-            "time": time.time(),
-            "phase": phase,
-            "reference_ms": timing.latency_ms,
-            "repeat_error": timing.repeat_error,
-        }
+            "time": time.time(), "phase": phase, "reference_ms": reference.latency_ms,
+            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": unsettled,
+        }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
+        for text in noise_warnings(reference, unsettled):
+            log.warning("%s: %s", phase, text)
+            self.state.setdefault("warnings", []).append({"time": entry["time"], "phase": phase, "text": text})
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
-        """Time files while nothing of ours trains."""
-        with Timer(self.config.target) as timer:
-            timings = timer.time(files, reference)
-        self.measured(timings, phase)
-        return timings
+        """Time files while nothing of ours trains. Raises MeasurementError."""
+        return self.on_target(phase, lambda timer: timer.time(files, reference))
+
+    @contextmanager
+    def timer(self, phase: str) -> Generator[Timer]:
+        """A timer of the target device; its seconds are counted, and the noise that it hears is kept."""
+        listener = partial(self.measured, phase=phase)
+        with self.measuring(), self.places.timer(self.config.target, listener) as timer:
+            yield timer
+
+    def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:
+        """Measure on the target while nothing of ours trains there, and once more when it was lost meanwhile.
+
+        Raises MeasurementError when it is lost again.
+        """
+        try:
+            with self.timer(phase) as timer:
+                return measure(timer)
+        except MeasurementError as error:
+            self.folder.decide(phase, "the measurement is repeated", f"it was lost: {error}")
+            with self.timer(phase) as timer:
+                return measure(timer)
+
+
+def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
+    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
+    found: list[str] = []
+    busy = reference.busy_cores
+    if busy is not None and busy >= BUSY_CORES:
+        found.append(
+            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
+            f"{os.getloadavg()[0]:.1f} on {cores()}): end them for the night, or the figures hold for a busy machine"
+        )
+    if unsettled:
+        found.append(
+            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
+            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
+        )
+    return found
 
 
 def file_size(planned: Plan) -> int:
@@ -201,6 +366,7 @@ def latency_of(timing: Timing) -> Latency:
         measured=True,
         repeat_error=timing.repeat_error,
         reference_ms=timing.reference_ms,
+        settled=timing.settled,
     )
 
 
@@ -229,6 +395,19 @@ def graceful(session: Session) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def minute_line(session: Session) -> str:
+    """How the night stands, in one line for the log."""
+    counts, best, _ = glance(session, 1000)
+    words = [f"{count} {name.lower()}" for name, count in counts.items() if count]
+    parts = [f"{session.state.get('phase')}, {length(session.clock.left_seconds)} left"]
+    parts.append(", ".join(words) or "no trial yet")
+    if best:
+        fastest = min(best, key=lambda r: r["latency_ms"])
+        parts.append(f"most accurate {best[0]['accuracy']:.4f} in {best[0]['latency_ms']:.3f} ms")
+        parts.append(f"fastest {fastest['latency_ms']:.3f} ms with {fastest['accuracy']:.4f}")
+    return "; ".join(parts)
 
 
 def glance(session: Session, most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:

@@ -7,8 +7,9 @@ attribute of the study, because Optuna closes finished trials.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,48 +18,124 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .journal import JournalFile
+from .attributes import WORD, approvals_in, record_of
+from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
+from .journal import JournalFile, OneWriterJournal, ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
+from .tally import Tally
 
 STUDY = "nightpress"
-SCHEMA = 1
+SCHEMA = 2
+"""Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 JOURNAL = "study.journal"
-_WORD = "word:"
+LONG = "long:"
+"""Study attribute with the accuracy of a trial's long fine-tune, by its number."""
+_LATER = ("measured:", "verified:")
+TAKEN_SECONDS = 60.0
+"""A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
 
 
-def open_storage(run: Path, url: str | None) -> optuna.storages.BaseStorage:
-    """The run's storage: the journal in its folder, or the URL of the config.
+def open_storage(
+    run: Path, url: str | None, *, new: bool = True, make_room: Callable[[], bool] = lambda: False
+) -> optuna.storages.BaseStorage:
+    """The run's storage: the journal in its folder, or the URL of the config; ``new`` False refuses to make a file,
+    ``make_room`` is asked when the disk is full.
 
-    Raises InputError when a URL does not answer; the message names no password.
+    Raises InputError when a URL is none or does not answer; the message names no password.
     """
     if url is None:
-        return optuna.storages.JournalStorage(JournalFile(run / JOURNAL))
+        return OneWriterJournal(JournalFile(run / JOURNAL, make_room))
+    told, file = without_password(url), sqlite_file(url)
+    if file is not None and not new and not Path(file).is_file():
+        raise InputError(f"search.storage: there is no file {file}, so the run's record cannot be read.")
     try:
-        return optuna.storages.get_storage(url)
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine_options(url))
+    except ImportError:
+        raise InputError(f"search.storage: {told} needs a driver: pip install 'nightpress[postgresql]'.") from None
     except Exception as error:  # noqa: BLE001  drivers of databases share no base
-        scheme = url.split("://", 1)[0]
-        raise InputError(f"search.storage: the {scheme} storage does not answer ({type(error).__name__}).") from None
+        raise InputError(f"search.storage: {told} does not answer ({type(error).__name__}).") from None
+
+
+def open_reading(run: Path, url: str | None, study: str = STUDY) -> optuna.storages.BaseStorage:
+    """The run's storage for those who only look. Raises InputError where there is no study yet."""
+    if url is None and not (run / JOURNAL).is_file():
+        raise InputError(f"{run}: its study has not begun yet.")
+    storage = open_storage(run, url, new=False) if url else optuna.storages.JournalStorage(ReadJournal(run / JOURNAL))
+    if not _has_study(storage, study):
+        raise InputError(f"{run}: its study has not begun yet.")
+    return storage
 
 
 class Store:
-    """Writes and reads the trials of one study."""
+    """Writes and reads the trials of one study. ``driver`` names the run that writes, where several may share the
+    study; ``sampler_at`` makes the sampler anew for each proposal, from the number of trials before it, so that a run
+    that was killed goes on as it would have."""
 
     def __init__(
-        self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None
-    ) -> None:
-        self._storage = storage
-        if _has_study(storage):  # a reader leaves no mark in the record
-            self.study = optuna.load_study(study_name=STUDY, storage=storage, sampler=sampler)
-        else:
-            self.study = optuna.create_study(storage=storage, study_name=STUDY, directions=DIRECTIONS, sampler=sampler)
-        self._study_id = storage.get_study_id_from_name(STUDY)
-        if self.study.user_attrs.get("schema") is None:
+        self, storage: optuna.storages.BaseStorage, sampler: optuna.samplers.BaseSampler | None = None, *,
+        study: str = STUDY, driver: str | None = None,
+        sampler_at: Callable[[int], optuna.samplers.BaseSampler] | None = None,
+    ) -> None:  # fmt: skip
+        self._storage, self.driver, self._sampler_at = storage, driver, sampler_at
+        self.study = _study_of(storage, study, sampler)
+        self._study_id = storage.get_study_id_from_name(study)
+        self._asked: list[Trial] = []
+        self._seen: list[TrialRecord | None] = []  # by number, None where a trial has not begun
+        self._open: set[int] = set()  # whose records may still change
+        self._tally = Tally()
+        self._look(*range(len(self.study.get_trials(deepcopy=False))))
+        self.claims: Claims = OneDriver()
+        if driver is not None and isinstance(storage, optuna.storages.RDBStorage):
+            self.claims = DatabaseClaims(storage.engine, study, driver)
+        schema = self.study.user_attrs.get("schema")
+        if schema is None:
             self.study.set_user_attr("schema", SCHEMA)
+        check_schema(schema)
+
+    def join(self, model: str) -> int:
+        """Tie the study to a model; returns how many trials it holds already. Raises InputError when it is another's.
+
+        Two runs of the same name in one storage would otherwise mix two searches.
+        """
+        known = self.study.user_attrs.get("model")
+        if known is not None and known != model:
+            raise InputError(
+                f"search.study: {self.study.study_name!r} in this storage is a search of model {known}, this run's is "
+                f"{model}; choose another name."
+            )
+        if known is None:
+            self.study.set_user_attr("model", model)
+        return len(self.trials())
+
+    def ask(self) -> Trial:
+        """The next proposal; first those that a killed driver had asked for and not begun."""
+        if self._asked:
+            return self._asked.pop(0)
+        if self._sampler_at is not None:
+            self.study.sampler = self._sampler_at(len(self.study.get_trials(deepcopy=False)))
+        trial = self.study.ask()
+        if self.driver is not None:
+            trial.set_user_attr("driver", self.driver)
+        return trial
+
+    def ours(self, trial: TrialRecord) -> bool:
+        """Whether this driver evaluates the trial: its checkpoints lie in this run's folder."""
+        return self.driver is None or trial.driver == self.driver
+
+    def drop(self, trial: Trial) -> None:
+        """Close a proposal that was not begun; it leaves no record."""
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+    def enqueued(self, role: str) -> set[str]:
+        """Digests of the policies of a role that were enqueued so far."""
+        trials = self.study.get_trials(deepcopy=False)
+        return {digest(policy_from_dict(t.user_attrs["given"], "enqueued policy")) for t in trials
+                if t.user_attrs.get("role") == role and "given" in t.user_attrs}  # fmt: skip
 
     def enqueue(self, params: Mapping[str, Any], role: str, name: str | None, given: Mapping[str, Any]) -> None:
         """Put a policy in front of the sampler's own proposals; ``params`` are its answers, if the space has them."""
@@ -70,12 +147,26 @@ class Store:
         if "role" not in trial.user_attrs:
             trial.set_user_attr("role", "search")
         trial.set_user_attr("policy", policy_to_dict(policy))  # last: who has a policy has the rest
+        self._look(trial.number)
 
     def note(self, number: int, **values: Any) -> None:
         """Attributes of a running trial."""
         storage, trial_id = self._storage, self._id(number)
         for key, value in values.items():
             storage.set_trial_user_attr(trial_id, key, value)
+
+    def noted(self, key: str) -> dict[int, Any]:
+        """One attribute of all trials that have it, by number."""
+        return {t.number: t.user_attrs[key] for t in self.study.get_trials(deepcopy=False) if key in t.user_attrs}
+
+    def note_long(self, number: int, quality: Quality) -> None:
+        """What the long fine-tune of a finished trial gave on the search split, so that the sampler learns of it."""
+        self.study.set_user_attr(f"{LONG}{number}", asdict(quality))
+
+    def longs(self) -> dict[int, float]:
+        """Search-split accuracy after the long fine-tune, by number."""
+        found = self.study.user_attrs.items()
+        return {int(k.removeprefix(LONG)): v["accuracy"] for k, v in found if k.startswith(LONG)}
 
     def constrain(self, number: int, excess: Mapping[str, float]) -> None:
         """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""
@@ -104,26 +195,65 @@ class Store:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
 
     def verify(self, number: int, verified: Verified) -> None:
-        self.study.set_user_attr(f"verified:{number}", asdict(verified))
+        self._attach(number, "verified", asdict(verified))
 
     def remeasure(self, number: int, latency: Latency) -> None:
-        self.study.set_user_attr(f"measured:{number}", asdict(latency))
+        self._attach(number, "measured", asdict(latency))
 
     def approve(self, entry: Mapping[str, Any]) -> None:
         """Keep a person's word. An attribute an entry: two people at work at once would overwrite a list."""
-        self.study.set_user_attr(f"{_WORD}{time.time_ns()}", dict(entry))
+        self.study.set_user_attr(f"{WORD}{time.time_ns()}", dict(entry))
 
     def approvals(self) -> tuple[Mapping[str, Any], ...]:
         """All words that people have given, in order."""
         return approvals_in(self.study.user_attrs)
 
     def trial(self, number: int) -> TrialRecord:
-        return self._record(self.study.get_trials(deepcopy=False)[number], self.study.user_attrs)
+        return self._record(self._storage.get_trial(self._id(number)), self._attached())
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All trials that have begun, in order."""
-        extra = self.study.user_attrs
-        return tuple(self._record(t, extra) for t in self.study.get_trials(deepcopy=False) if "policy" in t.user_attrs)
+        """All trials that have begun, in order. Reads only what may have changed since the last call."""
+        self._refresh()
+        return tuple(record for record in self._seen if record is not None)
+
+    def tally(self) -> Tally:
+        """Figures over the trials, in a time that does not grow with their number unless the study is shared."""
+        self._refresh()
+        return self._tally
+
+    def _look(self, *numbers: int) -> None:
+        """Trials that there are now."""
+        self._seen += [None] * (max(numbers, default=-1) + 1 - len(self._seen))
+        self._open.update(numbers)
+
+    def _refresh(self) -> None:
+        extra = self._attached()
+        if self.driver is not None:  # others add trials, and what they learn of theirs
+            self._look(*range(len(self._seen), len(self.study.get_trials(deepcopy=False))))
+        for number in sorted(self._open):
+            frozen = self._storage.get_trial(self._id(number))
+            if "policy" in frozen.user_attrs:
+                record = self._record(frozen, extra)
+                self._tally.begun += self._seen[number] is None and record.role != "baseline"
+                self._seen[number] = record
+                if frozen.state.is_finished():
+                    self._tally.add(record)
+            if frozen.state.is_finished():
+                self._open.discard(number)
+        if self.driver is not None:
+            for number in {int(key.partition(":")[2]) for key in extra if key.startswith(_LATER)}:
+                self._seen[number] = self.trial(number)
+
+    def _attached(self) -> Mapping[str, Any]:
+        """The study's attributes, not copied."""
+        return self._storage.get_study_user_attrs(self._study_id)
+
+    def _attach(self, number: int, kind: str, data: Mapping[str, Any]) -> None:
+        """Keep what was learned of a trial after it had ended."""
+        self.study.set_user_attr(f"{kind}:{number}", dict(data))
+        if number < len(self._seen) and self._seen[number] is not None:
+            self._seen[number] = self.trial(number)
+            self._tally.refront(record for record in self._seen if record is not None)
 
     def waiting(self, role: str) -> int:
         """How many enqueued policies of a role have not begun."""
@@ -131,19 +261,33 @@ class Store:
         return sum(t.user_attrs.get("role") == role for t in trials)
 
     def repair(self) -> list[TrialRecord]:
-        """After a kill: tell what was on record, drop what had no policy yet, return what was being evaluated."""
+        """After a kill: tell what was on record, keep what was only asked for, return what was being evaluated."""
         unfinished: list[TrialRecord] = []
         running = (optuna.trial.TrialState.RUNNING,)
         for frozen in self.study.get_trials(deepcopy=False, states=running):
+            if not self._left_behind(frozen):
+                continue
             if "policy" not in frozen.user_attrs:
-                self.study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
-                if "given" in frozen.user_attrs:  # it was taken from the queue: back into it
-                    self.study.enqueue_trial(frozen.system_attrs["fixed_params"], user_attrs=frozen.user_attrs)
+                self._asked.append(Trial(self.study, self._id(frozen.number)))
             elif "state" in frozen.user_attrs:
                 self.tell(frozen.number)
             else:
                 unfinished.append(self._record(frozen, self.study.user_attrs))
         return unfinished
+
+    def _left_behind(self, frozen: FrozenTrial) -> bool:
+        """Whether a running trial is ours to go on with: nobody else's, or taken from the queue by a driver that died
+        before it could say so."""
+        if self.driver is None or frozen.user_attrs.get("driver") == self.driver:
+            return True
+        if "driver" in frozen.user_attrs or "given" not in frozen.user_attrs or frozen.datetime_start is None:
+            return False
+        if (datetime.now() - frozen.datetime_start).total_seconds() < TAKEN_SECONDS:
+            return False
+        if self.claims.take(f"taken:{frozen.number}") != self.driver:
+            return False
+        self._storage.set_trial_user_attr(self._id(frozen.number), "driver", self.driver)
+        return True
 
     def _id(self, number: int) -> int:
         return self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
@@ -155,37 +299,27 @@ class Store:
         return record_of(frozen.number, frozen.user_attrs, extra)
 
 
-def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -> TrialRecord:
-    """A trial from its attributes and the study's. Raises KeyError, TypeError or ValueError when they are damaged."""
-    return TrialRecord(
-        number=number,
-        state=TrialState(attrs.get("state", "RUNNING")),
-        role=attrs.get("role", "search"),
-        name=attrs.get("name"),
-        digest=attrs.get("digest", ""),
-        policy=attrs.get("policy", {}),
-        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
-        predicted=_latency(attrs.get("predicted")),
-        measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
-        size_bytes=attrs.get("size_bytes"),
-        macs=attrs.get("macs"),
-        params=attrs.get("params"),
-        reason=attrs.get("reason"),
-        reused_from=attrs.get("reused_from"),
-        started=attrs.get("started"),
-        finished=attrs.get("finished"),
-        verified=_verified(extra.get(f"verified:{number}")),
+def check_schema(schema: object) -> None:
+    """Raises InputError when a newer version wrote the study; what an older one wrote is read as it is."""
+    if schema is not None and (not isinstance(schema, int) or schema > SCHEMA):
+        raise InputError(
+            f"the study's attributes are of schema {schema!r}, but this nightpress reads up to {SCHEMA}: a newer "
+            "version wrote them."
+        )
+
+
+def _study_of(
+    storage: optuna.storages.BaseStorage, name: str, sampler: optuna.samplers.BaseSampler | None
+) -> optuna.Study:
+    if _has_study(storage, name):  # a reader leaves no mark in the record
+        return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
+    return optuna.create_study(
+        storage=storage, study_name=name, directions=DIRECTIONS, sampler=sampler, load_if_exists=True
     )
 
 
-def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """What people said of trials, in order, from a study's attributes; the first version kept it in one list."""
-    words = sorted((int(key.removeprefix(_WORD)), key) for key in attrs if key.startswith(_WORD))
-    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
-
-
-def _has_study(storage: optuna.storages.BaseStorage) -> bool:
-    return STUDY in [study.study_name for study in storage.get_all_studies()]
+def _has_study(storage: optuna.storages.BaseStorage, name: str) -> bool:
+    return name in [study.study_name for study in storage.get_all_studies()]
 
 
 class StudyRecord(NamedTuple):
@@ -196,20 +330,21 @@ class StudyRecord(NamedTuple):
     unreadable: tuple[str, ...] = ()
 
 
-def read_study(run: Path, url: str | None) -> StudyRecord:
+def read_study(run: Path, url: str | None, study: str = STUDY) -> StudyRecord:
     """A run's study, for readers that do not search; empty where there is none yet.
 
     The journal in a run's folder is read as far as it is whole; a trial that is damaged is named and left out.
     """
     if url is not None:
-        storage = open_storage(run, url)
-        if not _has_study(storage):
+        storage = open_storage(run, url, new=False)
+        if not _has_study(storage, study):
             return StudyRecord()
-        store = Store(storage)
+        store = Store(storage, study=study)
         return StudyRecord(store.trials(), store.approvals())
     if not (run / JOURNAL).is_file():
         return StudyRecord()
     journal = read_journal(run / JOURNAL)
+    check_schema(journal.study.get("schema"))
     trials: list[TrialRecord] = []
     complaints = list(journal.complaints)
     for number, attrs in journal.trials.items():
@@ -222,28 +357,11 @@ def read_study(run: Path, url: str | None) -> StudyRecord:
     return StudyRecord(tuple(trials), approvals_in(journal.study), unreadable(complaints))
 
 
-def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None) -> None:
+def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None, study: str = STUDY) -> None:
     """Add a person's word on a trial to the run's record."""
-    Store(open_storage(run, url)).approve(entry)
+    Store(open_storage(run, url, new=False), study=study).approve(entry)
 
 
 def policy_of(record: TrialRecord) -> Policy:
     """The trial's policy as a value."""
     return policy_from_dict(dict(record.policy), f"trial {record.number}")
-
-
-def _quality(data: Mapping[str, Any]) -> Quality:
-    values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
-    return Quality(**values)
-
-
-def _latency(data: Mapping[str, Any] | None) -> Latency | None:
-    return Latency(**data) if data is not None else None
-
-
-def _verified(data: Mapping[str, Any] | None) -> Verified | None:
-    if data is None:
-        return None
-    values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
-    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
-    return Verified(**values)

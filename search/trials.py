@@ -1,26 +1,24 @@
 """One trial after another: propose, look at the free objectives, train rung by rung, record."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .pareto import dominated_by, losses
+from .disk import find_room, is_full
 from .records import Latency, Rung, TrialRecord, TrialState
-from .runner import Failure
 from .sampler import TrialSuggest
-from .session import Session, quality_of
+from .session import TICK_SECONDS, Session, quality_of
+from .stopping import spared, verdict
 from .store import policy_of
+from .worker import Failure
 
 log = logging.getLogger("nightpress")
-FULL_BEFORE_STOPPING = 8
-GAIN_QUANTILE = 0.9
 MOST_REPEATS = 60
-_DONE = (TrialState.COMPLETE, TrialState.STOPPED)
 
 
 @dataclass(slots=True)
@@ -34,16 +32,25 @@ class Trials:
     repeats: int = 0
     """Proposals in a row that were known already: the sampler has run dry."""
     finished: int = 0
+    judged: int = 0
+    """How many had finished when the search was last judged."""
+    held: dict[int, Job] = field(default_factory=dict[int, Job])
+    """Jobs that found the disk full; they go on when there is room."""
+    _points: dict[str, Point] = field(default_factory=dict[str, Point])
 
     @property
     def dry(self) -> bool:
         """Whether the sampler has proposed nothing new for a while."""
         return self.repeats >= MOST_REPEATS
 
-    def fill(self, most: int) -> None:
-        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first."""
-        begun = 0
-        while len(self.running) < self.session.config.search.workers and not self.dry:
+    def fill(self, most: int) -> bool:
+        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first.
+
+        Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
+        """
+        self._take_up_held()
+        begun, end = 0, time.monotonic() + TICK_SECONDS
+        while len(self.running) < self.session.workers and not self.dry:
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
             elif begun < most:
@@ -51,6 +58,9 @@ class Trials:
                 begun += 1
             else:
                 break
+            if time.monotonic() >= end:
+                return True
+        return False
 
     def _adopt(self, record: TrialRecord) -> None:
         """Go on at the rung after the trial's last result; from its start where that was not yet on record."""
@@ -63,8 +73,13 @@ class Trials:
     def begin(self) -> None:
         """Ask for one policy and start it."""
         store = self.session.store
-        trial = store.study.ask()
+        trial = store.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
+        mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
+        if not mine and self._known(digest(policy), trial.number) is None:  # another driver is at it
+            store.drop(trial)
+            self.repeats += 1
+            return
         store.begin(trial, policy, self.session.clock.now())
         self._start(trial.number, policy, str(trial.user_attrs["role"]))
 
@@ -76,20 +91,20 @@ class Trials:
             self._reuse(number, known)
             return
         self.repeats = 0
-        latency, low, high, size = session.predict(policy)
+        predicted, size = session.predicted(policy), session.predict(policy)[3]
         planned = plan(session.prepared.anatomy, policy)
         store.note(
             number,
-            predicted={"latency_ms": latency, "low_ms": low, "high_ms": high, "measured": False},
+            predicted=asdict(predicted),
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
-        point = next((p for p in session.profile.points if digest(p.policy) == digest(policy)), None)
-        if point is not None:  # it was measured during calibration
+        point = self._measured_points().get(digest(policy))
+        if point is not None and not session.profile.forced:  # it was measured during calibration
             store.note(
                 number,
                 measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
             )
-        excess = self.excess(low, size)
+        excess = self.excess(predicted.low_ms, size)
         if excess:
             store.constrain(number, excess)
         beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]
@@ -109,60 +124,77 @@ class Trials:
             found["max_size_bytes"] = size_bytes / limits.max_size_bytes - 1
         return found
 
-    def collect(self) -> None:
-        """Take results of one tick and move their trials on."""
-        for number, result in self.session.results():
-            job = self.running.pop(number)
-            if isinstance(result, Failure):
-                self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
-            else:
-                self._advance(number, job, result)
+    def collect(self, timeout_seconds: float = TICK_SECONDS) -> None:
+        """Take results that come within the timeout and move their trials on."""
+        for number, result in self.session.results(timeout_seconds):
+            self.take(number, result)
+
+    def take(self, number: int, result: Outcome | Failure) -> None:
+        """Move a trial on by the result of the job it is at."""
+        job = self.running.pop(number)
+        if is_full(result):
+            self.held[number] = job
+        elif isinstance(result, Failure):
+            self._finish(number, TrialState.FAILED, f"{result.kind}: {result.text}")
+        else:
+            self._advance(number, job, result)
+
+    def close(self, number: int, state: TrialState, reason: str) -> None:
+        """End a trial as it stands."""
+        del self.running[number]
+        self._finish(number, state, reason)
 
     def drain(self) -> None:
         """Wait for what is running and what was adopted; nothing new begins."""
-        while self.running or self.adopted:
+        while self.running or self.adopted or self.held:
             self.fill(0)
             self.collect()
+
+    def _take_up_held(self) -> None:
+        if not self.held:
+            return
+        room = find_room(self.session, [*self.running, *self.held])
+        for number, job in self.held.items():
+            if room:
+                self._submit(number, job.policy, Rung(job.rung))
+            else:
+                self._finish(number, TrialState.FAILED, "the disk is full")
+        self.held.clear()
+
+    def give_up(self, reason: str) -> None:
+        """Close what is running as failed; its workers are gone."""
+        for number in [*self.running, *self.held]:
+            self._finish(number, TrialState.FAILED, reason)
+        self.running.clear()
+        self.held.clear()
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
         store.note_quality(number, quality_of(outcome.search, job.rung, "search", outcome.losses, outcome.seconds))
         record = store.trial(number)
         if job.rung == Rung.BN:
-            reason = self.stop_reason(record)
-            if reason is None:
-                self._submit(number, job.policy, Rung.SHORT)
-            else:
-                self._finish(number, TrialState.STOPPED, reason)
+            if self._hopeless(record):
+                return
+            self._submit(number, job.policy, Rung.SHORT)
             return
         least = self.session.config.limits.min_accuracy
         if least is not None:
             store.constrain(number, {"min_accuracy": least - outcome.search.accuracy})
         self._finish(number, TrialState.COMPLETE, None)
 
-    def stop_reason(self, record: TrialRecord) -> str | None:
-        """Optimistic dominance: why even the best gain that is likely would leave the trial dominated.
-
-        The gain is the 90 % quantile of what trials have gained so far from this rung to the next, plus one
-        standard error of the accuracy. Seeds and baselines are never stopped.
-        """
-        if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
-            return None
-        full = [t for t in self.session.store.trials() if t.state is TrialState.COMPLETE and t.reused_from is None]
-        gains = [t.qualities[-1].accuracy - t.qualities[0].accuracy for t in full if len(t.qualities) > 1]
-        if len(gains) < FULL_BEFORE_STOPPING:
-            return None
-        hope = record.quality.accuracy + float(np.quantile(gains, GAIN_QUANTILE)) + (record.quality.accuracy_se or 0.0)
-        least = self.session.config.limits.min_accuracy
-        if least is not None and hope < least:
-            return f"even {hope:.4f} would be below min_accuracy {least}"
-        front = np.array(
-            [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
-             for t in full if t.quality and t.latency and t.size_bytes]
-        )  # fmt: skip
-        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), front):
-            return f"even {hope:.4f} would be dominated"
-        return None
+    def _hopeless(self, record: TrialRecord) -> bool:
+        """Stop a trial that the rule gives up, but for a sample that is finished to count the rule's errors."""
+        config = self.session.config
+        if "rungs" in config.search.without:
+            return False
+        found = verdict(record, self.session.store.tally().judges(), config.limits.min_accuracy)
+        if found is None:
+            return False
+        if spared(record.digest):
+            self.session.store.note(record.number, spared=asdict(found))
+            return False
+        self._finish(record.number, TrialState.STOPPED, found.reason)
+        return True
 
     def _policy(self, attrs: Mapping[str, object], suggest: TrialSuggest) -> Policy:
         given = attrs.get("given")
@@ -174,14 +206,15 @@ class Trials:
         return policy
 
     def _known(self, policy_digest: str, number: int) -> TrialRecord | None:
-        return next(
-            (
-                t
-                for t in self.session.store.trials()
-                if t.digest == policy_digest and t.number < number and t.state in _DONE
-            ),
-            None,
-        )
+        """Another trial that has measured the policy."""
+        known = self.session.store.tally().number_of(policy_digest)
+        return self.session.store.trial(known) if known is not None and known != number else None
+
+    def _measured_points(self) -> Mapping[str, Point]:
+        """What was measured during calibration, by digest."""
+        if not self._points:
+            self._points = {digest(point.policy): point for point in self.session.profile.points}
+        return self._points
 
     def _reuse(self, number: int, known: TrialRecord) -> None:
         self.repeats += 1
@@ -202,7 +235,7 @@ class Trials:
         )  # fmt: skip
         self.running[number] = job
         session.state["current"] = {"trial": number, "rung": rung.value}
-        session.runner.submit(number, job)
+        session.jobs.submit(number, job)
 
     def _finish(self, number: int, state: TrialState, reason: str | None) -> None:
         self.session.store.finish(number, state, finished=self.session.clock.now(), reason=reason)

@@ -45,6 +45,11 @@ class PlannedOp:
         return self.shape[self.op.channel_axis]
 
     @property
+    def int8_bias(self) -> bool:
+        """Whether it is a layer whose kernel adds the bias to the integers' sum, as one of them."""
+        return self.int8 and (self.op.kind == "conv" or (self.op.kind == "linear" and len(self.shape) == 2))
+
+    @property
     def macs(self) -> int:
         return (
             op_macs(self.op.kind, {**self.op.attrs, "groups": self.groups}, self.in_shapes[0], self.shape)
@@ -110,6 +115,16 @@ def plan(anatomy: Anatomy, policy: Policy) -> Plan:
         quantised=quantised,
         activation_bits=_activation_bits(live, inputs, bits, quantised),
     )
+
+
+def bias_refinement(weights: int, activations: int) -> int:
+    """By which power of two the file multiplies the integers of a layer's weight, and divides their scales.
+
+    A bias lies on the grid of input scale · weight scale, which few bits make too coarse for it. Beside activations
+    below 8 bits the product of two integers of 8 bits has room to spare: no more than 2 · 127 · 127 meets in the
+    16-bit sums of CPUs without VNNI. Eight bits of activations have none (2 · 127 · 255), and need none.
+    """
+    return 2 ** (8 - weights) if activations < 8 else 1
 
 
 def pruned_groups(anatomy: Anatomy, policy: Policy) -> list[tuple[Group, int]]:

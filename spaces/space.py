@@ -30,7 +30,23 @@ class Suggest(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Space:
+class Offer:
+    """What may be chosen beside ratios and bits; of lists the search chooses where there is more than one.
+
+    ``distill`` lists methods, none of them means no distillation.
+    """
+
+    blocks: bool = True
+    distill: tuple[str, ...] = DISTILL_METHODS
+    sparsity: bool = False
+    importance: tuple[str, ...] = ("l2",)
+    stages: tuple[int, ...] = (1,)
+    ranges: tuple[str, ...] = ("minmax",)
+    scales: tuple[str, ...] = ("fixed",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space(Offer):
     """What may be chosen. ``bit_choices`` are the (weights, activations) pairs that the target can run.
 
     A parameter is asked when there is more than one answer to it, and then always: the space is flat although
@@ -43,14 +59,6 @@ class Space:
     anatomy: Anatomy
     max_ratio: float
     bit_choices: tuple[LayerBits, ...]
-    blocks: bool = True
-    distill: tuple[str, ...] = DISTILL_METHODS
-    """Methods on offer; none at all means no distillation."""
-    sparsity: bool = False
-    importance: tuple[str, ...] = ("l2",)
-    stages: tuple[int, ...] = (1,)
-    ranges: tuple[str, ...] = ("minmax",)
-    scales: tuple[str, ...] = ("fixed",)
 
     def sample(self, suggest: Suggest) -> Policy:
         """One policy, asked choice by choice; every parameter is always asked, so the space is flat."""

@@ -17,6 +17,7 @@ from nightpress.evaluators.latency.target import Target
 from nightpress.search.finalists import verified_of
 from nightpress.search.folder import read_run
 from nightpress.search.records import RunRecord
+from nightpress.search.session import latency_of
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import FP32, INT8, Policy
@@ -72,7 +73,7 @@ def _add(folder: Path, evaluator: Evaluator, policy: Policy, latency_ms: float) 
     stated = replace(outcome.exported, accuracy=outcome.exported.accuracy - 0.0002 * number)
     timing = Timing(windows_ms=(latency_ms, latency_ms * 1.01), reference_ms=REFERENCE_MS)
     verified = verified_of(
-        replace(outcome, exported=stated), timing, rung="long", model_file=f"artifacts/{number}/model.onnx",
+        replace(outcome, exported=stated), latency_of(timing), rung="long", model_file=f"artifacts/{number}/model.onnx",
         struck_out=None,
     )  # fmt: skip
     store = Store(open_storage(folder, None))

@@ -97,6 +97,25 @@ class Shuffled(nn.Module):
         return self.last(F.relu(self.after(x)))
 
 
+def _deal(x: Tensor) -> Tensor:
+    """The channels of two halves in turn."""
+    return x.view(x.shape[0], 2, x.shape[1] // 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+class Dealt(nn.Module):
+    """Two units (Ma et al. 2018): half of the channels pass, the other half are convolved, both are dealt out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in (self.one, self.two):
+            passed, changed = x.chunk(2, 1)
+            x = _deal(torch.cat([passed, F.relu(conv(changed))], 1))
+        return x
+
+
 class Shrunk(nn.Module):
     """A block with the option-A shortcut (He et al. 2016): every second pixel, and channels of zeros."""
 
@@ -280,6 +299,7 @@ ON_IMAGES: dict[str, Make] = {
     "excited": lambda: Between(Excited()),
     "gated": lambda: Between(Gated(lambda x: x.chunk(2, 1))),
     "shuffled": lambda: Between(Shuffled()),
+    "dealt": lambda: Between(Dealt()),
     "option A": lambda: Between(Shrunk(), width=16),
     "twice": lambda: Between(Twice()),
     "flattened": Flattened,

@@ -303,9 +303,10 @@ class FormulaTimer(Timer):
         self.timed: list[str] = []
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
-    ) -> dict[str, Timing]:
-        del least_rounds, most_rounds
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12,
+        kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
+    ) -> dict[str, Timing]:  # fmt: skip
+        del least_rounds, most_rounds, kernels, window_ms, round_ms
         self.timed += models
         files = {**models, REFERENCE: reference} if reference is not None else dict(models)
         latency_ms = {key: 0.02 + path.stat().st_size / 1e6 for key, path in files.items()}

@@ -259,6 +259,46 @@ def test_the_runtime_computes_every_pair_of_widths(tmp_path: Path, bits: LayerBi
     check_export(tiny(), uniform(ANATOMY, width=0.75, bits=bits), images(16), tmp_path)
 
 
+@pytest.mark.parametrize("weights", [2, 4, 8])
+@pytest.mark.parametrize("activations", [2, 4, 6])
+def test_the_runtime_computes_activations_of_few_bits(tmp_path: Path, weights: int, activations: int) -> None:
+    bits = LayerBits(weights=weights, activations=activations)
+
+    check_export(tiny(), uniform(ANATOMY, width=1, bits=bits), images(64), tmp_path)
+
+
+def test_biases_are_judged_as_they_ship(tmp_path: Path) -> None:
+    """Each layer's bias in the file is what evaluation adds, to the last bit of fp32."""
+    policy = uniform(ANATOMY, width=1, bits=LayerBits(weights=3, activations=2))
+    module, planned = prepared(tiny(), policy, images(16))
+    tensors = bake(module, planned)
+    written = onnx.load(str(exported(module, planned, policy, tmp_path))).graph.initializer
+    numbers = {i.name: numpy_helper.to_array(i) for i in written}
+    checked = 0
+    for p in planned.ops:
+        if not p.weight_count:
+            continue
+        shipped = numbers[f"{p.op.name}.bias.q"] * numbers[f"{p.op.name}.bias.scale"].astype(np.float64)
+        rounding = module.get_submodule(f"bias_{p.op.name}")
+        added = rounding(torch.zeros(1, len(shipped)))[0].numpy()
+        np.testing.assert_allclose(tensors.layers[p.op.module or ""].bias + added, shipped, rtol=1e-5, atol=1e-6)
+        checked += bool(np.abs(added).max() > 1e-4)
+    assert checked > 5
+
+
+def test_training_does_not_round_biases() -> None:
+    policy = uniform(ANATOMY, width=1, bits=LayerBits(weights=2, activations=2))
+    module, _ = prepared(tiny(), policy, images(16))
+    rounding = module.get_submodule("bias_hidden")
+    value = torch.zeros(1, 16)
+
+    assert not torch.equal(rounding(value), value)
+    assert torch.equal(rounding.train()(value), value)
+    for quantiser in quantisers(module).values():
+        quantiser.bypassed = True
+    assert torch.equal(rounding.eval()(value), value)
+
+
 ACTIVATIONS = [nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.SiLU, nn.GELU, nn.Hardswish]
 
 
@@ -309,7 +349,7 @@ def test_a_torchvision_model_survives_a_joint_policy(name: str, bits: str, tmp_p
 
 
 @pytest.mark.parametrize("weights", [2, 3, 4, 8])
-@pytest.mark.parametrize("activations", [8, 32])
+@pytest.mark.parametrize("activations", [4, 8, 32])
 def test_the_integers_of_the_file_are_those_that_training_saw(weights: int, activations: int, tmp_path: Path) -> None:
     policy = uniform(ANATOMY, width=0.75, bits=LayerBits(weights=weights, activations=activations))
     module, planned = prepared(tiny(), policy, images(16))
@@ -328,6 +368,9 @@ def test_the_integers_of_the_file_are_those_that_training_saw(weights: int, acti
             grid[turned] *= -1
         integers = initializers[f"{p.op.name}.weight.q"]
         assert integers.dtype == np.int8
+        if activations < 8:  # stretched over the eight bits, so that the bias has a finer grid
+            assert not (integers % 2 ** (8 - weights)).any()
+            integers = integers // 2 ** (8 - weights)
         assert abs(integers).max() == 2 ** (weights - 1) - 1
         np.testing.assert_array_equal(integers, grid.numpy())
 
@@ -376,6 +419,12 @@ def test_a_file_names_its_policy_and_model(tmp_path: Path) -> None:
     assert {entry.key: entry.value for entry in written.metadata_props} == {
         "nightpress.model": ANATOMY.digest, "nightpress.policy": digest(PLAIN),
     }  # fmt: skip
+
+
+def test_a_norm_whose_output_lies_on_a_grid_keeps_its_own_scale(tmp_path: Path) -> None:
+    made = compressor_of(task_of(seeded(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 5, 8), nn.Flatten()))))
+
+    check_export(made, uniform(made.anatomy, width=1, bits=INT8), images(16), tmp_path)
 
 
 @settings(max_examples=10)

@@ -100,7 +100,7 @@ def test_a_batch_size_that_is_fixed_is_told() -> None:
 def test_a_model_that_fails_on_two_examples_is_told_with_its_own_reason(then: Forward, reason: str) -> None:
     assert sentence(then) == (
         f"The model Outside cannot run a batch of 2 examples of shape (3, 8, 8): {reason} "
-        "(in body.1 (Inside)). Its forward must take any batch of fp32 inputs."
+        "(in body.1 (Inside)). Its forward must take one tensor, a batch of any size in fp32."
     )
 
 
@@ -114,9 +114,10 @@ def test_a_model_that_fails_on_two_examples_is_told_with_its_own_reason(then: Fo
     ],
 )
 def test_more_than_a_tensor_names_the_way_out(then: Forward, what: str) -> None:
+    way = "['out']" if "dict" in what else "[0]"
     assert sentence(then) == (
         f"The model must return one tensor, but Outside returns {what}; Task.output picks the one that counts: "
-        "Task(output=lambda outputs: outputs['out'], …)."
+        f"Task(output=lambda outputs: outputs{way}, …)."
     )
 
 
@@ -205,7 +206,7 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
         (lambda x: torch.cumsum(x, 1), "cumsum"),
         (lambda x: torch.sort(x, 1)[0], "sort"),
         (lambda x: F.prelu(x, torch.full((8,), 0.1)), "prelu"),
-        (lambda x: x.double(), "to"),
+        (lambda x: x.double(), "a cast to float64"),
         (lambda x: x**3, "a power of 3"),
         (lambda x: x * x.shape[0], "mul with a number that depends on the batch"),
         (lambda x: torch.add(x, x.relu(), alpha=2), r"add with {'alpha': 2}"),
@@ -213,14 +214,13 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
         (lambda x: F.max_pool2d(x, 2, dilation=2), "max_pool2d with dilation or a divisor"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d with dilation or a divisor"),
         (lambda x: F.adaptive_avg_pool2d(x, 4), "adaptive pooling from (6, 6) to (4, 4)"),
-        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "padding with 'replicate', None"),
-        (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 'constant', 2.0"),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "padding by 'replicate'"),
+        (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 2.0"),
         (lambda x: F.interpolate(x, scale_factor=1.7), "resizing by (1.7, 1.7) to a rounded size"),
         (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), "resizing by (1.7, 1.7) to a rounded size"),
         (lambda x: F.layer_norm(x, (6, 6)), "a layer norm over 2 axes"),
         (lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), "causal or grouped attention"),
         (lambda x: F.batch_norm(x, None, None, training=True), "a batch norm without running statistics"),
-        (lambda x: F.conv2d(x, torch.ones(8, 8, 3, 3), padding="same"), "a convolution with padding 'same'"),
     ],
 )  # fmt: skip
 def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: Forward, what: str) -> None:
@@ -228,6 +228,56 @@ def test_an_operation_that_cannot_be_exported_is_named_with_its_module(then: For
         f"The model uses {what} in body.1 (Inside), which nightpress cannot export yet; replace it, or leave it out of "
         "the model given to nightpress."
     )
+
+
+class Recurrent(nn.Module):
+    """Rows of the image as a sequence."""
+
+    def __init__(self, kind: type[nn.RNNBase] | type[nn.RNNCellBase]) -> None:
+        super().__init__()
+        self.inner = kind(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(x.shape[0], 4)
+        if isinstance(self.inner, nn.LSTMCell):
+            return self.inner(x[:, 0, 0], (state, state))[0]
+        return self.inner(x[:, 0])[0] if isinstance(self.inner, nn.RNNBase) else self.inner(x[:, 0, 0], state)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_a_recurrent_layer_is_named(kind: type[nn.RNNBase]) -> None:
+    with pytest.raises(InputError, match=rf"^The model uses a recurrent layer in 0\.inner \({kind.__name__}\), which "):
+        inspect(task_of(nn.Sequential(Recurrent(kind)), images(2, side=6)), cache=False)
+
+
+def test_a_forward_that_changes_its_weights_is_told() -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.other.weight.data.copy_(self.one.weight)
+            return self.other(self.one(x))
+
+    with pytest.raises(InputError, match=r"^The forward of Sharing writes into its weights or keeps a tensor of one "):
+        inspect(task_of(Sharing(), images(2)), cache=False)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "attribute"), [(nn.DataParallel, "module"), (torch.compile, "_orig_mod")]
+)  # fmt: skip
+def test_a_wrapped_model_is_to_be_unwrapped(wrapped: Callable[[nn.Module], nn.Module], attribute: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"^The model must be a plain module, but it is a \w+: give its \.{attribute}\."
+    ):
+        inspect(task_of(wrapped(nn.Conv2d(3, 5, 8)), images(2)), cache=False)
+
+
+def test_torchscript_is_refused_wherever_it_stands() -> None:
+    scripted = torch.jit.script(nn.Conv2d(3, 5, 8))
+    with pytest.raises(InputError, match=r"^The model must be a Python module, but its part 0 is TorchScript: build "):
+        inspect(task_of(nn.Sequential(scripted), images(2)), cache=False)
 
 
 def test_weights_that_are_computed_from_the_input_are_told() -> None:

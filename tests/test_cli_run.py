@@ -87,10 +87,13 @@ def test_every_point_of_the_front_was_measured(night: tiny.Night) -> None:
 
 def test_the_simple_rules_are_its_baselines(night: tiny.Night) -> None:
     baselines = night.result.json["baselines"]
-    assert [point["name"] for point in baselines] == [
-        "uncompressed", "uniform INT8", "uniform 75% fp32", "uniform 75% INT8", "uniform 50% fp32", "uniform 50% INT8",
-        "uniform 25% fp32", "uniform 25% INT8",
+    names = [point["name"] for point in baselines]
+    fp32 = ["uniform 75% fp32", "uniform 50% fp32", "uniform 25% fp32"]  # left out where INT8 is faster and smaller
+    assert [name for name in names if name not in fp32 and not name.startswith("greedy")] == [
+        "uncompressed", "uniform INT8", "uniform 75% INT8", "uniform 50% INT8", "uniform 25% INT8",
+        "global magnitude 50% INT8", "global magnitude 25% INT8",
     ]  # fmt: skip
+    assert any(name.startswith("greedy") for name in names)
     for point in baselines:
         assert point.keys() >= POINT_KEYS
         assert point["measured"] is True

@@ -164,6 +164,20 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
     check_whole(run)
 
 
+def test_a_second_ctrl_c_ends_it_at_once(slow_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with driver("run", slow_config, "--json") as process:
+        wait_for(lambda: phase(run) == "baselines" and len(ended(run)) >= 1, process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert read_run(run).state["state"] == "interrupted"
+    assert len(ended(run)) >= 1
+
+
 def test_kill_9_loses_and_repeats_nothing(slow_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with driver("run", slow_config, "--json") as process:

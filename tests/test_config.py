@@ -84,7 +84,15 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "ranges": ("minmax",),
             "scales": ("fixed",),
         },
-        "search": {"sampler": "nightpress", "runner": "local", "workers": 1, "storage": None, "max_trials": None},
+        "search": {
+            "sampler": "nightpress",
+            "runner": "local",
+            "address": None,
+            "workers": 1,
+            "resources": {"cpu": None, "gpu": 0.0, "memory_gb": None},
+            "storage": None,
+            "max_trials": None,
+        },
         "finetune": {"short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
         "calibration_policies": 40,
         "warm_start": (),
@@ -111,7 +119,14 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
           stages: [1, 4]
           ranges: [mse]
           scales: [fixed, learned]
-        search: {sampler: random, runner: local, workers: 2, storage: "sqlite:///a.db", max_trials: 9}
+        search:
+          sampler: random
+          runner: ray
+          address: 10.0.0.1:6379
+          workers: auto
+          resources: {cpu: 4, gpu: 0.5, memory_gb: 8}
+          storage: "sqlite:///a.db"
+          max_trials: 9
         finetune: {short_steps: 3, long_steps: 4, batch_size: 8, finalists: 2}
         calibration_policies: 12
         warm_start: [runs/a, runs/b]
@@ -131,7 +146,8 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
     assert (config.space.importance, config.space.stages) == (("l1", "taylor"), (1, 4))
     assert (config.space.ranges, config.space.scales) == (("mse",), ("fixed", "learned"))
     assert asdict(config.search) == {
-        "sampler": "random", "runner": "local", "workers": 2, "storage": "sqlite:///a.db", "max_trials": 9,
+        "sampler": "random", "runner": "ray", "address": "10.0.0.1:6379", "workers": "auto",
+        "resources": {"cpu": 4, "gpu": 0.5, "memory_gb": 8.0}, "storage": "sqlite:///a.db", "max_trials": 9,
     }  # fmt: skip
     assert asdict(config.finetune) == {"short_steps": 3, "long_steps": 4, "batch_size": 8, "finalists": 2}
     assert config.calibration_policies == 12
@@ -176,7 +192,10 @@ def test_the_run_folder_of_the_command_line_wins(tmp_path: Path) -> None:
         ("task: a\nsearch: {sampeler: tpe}", "unknown key search.sampeler; did you mean sampler"),
         ("task: a\nfinetune: {short_step: 1}", "unknown key finetune.short_step; did you mean short_steps"),
         ("task: a\ntarget: {thread: 1}", "unknown key target.thread; did you mean threads"),
-        ("task: a\nsearch: {zzzz: 1}", "unknown key search.zzzz (known: max_trials, runner, sampler, storage, workers"),
+        (
+            "task: a\nsearch: {zzzz: 1}",
+            "unknown key search.zzzz (known: address, max_trials, resources, runner, sampler, storage, workers",
+        ),
         ("task: a\n1: 2", "unknown key 1 (known: budget, calibration_policies"),
     ],
 )
@@ -221,8 +240,13 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
         ("task: a\nseed: -1", "seed must be at least 0, but got -1"),
         ("task: a\ndevice: gpu", "device must be one of auto, cpu, cuda, but got 'gpu'"),
         ("task: a\ncalibration_policies: 5", "calibration_policies must be between 10 and 500, but got 5"),
-        ("task: a\nsearch: {runner: slurm}", "search.runner must be one of local"),
-        ("task: a\nsearch: {workers: 0}", "search.workers must be at least 1, but got 0"),
+        ("task: a\nsearch: {runner: slurm}", "search.runner must be one of local, ray, but got 'slurm'"),
+        ("task: a\nsearch: {workers: 0}", "search.workers must be at least 1, or auto, but got 0"),
+        ("task: a\nsearch: {runner: ray, address: auto}", "search.address must be host:port of a cluster's head node"),
+        ("task: a\nsearch: {address: 'h:1'}", "search.address must be left out unless search.runner is ray"),
+        ("task: a\nsearch: {resources: {gpu: 1}}", "search.resources.gpu must be left out unless search.runner is ray"),
+        ("task: a\nsearch: {resources: {cpu: 0}}", "search.resources.cpu must be at least 1, but got 0"),
+        ("task: a\nsearch: {resources: {memory_gb: 0}}", "search.resources.memory_gb must be above 0, but got 0.0"),
         ("task: a\nsearch: {max_trials: 0}", "search.max_trials must be at least 1, but got 0"),
         ("task: a\nspace: {prune: {max_ratio: 1}}", "space.prune.max_ratio must be in [0, 1), but got 1.0"),
         ("task: a\nspace: {prune: {max_ratio: -0.1}}", "space.prune.max_ratio must be in [0, 1), but got -0.1"),
@@ -382,18 +406,20 @@ def test_what_is_not_a_moment_is_refused(text: str) -> None:
 
 def test_the_command_line_wins_over_the_config(load: Load) -> None:
     config = load('task: a\nuntil: "07:00"')
-    now = time.time()
-    assert deadline_of(config, None, "1h") == pytest.approx(now + 3600, abs=5)
-    assert deadline_of(load("task: a\nbudget: 1h"), "2099-01-31T07:00", None) == local("2099-01-31T07:00").timestamp()
-    assert deadline_of(load('task: a\nuntil: "07:00"\nbudget: 8h'), None, "1h") == pytest.approx(now + 3600, abs=5)
+    hour = (pytest.approx(time.time() + 3600, abs=5), False)
+    assert deadline_of(config, None, "1h") == hour
+    until = deadline_of(load("task: a\nbudget: 1h"), "2099-01-31T07:00", None)
+    assert until == (local("2099-01-31T07:00").timestamp(), True)
+    assert deadline_of(load('task: a\nuntil: "07:00"\nbudget: 8h'), None, "1h") == hour
 
 
 def test_the_config_counts_where_the_command_line_is_silent(load: Load) -> None:
     now = time.time()
-    assert deadline_of(load("task: a\nbudget: 2h"), None, None) == pytest.approx(now + 7200, abs=5)
+    assert deadline_of(load("task: a\nbudget: 2h"), None, None) == (pytest.approx(now + 7200, abs=5), False)
     deadline = deadline_of(load('task: a\nuntil: "07:00"'), None, None)
     assert deadline is not None
-    assert 0 < deadline - now <= 25 * 3600
+    assert deadline.fixed
+    assert 0 < deadline.epoch - now <= 25 * 3600
     assert deadline_of(load("task: a"), None, None) is None
 
 

@@ -24,6 +24,7 @@ from nightpress.export import Options, export_trial
 from nightpress.export.folder import swap
 from nightpress.search.finalists import verified_of
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
+from nightpress.search.session import latency_of
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_dict
 
@@ -55,7 +56,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     )  # fmt: skip
     job = Job(policy=policy, rung="long", seed=0, steps=1, folder=folder / "artifacts" / "1")
     outcome = Evaluator(recipe)(job)
-    verified = verified_of(outcome, TIMING, rung="long", model_file="artifacts/1/model.onnx", struck_out=None)
+    verified = verified_of(
+        outcome, latency_of(TIMING), rung="long", model_file="artifacts/1/model.onnx", struck_out=None
+    )
     trial = fakes_run.trial(
         1, policy=policy_to_dict(policy), digest=digest(policy), size_bytes=verified.size_bytes, verified=verified
     )

@@ -3,8 +3,6 @@
 import json
 import subprocess
 import sys
-import venv
-from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +32,6 @@ print(float((logits.argmax(axis=1) == data["targets"]).mean()))
 """
 
 
-def bare_python(folder: Path) -> Path:
-    """A virtual environment that sees only numpy, onnxruntime and what onnxruntime itself requires."""
-    venv.create(folder, with_pip=False)
-    site = next(folder.glob("lib/python*/site-packages"))
-    for name in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
-        files = distribution(name).files or []
-        for top in {file.parts[0] for file in files if not file.parts[0].startswith("..")}:
-            source = Path(str(distribution(name).locate_file(top)))
-            if source.exists() and not (site / top).exists():
-                (site / top).symlink_to(source)
-    return folder / "bin" / "python"
-
-
 def test_a_bare_environment_reproduces_the_stated_accuracy(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -54,7 +39,7 @@ def test_a_bare_environment_reproduces_the_stated_accuracy(
     stated = tiny.nightpress("export", night.run, "best", "--out", tmp_path / "export", "--json").json
     inputs, targets = load_task(night.task).test.tensors  # type: ignore[attr-defined]
     np.savez(tmp_path / "test.npz", inputs=inputs.numpy(), targets=targets.numpy())
-    python = bare_python(tmp_path / "bare")
+    python = tiny.bare_python(tmp_path / "bare")
     (tmp_path / "script.py").write_text(SCRIPT)
 
     without = subprocess.run([python, "-c", "import torch"], capture_output=True, text=True)
@@ -76,7 +61,7 @@ def test_a_bare_environment_runs_the_shipped_check(tmp_path: Path, tmp_path_fact
     data = exports.split_file(run, tmp_path / "test.npz")
 
     ran = subprocess.run(
-        [bare_python(tmp_path / "bare"), tmp_path / "export" / "verify.py", "--data", data, "--json"],
+        [tiny.bare_python(tmp_path / "bare"), tmp_path / "export" / "verify.py", "--data", data, "--json"],
         capture_output=True, text=True,
     )  # fmt: skip
 

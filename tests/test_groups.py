@@ -221,12 +221,23 @@ def test_tied_weights_stay_one_parameter() -> None:
     assert not torch.equal(module.get_parameter("first.bias"), module.get_parameter("second.bias"))
 
 
-def test_a_channel_shuffle_keeps_what_meets_in_it_and_says_so() -> None:
+def test_a_channel_shuffle_ties_what_it_puts_side_by_side() -> None:
+    anatomy = made_of("dealt").anatomy
+
+    # Of the four that pass the first unit two pass the second one too, and take two channels of it with them.
+    found = {group.name: (group.channels, group.unit, owns(group)["stem.weight", 0]) for group in anatomy.groups}
+    assert found == {"stem": (2, 1, ((0,), (1,))), "stem#1": (2, 1, ((2,), (3,)))}
+    assert owns(anatomy.group("stem"))["inner.one.weight", 0] == ((0,), (1,))
+    assert owns(anatomy.group("stem"))["inner.two.weight", 0] == ((0, 1), (2, 3))
+    assert owns(anatomy.group("stem"))["head.weight", 1] == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert owns(anatomy.group("stem#1"))["inner.two.weight", 1] == ((0, 1), (2, 3))
+
+
+def test_a_shuffle_of_a_grouped_convolutions_channels_ties_all_of_them() -> None:
     anatomy = made_of("shuffled").anatomy
 
     assert {item.name: item.reason for item in anatomy.left_out} == {
-        "stem": "view (reshape) needs all of its channels",
-        "inner.grouped": "view (reshape) needs all of its channels",
+        "stem": "1 conv groups are fewer than two steps of 1",
         "head": "its channels are the model's output",
     }
     assert [group.name for group in anatomy.groups] == ["inner.after", "inner.last"]
@@ -336,9 +347,9 @@ def test_removing_nothing_changes_nothing() -> None:
 
 def test_zeroing_a_channel_is_removing_it() -> None:
     """What a group loses contributes nothing once its entries are zero: the two modules answer alike."""
-    for name in ("dense", "grouped", "gated", "option A", "flattened", "qkv.chunk", "nn.MultiheadAttention"):
+    for name in ("dense", "grouped", "gated", "dealt", "option A", "flattened", "qkv.chunk", "nn.MultiheadAttention"):
         made = made_of(name)
-        group = made.anatomy.groups[-1] if name != "grouped" else made.anatomy.groups[0]
+        group = made.anatomy.groups[0 if name in {"grouped", "dealt"} else -1]
         policy = Policy(model=made.anatomy.digest, prune={group.name: 0.5}, importance="l2")
         [(_, gone)] = made.removed(policy).items()
         module, _ = made.apply(policy)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from networks import DIM, HEADS, TOKENS, Between, OverTokens, Shuffled, tokens
 from nightpress.evaluators.capture import capture
-from nightpress.evaluators.labels import FIXED, Labelling, Part, label
+from nightpress.evaluators.labelling import FIXED, Labelling, Part
+from nightpress.evaluators.labels import label
 from nightpress.evaluators.lower import lower
 from strategies import images, seeded
 
@@ -139,12 +140,23 @@ def test_a_grouped_convolution_ties_the_channels_of_a_group() -> None:
     assert found.channels("inner.weight") == [g for g in groups for _ in range(3)]
 
 
-def test_a_channel_shuffle_fixes_what_meets_in_it_only() -> None:
+@pytest.mark.parametrize("groups", [2, 4])
+def test_a_channel_shuffle_ties_what_shares_a_place_in_its_groups(groups: int) -> None:
+    places = 8 // groups
+    found = on_images(lambda x: x.view(-1, groups, places, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8))
+
+    table = np.array(found.channels("stem.weight")).reshape(groups, places)
+    lines = table if places >= groups else table.T  # the longer of the two parts keeps its labels
+    assert (lines == lines[0]).all()
+    assert len(set(lines[0].tolist())) == lines.shape[1] == 4
+    assert FIXED not in table
+
+
+def test_grouped_convolutions_and_shuffles_tie_everything_between_them() -> None:
     found = Labelled(seeded(lambda: Between(Shuffled())), images(1))
 
-    assert found.fixed("stem.weight")
-    assert found.fixed("inner.grouped.weight")
-    assert found.reason("stem.weight") == "view (reshape) needs all of its channels"
+    assert len(set(found.channels("stem.weight"))) == 1
+    assert found.channels("stem.weight") == found.channels("inner.grouped.weight")
     assert len(set(found.channels("inner.after.weight"))) == 6
     assert not found.fixed("inner.last.weight")
 

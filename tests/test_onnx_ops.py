@@ -143,6 +143,15 @@ MODULES: list[tuple[str, Callable[[], nn.Module]]] = [
     ("conv", lambda: nn.Conv2d(8, 16, 3, groups=8, bias=False)),
     ("conv", lambda: nn.Conv2d(8, 12, 3, groups=4)),
     ("conv", lambda: nn.Conv2d(8, 6, (3, 1), stride=(1, 2), padding=(0, 1), dilation=(2, 1))),
+    ("conv", lambda: nn.Conv2d(8, 6, 3, padding="same")),
+    *(
+        pytest.param("conv", make, marks=pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel"))
+        for make in (
+            lambda: nn.Conv2d(8, 6, (4, 1), padding="same", dilation=(3, 2)),
+            lambda: nn.Conv2d(8, 8, 2, padding="same", groups=8),
+        )
+    ),
+    ("conv", lambda: nn.Conv2d(8, 6, 3, padding="valid", stride=2)),
     ("conv", lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8, affine=False), nn.ReLU6())),
     ("linear", lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(512, 7, bias=False))),
     ("add", lambda: Branches(torch.add)),

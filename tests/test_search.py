@@ -139,11 +139,14 @@ def test_a_trial_whose_state_is_on_record_is_told_after_a_kill_and_others_are_ha
         predicted={"latency_ms": 1.0, "low_ms": 0.9, "high_ms": 1.1, "measured": False},
     )  # fmt: skip
 
-    unfinished = made_store(tmp_path, space, "random").repair()
+    later = made_store(tmp_path, space, "random")
+    unfinished = later.repair()
 
     assert [t.number for t in unfinished] == [running.number]
     states = {t.number: t.state.name for t in store.study.get_trials(deepcopy=False)}
-    assert states == {finished.number: "COMPLETE", running.number: "RUNNING", asked.number: "FAIL"}
+    assert states == {finished.number: "COMPLETE", running.number: "RUNNING", asked.number: "RUNNING"}
+    assert later.ask().number == asked.number  # it was asked for and not begun: it is the next
+    assert later.ask().number == asked.number + 1
 
 
 def test_trials_read_back_from_the_folder_equal_those_written(tmp_path: Path, space: Space) -> None:
@@ -165,7 +168,9 @@ def test_trials_read_back_from_the_folder_equal_those_written(tmp_path: Path, sp
 
 
 def test_a_storage_that_does_not_answer_is_one_sentence_without_the_password(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"search.storage: the postgresql storage does not answer") as caught:
+    with pytest.raises(
+        InputError, match=r"search.storage: postgresql://someone@localhost:1/none does not answer"
+    ) as caught:
         open_storage(tmp_path, "postgresql://someone:hunter2@localhost:1/none")
     assert "hunter2" not in str(caught.value)
 

@@ -5,8 +5,10 @@ import logging
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from nightpress.evaluators.latency.profile import calibrate, profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
-from nightpress.search.night import resolved_config
 from nightpress.search.prepare import space_of
 from nightpress.search.records import Quality, TrialState
+from nightpress.search.resolved import resolved_config
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import Policy, policy_to_json
@@ -181,9 +183,10 @@ class FormulaTimer(Timer):
         self.target = Target()
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12
-    ) -> dict[str, Timing]:
-        del least_rounds, most_rounds
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12,
+        kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
+    ) -> dict[str, Timing]:  # fmt: skip
+        del least_rounds, most_rounds, kernels, window_ms, round_ms
         files = {**models, REFERENCE: reference} if reference is not None else {**models}
         latency_ms = {key: 0.01 + path.stat().st_size / 1e7 for key, path in files.items()}
         return {
@@ -241,6 +244,19 @@ def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) ->
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
+
+
+def bare_python(folder: Path) -> Path:
+    """A virtual environment that sees only numpy, onnxruntime and what onnxruntime itself requires."""
+    venv.create(folder, with_pip=False)
+    site = next(folder.glob("lib/python*/site-packages"))
+    for name in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        files = distribution(name).files or []
+        for top in {file.parts[0] for file in files if not file.parts[0].startswith("..")}:
+            source = Path(str(distribution(name).locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return folder / "bin" / "python"
 
 
 def add_trial(folder: Path, policy: Policy) -> int:

@@ -5,8 +5,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,19 +15,46 @@ from ...spaces.anatomy import Anatomy
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy
 from ..onnx_graph import build_onnx, random_tensors
-from .target import Target
+from . import timer as script
+from .target import Fingerprint, Target, fingerprint
 
-REFERENCE = "reference"
-AT_ONCE = 32  # models open at the same time, to bound memory
+REFERENCE = script.REFERENCE
+AT_ONCE, AT_ONCE_BYTES = 32, 1 << 30  # models open at the same time and their files, to bound memory
+AGREE = 0.02
+"""Windows are added until the two lowest lie within this share of each other."""
+LEAST_ROUNDS, MOST_ROUNDS = 4, 20
+KERNEL_PASSES = 3
+WINDOW_MS, ROUND_MS = 25, 600
+"""A burst of other work lasts one to two seconds: rounds are spread so that it meets few windows of a model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A node of the graph that the runtime really executes, fused and inserted ones included, and its milliseconds
+    by the runtime's own profiler: the lowest of passes that were spread in time."""
+
+    op_type: str
+    ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Windows of one model in ms. The latency is the lowest; the repeat error how far the second lowest lies
-    above it, as a share; ``reference_ms`` the uncompressed model's lowest window in the same session."""
+    above it, as a share; ``reference_ms`` the uncompressed model's lowest window in the same session.
+
+    ``kernels`` are there when they were asked for; ``busy_cores`` is what other processes used meanwhile, None where
+    the system does not tell.
+    """
 
     windows_ms: tuple[float, ...]
     reference_ms: float | None
+    kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
+    busy_cores: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the two lowest windows agree. Where they never did, the machine was too noisy."""
+        return len(self.windows_ms) > 1 and self.repeat_error <= AGREE
 
     @property
     def latency_ms(self) -> float:
@@ -51,11 +78,18 @@ class MeasurementError(RuntimeError):
     """The timing process ended or the runtime refused a model; the text is its reason in one line."""
 
 
-class Timer:
-    """A child process that times models. Training must pause while it works: that is its owner's promise."""
+Listener = Callable[[Mapping[str, Timing]], None]
 
-    def __init__(self, target: Target) -> None:
+
+class Timer:
+    """A child process that times models. Training must pause while it works: that is its owner's promise.
+
+    ``listener`` is told of each answer.
+    """
+
+    def __init__(self, target: Target, listener: Listener | None = None) -> None:
         self.target = target
+        self._listener = listener
         self._process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("timer.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -68,6 +102,10 @@ class Timer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def fingerprint(self) -> Fingerprint:
+        """The device that it times on."""
+        return fingerprint(self.target)
 
     def close(self) -> None:
         """End the child."""
@@ -87,38 +125,29 @@ class Timer:
         models: Mapping[str, Path],
         reference: Path | None,
         *,
-        least_rounds: int = 4,
-        most_rounds: int = 12,
+        least_rounds: int = LEAST_ROUNDS,
+        most_rounds: int = MOST_ROUNDS,
+        kernels: bool = False,
+        window_ms: float = WINDOW_MS,
+        round_ms: float = ROUND_MS,
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementError."""
         timings: dict[str, Timing] = {}
-        keys = list(models)
-        for start in range(0, len(keys), AT_ONCE):
-            chunk = {key: str(models[key]) for key in keys[start : start + AT_ONCE]}
-            if reference is not None:
-                chunk[REFERENCE] = str(reference)
-            windows = self._ask(chunk, least_rounds, most_rounds)
-            reference_ms = min(windows[REFERENCE]) if reference is not None else None
-            timings |= {
-                key: Timing(windows_ms=tuple(windows[key]), reference_ms=reference_ms)
-                for key in chunk
-                if key != REFERENCE
-            }
-            if reference is not None:
-                timings[REFERENCE] = Timing(windows_ms=tuple(windows[REFERENCE]), reference_ms=reference_ms)
+        for chunk in _chunks(models):
+            files = {REFERENCE: reference, **chunk} if reference is not None else chunk
+            passes = KERNEL_PASSES if kernels else 0
+            answer = self._ask(files, settings(least_rounds, most_rounds, passes, window_ms, round_ms))
+            # The reference was timed in each chunk: its figures are those of the last one.
+            timings |= timings_of(answer)
+        if self._listener is not None:
+            self._listener(timings)
         return timings
 
-    def _ask(self, models: dict[str, str], least_rounds: int, most_rounds: int) -> dict[str, list[float]]:
+    def _ask(self, models: Mapping[str, Path], how: Mapping[str, float]) -> dict[str, Any]:
         request = {
-            "models": models,
-            "threads": self.target.threads,
-            "batch": self.target.batch,
-            "disabled_optimizers": list(self.target.disabled_optimizers),
-            "least_rounds": least_rounds,
-            "most_rounds": most_rounds,
-            "window_ms": 25,
-            "round_ms": 600,
-            "agree": 0.02,
+            **how,
+            **for_script(self.target),
+            "models": {key: str(path) for key, path in models.items()},
         }
         if self._process.stdin is None or self._process.stdout is None:
             raise MeasurementError("the timing process has no pipes")
@@ -135,7 +164,55 @@ class Timer:
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise MeasurementError(str(answer["error"]))
-        return answer["windows_ms"]
+        return answer
+
+
+def settings(
+    least_rounds: int = LEAST_ROUNDS, most_rounds: int = MOST_ROUNDS, kernel_passes: int = KERNEL_PASSES,
+    window_ms: float = WINDOW_MS, round_ms: float = ROUND_MS,
+) -> dict[str, float]:  # fmt: skip
+    """How the timing script measures."""
+    return {
+        "least_rounds": max(least_rounds, kernel_passes), "most_rounds": max(most_rounds, kernel_passes),
+        "window_ms": window_ms, "round_ms": round_ms, "agree": AGREE, "kernel_passes": kernel_passes,
+    }  # fmt: skip
+
+
+def for_script(target: Target) -> dict[str, Any]:
+    """What the timing script needs to know of a target."""
+    return {"runtime": target.runtime, "threads": target.threads, "batch": target.batch,
+            "disabled_optimizers": list(target.disabled_optimizers)}  # fmt: skip
+
+
+def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Models that may be open at the same time; at least one."""
+    chunk: dict[str, Path] = {}
+    size_bytes = 0
+    for key, path in models.items():
+        more = path.stat().st_size if path.is_file() else 0  # the runtime says what is wrong with a missing file
+        if chunk and (len(chunk) == AT_ONCE or size_bytes + more > AT_ONCE_BYTES):
+            yield chunk
+            chunk, size_bytes = {}, 0
+        chunk[key] = path
+        size_bytes += more
+    yield chunk
+
+
+def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
+    """What the timing script answered, typed. A kit was measured in parts, each with the reference in it: its results
+    say of each model what the reference took."""
+    windows: dict[str, list[float]] = answer["windows_ms"]
+    reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
+    references: dict[str, float] = answer.get("reference_ms", {})
+    return {
+        key: Timing(
+            windows_ms=tuple(found),
+            reference_ms=references.get(key, reference_ms),
+            kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
+            busy_cores=answer["busy_cores"],
+        )
+        for key, found in windows.items()
+    }
 
 
 def write_random(planned: Plan, path: Path) -> int:
@@ -146,8 +223,9 @@ def write_random(planned: Plan, path: Path) -> int:
 
 
 def measure_policies(
-    anatomy: Anatomy, policies: Mapping[str, Policy], target: Target, timer: Timer | None = None
-) -> tuple[dict[str, Timing], dict[str, int]]:
+    anatomy: Anatomy, policies: Mapping[str, Policy], target: Target, timer: Timer | None = None,
+    *, kernels: bool = False,
+) -> tuple[dict[str, Timing], dict[str, int]]:  # fmt: skip
     """True latencies and file sizes (bytes) of policies, without training: the speed does not depend on the weights.
 
     The result also holds the uncompressed model under :data:`REFERENCE`. Raises MeasurementError.
@@ -158,6 +236,6 @@ def measure_policies(
         reference = Path(folder) / "reference.onnx"
         sizes[REFERENCE] = write_random(plan(anatomy, Policy(model=anatomy.digest)), reference)
         if timer is not None:
-            return timer.time(files, reference), sizes
+            return timer.time(files, reference, kernels=kernels), sizes
         with Timer(target) as own:
-            return own.time(files, reference), sizes
+            return own.time(files, reference, kernels=kernels), sizes

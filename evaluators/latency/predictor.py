@@ -1,14 +1,16 @@
 """A latency predictor fitted to whole policies that were measured, which knows its own error.
 
-Three designs compete by cross-validation and the best is used: a non-negative sum of physical terms; a Gaussian
-process on the logarithms of the terms; and the sum corrected by a Gaussian process on its log residual. The 90 %
-interval is split-conformal on the out-of-fold errors (Vovk et al. 2005; Lei et al. 2018).
+Several designs compete by cross-validation and the best is used: sums of units that were learned in place
+(:mod:`.insitu`), with and without a Gaussian process on what they leave in the logarithm; and three that need no
+profile of nodes: a non-negative sum of physical terms, a Gaussian process on the logarithms of the terms, and the sum
+corrected by such a process. The 90 % interval is split-conformal on the out-of-fold errors (Vovk et al. 2005; Lei et
+al. 2018).
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,21 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-from sklearn.linear_model import LinearRegression
 from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
+from ...spaces.plans import Choices
+from .insitu import InSitu, UnseenKernelError, learn, relative_nnls
+from .nodes import Timed
+from .tables import Sums, Tables, sums_of
+from .units import Work, Worker
+
 Array = NDArray[np.float64]
-Predict = Callable[[Array], Array]
+Mask = NDArray[np.bool_]
+Predict = Callable[[Choices], Array]
 COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
+_LEAST_MS = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +48,23 @@ class HeldOut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
+    None where a policy was measured without them."""
+
+    worker: Worker
+    work: Work
+    latency_ms: Array
+    timed: Sequence[Timed | None]
+
+    @property
+    def operations(self) -> list[str]:
+        return [op.name for op in self.worker.anatomy.ops]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Predictor:
-    """``predict`` maps terms (n, terms) to (n, 3): latency, low and high end of the 90 % interval, in ms."""
+    """``predict`` maps the choices of n policies to (n, 3): latency, low and high end of the 90 % interval, in ms."""
 
     design: str
     heldout: HeldOut
@@ -49,37 +73,61 @@ class Predictor:
     out_of_fold: Array
     """Held-out prediction of each calibration point, in their order, in ms."""
     log_margin: float
+    units: InSitu | None
+    """What was learned of the units, whichever design won."""
     _model: Predict
 
-    def predict(self, terms: Array) -> Array:
-        latency = np.maximum(self._model(np.atleast_2d(terms)), 1e-6)
+    def predict(self, choices: Choices) -> Array:
+        """Raises UnseenKernelError for a kind of kernel that no measured policy ran."""
+        latency = np.maximum(self._model(choices), _LEAST_MS)
         factor = math.exp(self.log_margin)
         return np.column_stack([latency, latency / factor, latency * factor])
 
 
-def fit(terms: Array, latency_ms: Array, seed: int = 0) -> Predictor:
-    """Fit to calibration points: ``terms`` (n, terms), ``latency_ms`` (n,). Raises ValueError below 10 points."""
-    if len(latency_ms) < LEAST_POINTS:
-        raise ValueError(f"a predictor needs at least {LEAST_POINTS} measured policies, but got {len(latency_ms)}")
+def fit(measured: Measured, seed: int = 0) -> Predictor:
+    """Fit to calibration points. Raises ValueError below 10 points."""
+    count = len(measured.latency_ms)
+    if count < LEAST_POINTS:
+        raise ValueError(f"a predictor needs at least {LEAST_POINTS} measured policies, but got {count}")
     # A few dozen rows: more threads would only wait for each other, for long on a busy machine.
     with threadpool_limits(limits=1, user_api="blas"):
-        return _fit(terms, latency_ms, seed)
+        return _fit(measured, seed)
 
 
-def _fit(terms: Array, latency_ms: Array, seed: int) -> Predictor:
+def _fit(measured: Measured, seed: int) -> Predictor:
+    latency_ms, work = measured.latency_ms, measured.work
     folds = np.random.default_rng(seed).permutation(len(latency_ms)) % FOLDS
-    held = {name: _out_of_fold(make, terms, latency_ms, folds) for name, make in _DESIGNS.items()}
+    everything = np.ones(len(latency_ms), np.bool_)
+    held: dict[str, Array] = {}
+    final: dict[str, Callable[[], Predict]] = {}
+    profiled = np.array([t is not None for t in measured.timed])
+    units: InSitu | None = None
+    if profiled.sum() >= LEAST_POINTS:
+        units = _learned(measured, everything & profiled)
+        sums, features = _out_of_fold_units(measured, profiled, folds)
+        held["units"] = sums * _scales(sums, latency_ms, folds)
+        held["units × Gaussian process"] = _crossed(
+            lambda use: _corrected(sums, features, latency_ms, use), sums, features, folds
+        )
+        tables = Tables(measured.worker, units)
+        final["units"] = lambda: _scaled(tables, _scale(sums, latency_ms))
+        final["units × Gaussian process"] = lambda: _unit_process(
+            tables, _corrected(sums, features, latency_ms, everything)
+        )
+    for name, make in _AGGREGATES.items():
+        columns = _columns(work)
+        terms = _aggregate(work, columns)
+        held[name] = _out_of_fold(make, terms, latency_ms, folds)
+        final[name] = lambda make=make, terms=terms, columns=columns: _of_terms(
+            measured.worker, make(terms, latency_ms), columns
+        )
     errors = {name: float(np.mean(np.abs(h / latency_ms - 1))) for name, h in held.items()}
     design = min(errors, key=lambda name: errors[name])
     scores = np.abs(np.log(held[design] / latency_ms))
     return Predictor(
-        design=design,
-        heldout=held_out(held[design], latency_ms, scores),
-        candidates=errors,
-        out_of_fold=held[design],
-        log_margin=conformal_margin(scores),
-        _model=_DESIGNS[design](terms, latency_ms),
-    )
+        design=design, heldout=held_out(held[design], latency_ms, scores), candidates=errors,
+        out_of_fold=held[design], log_margin=conformal_margin(scores), units=units, _model=final[design](),
+    )  # fmt: skip
 
 
 def conformal_margin(scores: Array) -> float:
@@ -108,51 +156,153 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def _out_of_fold(
-    make: Callable[[Array, Array], Predict], terms: Array, latency_ms: Array, folds: NDArray[np.int64]
+# Units
+
+
+def _learned(measured: Measured, use: Mask) -> InSitu:
+    return learn(measured.work, measured.timed, measured.latency_ms, use, measured.operations)
+
+
+def _out_of_fold_units(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) -> tuple[Array, Array]:
+    """Sums of units (n,) and their features (n, features) by models that had not seen the policy.
+
+    A kind that only the left-out policies run is learned from them: it would be unseen otherwise.
+    """
+    whole = _learned(measured, profiled)
+    sums, features = np.empty(len(folds)), np.empty((len(folds), 0))
+    for fold in range(FOLDS):
+        out = folds == fold
+        learned = _learned(measured, profiled & ~out)
+        complete = replace(
+            learned, kinds={**whole.kinds, **learned.kinds}, conversions={**whole.conversions, **learned.conversions}
+        )
+        made = sums_of(complete.parts(measured.work), measured.work)
+        sums[out] = made.total[out]
+        found = _sum_features(made)
+        if not features.shape[1]:
+            features = np.empty((len(folds), found.shape[1]))
+        features[out] = found[out]
+    return np.maximum(sums, _LEAST_MS), features
+
+
+def _sum_features(sums: Sums) -> Array:
+    """Logarithms of how the sum is made up, of kernels in all, and of the model's weights, shape (n, features)."""
+    total = np.maximum(sums.total, _LEAST_MS)
+    logs = np.log(np.array([total, sums.nodes, sums.model_mb]))
+    return np.concatenate([np.log(sums.groups / total + 0.02), logs]).T
+
+
+def _scale(sums: Array, latency_ms: Array) -> float:
+    return float(np.exp(np.median(np.log(latency_ms / sums))))
+
+
+def _scales(sums: Array, latency_ms: Array, folds: NDArray[np.int64]) -> Array:
+    """For each policy the scale that the policies of the other folds ask for."""
+    found = np.array([_scale(sums[folds != fold], latency_ms[folds != fold]) for fold in range(FOLDS)])
+    return found[folds]
+
+
+def _corrected(sums: Array, features: Array, latency_ms: Array, use: Mask) -> Callable[[Array, Array], Array]:
+    """Sums times a Gaussian process on their log residual."""
+    process = _process(features[use], np.log(latency_ms[use] / sums[use]))
+    return lambda new, of: new * np.exp(process(of))
+
+
+def _crossed(
+    make: Callable[[Mask], Callable[[Array, Array], Array]], sums: Array, features: Array, folds: NDArray[np.int64]
 ) -> Array:
+    held = np.empty(len(folds))
+    for fold in range(FOLDS):
+        out = folds == fold
+        held[out] = make(~out)(sums[out], features[out])
+    return np.maximum(held, _LEAST_MS)
+
+
+def _scaled(tables: Tables, scale: float) -> Predict:
+    return lambda choices: tables.sums(choices).total * scale
+
+
+def _unit_process(tables: Tables, correct: Callable[[Array, Array], Array]) -> Predict:
+    def predict(choices: Choices) -> Array:
+        sums = tables.sums(choices)
+        return correct(sums.total, _sum_features(sums))
+
+    return predict
+
+
+# Aggregates
+
+
+def _columns(work: Work) -> dict[str, int]:
+    """The kinds of work that were measured, and how many terms each has."""
+    kinds = {units.kind: units.terms.shape[1] for units in work.units}
+    return kinds | {name: 2 for name, amounts in work.conversions.items() if amounts[:, 0].any()}
+
+
+def _aggregate(work: Work, columns: dict[str, int]) -> Array:
+    """Terms summed by kind, shape (n, terms), behind a constant. Raises UnseenKernelError."""
+    blocks: dict[str, Array] = {}
+    for units in work.units:
+        summed = [np.bincount(units.row, weights=units.terms[:, i], minlength=work.count)
+                  for i in range(units.terms.shape[1])]  # fmt: skip
+        blocks[units.kind] = np.stack(summed, axis=1)
+    blocks |= {name: amounts for name, amounts in work.conversions.items() if amounts[:, 0].any()}
+    for kind in blocks:
+        if kind not in columns:
+            raise UnseenKernelError(f"something runs as {kind}, which no measured policy did")
+    found = [blocks.get(kind, np.zeros((work.count, width))) for kind, width in columns.items()]
+    return np.concatenate([np.ones((work.count, 1)), *found], axis=1)
+
+
+def _of_terms(worker: Worker, model: Callable[[Array], Array], columns: dict[str, int]) -> Predict:
+    return lambda choices: model(_aggregate(worker.work(choices), columns))
+
+
+def _out_of_fold(
+    make: Callable[[Array, Array], Callable[[Array], Array]], terms: Array, latency_ms: Array,
+    folds: NDArray[np.int64],
+) -> Array:  # fmt: skip
     held = np.empty(len(latency_ms))
     for fold in range(FOLDS):
         out = folds == fold
         if out.any():
             held[out] = make(terms[~out], latency_ms[~out])(terms[out])
-    return np.maximum(held, 1e-6)
+    return np.maximum(held, _LEAST_MS)
 
 
-def _physical(terms: Array, latency_ms: Array) -> Predict:
+def _physical(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
     """Non-negative least squares on relative errors: no amount of work makes a model faster."""
-    scale = np.maximum(terms.max(axis=0), 1e-12)
-    model = LinearRegression(positive=True, fit_intercept=False)
-    model.fit(terms / scale / latency_ms[:, None], np.ones(len(latency_ms)))
-    return lambda new: np.maximum(np.asarray(model.predict(new / scale)), 1e-6)
+    costs = relative_nnls(terms, latency_ms)
+    return lambda new: np.maximum(new @ costs, _LEAST_MS)
 
 
-def _process(terms: Array, latency_ms: Array) -> Predict:
+def _alone(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
     """Gaussian process on the logarithms of the terms."""
-    return _on_logs(terms, np.log(latency_ms))
+    process = _process(np.log1p(terms), np.log(latency_ms))
+    return lambda new: np.exp(process(np.log1p(new)))
 
 
-def _corrected(terms: Array, latency_ms: Array) -> Predict:
+def _both(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
     """The physical sum times a Gaussian process on what it leaves in the logarithm."""
     sums = _physical(terms, latency_ms)
-    rest = _on_logs(terms, np.log(latency_ms / sums(terms)))
-    return lambda new: sums(new) * rest(new)
+    process = _process(np.log1p(terms), np.log(latency_ms / sums(terms)))
+    return lambda new: sums(new) * np.exp(process(np.log1p(new)))
 
 
-def _on_logs(terms: Array, target: Array) -> Predict:
-    logs = np.log1p(terms)
-    used = logs.std(axis=0) > 1e-9
-    centre, spread = logs[:, used].mean(axis=0), logs[:, used].std(axis=0)
+def _process(inputs: Array, target: Array) -> Callable[[Array], Array]:
+    """A Gaussian process with one length for all inputs, each brought to unit spread."""
+    used = inputs.std(axis=0) > 1e-9
+    centre, spread = inputs[:, used].mean(axis=0), inputs[:, used].std(axis=0)
     kernel: Any = ConstantKernel(1.0) * RBF(4.0, (0.5, 100.0)) + WhiteKernel(1e-2, (1e-5, 1.0))
-    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0, n_restarts_optimizer=1)
+    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
-        model.fit((logs[:, used] - centre) / spread, target)
-    return lambda new: np.exp(np.asarray(model.predict((np.log1p(new)[:, used] - centre) / spread)))
+        model.fit((inputs[:, used] - centre) / spread, target)
+    return lambda new: np.asarray(model.predict((new[:, used] - centre) / spread))
 
 
-_DESIGNS: dict[str, Callable[[Array, Array], Predict]] = {
+_AGGREGATES: dict[str, Callable[[Array, Array], Callable[[Array], Array]]] = {
     "physical terms": _physical,
-    "Gaussian process": _process,
-    "physical terms × Gaussian process": _corrected,
+    "Gaussian process": _alone,
+    "physical terms × Gaussian process": _both,
 }

@@ -3,8 +3,8 @@ stored and the predictor is fitted again on loading."""
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,18 @@ from numpy.typing import NDArray
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
+from ...spaces.plans import Choices, choices_of, chunks
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .features import features, payload_bytes, structure
+from .features import payload_bytes, structure
 from .measure import REFERENCE, Timer, Timing, measure_policies
-from .predictor import Predictor, fit
+from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
+from .predictor import Measured, Predictor, fit
 from .target import Fingerprint, Target, fingerprint, target_from_dict, target_to_dict
+from .units import Worker
 
-VERSION = 1
+VERSION = 2
+CHUNK = 2000
+"""Policies predicted at once: their arrays stay in the cache of a core."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,8 @@ class Point:
     halves_ms: tuple[float, float]
     repeat_error: float
     size_bytes: int
+    timed: Timed | None = None
+    """The runtime's times of its nodes, where they were taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +54,36 @@ class Profile:
     seconds: float
     date: str
     predictor: Predictor
+    worker: Worker
     overheads: NDArray[np.float64]
     """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
+    remote: bool = False
+    """Whether a kit was measured on another device: nothing here can measure what it predicts."""
+    forced: tuple[str, ...] = ()
+    """In what it differs from the model and device that it was loaded for, where that was overridden."""
 
-    def predict(self, planned: Plan) -> tuple[float, float, float]:
-        """Latency of a plan and the ends of its 90 % interval, in ms."""
-        latency, low, high = self.predictor.predict(features(planned))[0]
-        return float(latency), float(low), float(high)
+    def predict(self, policies: Sequence[Policy] | Choices) -> NDArray[np.float64]:
+        """Latency of each policy and the ends of its 90 % interval in ms, shape (n, 3).
+
+        Raises UnseenKernelError for a policy with a kind of kernel that no measured policy ran.
+        """
+        choices = policies if isinstance(policies, Choices) else choices_of(self.worker.anatomy, policies)
+        found = [self.predictor.predict(part) for part in chunks(choices, CHUNK)]
+        return np.concatenate(found) if found else np.empty((0, 3))
 
     def predict_size(self, planned: Plan) -> int:
         """Bytes of the exported file: the payload exactly, nodes and names by a fit to the files of the calibration."""
         return payload_bytes(planned) + round(float(structure(planned) @ self.overheads))
+
+    def with_points(self, points: Sequence[Point]) -> "Profile":
+        """Fitted again with more measurements; a policy that was measured before takes its new ones."""
+        known = {digest(p.policy): p for p in self.points}
+        for point in points:
+            before = known.get(digest(point.policy))
+            kept = point.timed if point.timed is not None or before is None else before.timed
+            known[digest(point.policy)] = replace(point, timed=kept)
+        every = tuple(known.values())
+        return replace(self, points=every, predictor=_fitted(self.worker, every))
 
     def truth_repeat(self) -> dict[str, float]:
         """How well two independent measurements of the same policy agree: the error no predictor can beat."""
@@ -75,20 +101,59 @@ def calibrate(
     unique = {digest(policy): policy for policy in policies}
     if progress is not None:
         progress(f"measuring {len(unique)} policies")
-    timings, sizes = measure_policies(anatomy, unique, target, timer)
-    points = tuple(_point(unique[key], timings[key], sizes[key]) for key in unique)
+    timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)
+    return profile_of(
+        anatomy, target, unique, timings, sizes, seconds=lambda: time.perf_counter() - start,
+        device=timer.fingerprint() if timer is not None else None,
+    )  # fmt: skip
+
+
+def profile_of(
+    anatomy: Anatomy, target: Target, policies: Mapping[str, Policy], timings: Mapping[str, Timing],
+    sizes: Mapping[str, int], *, seconds: Callable[[], float], device: Fingerprint | None = None,
+) -> Profile:  # fmt: skip
+    """A profile of policies that were measured, by the keys of their timings. Raises ValueError."""
+    matcher, worker = Matcher(anatomy), Worker(anatomy)
+    level_ms = reference_level(timings.values())
+    points = tuple(point_of(policies[key], timings[key], sizes[key], matcher, level_ms) for key in policies)
+    reference = timings[REFERENCE]
+    predictor, overheads = _fitted(worker, points), _overheads(anatomy, points)
     return Profile(
         model=anatomy.digest,
         target=target,
-        device=fingerprint(target),
-        reference_ms=timings[REFERENCE].latency_ms,
-        reference_repeat_error=timings[REFERENCE].repeat_error,
+        device=device or fingerprint(target),
+        reference_ms=level_ms or reference.latency_ms,
+        reference_repeat_error=reference.repeat_error,
         points=points,
-        predictor=_fitted(anatomy, points),
-        overheads=_overheads(anatomy, points),
-        seconds=time.perf_counter() - start,
+        predictor=predictor,
+        worker=worker,
+        overheads=overheads,
+        seconds=seconds(),
         date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+
+
+def reference_level(timings: Iterable[Timing]) -> float | None:
+    """The uncompressed model's latency in ms over the groups of models that it was timed with: their median."""
+    found = [timing.reference_ms for timing in timings if timing.reference_ms is not None]
+    return float(np.median(found)) if found else None
+
+
+def drift(profile: Profile, reference: Timing) -> float:
+    """By which share the uncompressed model is slower than when the profile was made."""
+    return reference.latency_ms / profile.reference_ms - 1
+
+
+def point_of(policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher, level_ms: float | None) -> Point:
+    """A measurement, brought to the hour when the uncompressed model takes ``level_ms``: what holds is the ratio to
+    the reference that was timed between."""
+    factor = level_ms / timing.reference_ms if level_ms and timing.reference_ms else 1.0
+    nodes: NodeTimes = {name: (kernel.op_type, kernel.ms) for name, kernel in timing.kernels.items()}
+    first, second = timing.halves_ms()
+    return Point(
+        policy=policy, latency_ms=timing.latency_ms * factor, halves_ms=(first * factor, second * factor),
+        repeat_error=timing.repeat_error, size_bytes=size_bytes, timed=matcher.match(nodes) if nodes else None,
+    )  # fmt: skip
 
 
 def profile_to_dict(profile: Profile) -> dict[str, Any]:
@@ -100,6 +165,8 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "device": {**asdict(profile.device), "flags": list(profile.device.flags)},
         "date": profile.date,
         "seconds": profile.seconds,
+        "remote": profile.remote,
+        "forced": list(profile.forced),
         "reference_ms": profile.reference_ms,
         "reference_repeat_error": profile.reference_repeat_error,
         "design": profile.predictor.design,
@@ -111,6 +178,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
                 "halves_ms": list(p.halves_ms), "repeat_error": p.repeat_error, "size_bytes": p.size_bytes,
                 "predicted_ms": float(held), "held_out": True,
+                "nodes_us": None if p.timed is None else timed_to_dict(p.timed),
                 "low_ms": float(held * np.exp(-profile.predictor.log_margin)),
                 "high_ms": float(held * np.exp(profile.predictor.log_margin)),
             }
@@ -119,10 +187,11 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_profile(path: Path, anatomy: Anatomy) -> Profile:
-    """Read a profile and fit its predictor again.
+def load_profile(path: Path, anatomy: Anatomy, *, here: Fingerprint | None = None, force: bool = False) -> Profile:
+    """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one.
 
-    Raises InputError when the file is not a profile, or is one of another model, device or runtime.
+    Raises InputError when the file is not a profile, or is one of another model, device or runtime; with ``force``
+    it is taken all the same and the differences are kept in it. A profile of a kit is meant to be used elsewhere.
     """
     try:
         data: Any = json.loads(path.read_text())
@@ -131,57 +200,79 @@ def load_profile(path: Path, anatomy: Anatomy) -> Profile:
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
-        return _profile_from_dict(data, path, anatomy)
+        return _profile_from_dict(data, path, anatomy, here, force)
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
-def _profile_from_dict(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Profile:
-    if data["model"] != anatomy.digest:
-        raise InputError(
-            f"{path}: a profile belongs to one model; this one is for {data['model']}, the task's model is "
-            f"{anatomy.digest}."
-        )
+def _profile_from_dict(
+    data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None, force: bool
+) -> Profile:
     target = target_from_dict(data["target"])
     recorded: dict[str, Any] = {**data["device"], "flags": tuple(data["device"]["flags"])}
     device = Fingerprint(**recorded)
-    here = fingerprint(target)
-    for field in fields(Fingerprint):
-        then, now = getattr(device, field.name), getattr(here, field.name)
-        if then != now:
-            raise InputError(
-                f"{path}: a profile holds for one device; {field.name} was {then!r} when it was made, here it is "
-                f"{now!r}: calibrate again."
-            )
+    remote = bool(data.get("remote", False))
+    differences = tuple(data.get("forced", ())) + differences_of(
+        data["model"], device, anatomy.digest, device if remote else here or fingerprint(target)
+    )
+    if differences and not force:
+        raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
+    if data["model"] != anatomy.digest:
+        points_of = [{**p, "policy": {**p["policy"], "model": anatomy.digest}} for p in data["points"]]
+        data = {**data, "model": anatomy.digest, "points": points_of}
     points = tuple(
         Point(
             policy=policy_from_dict(p["policy"], str(path)), latency_ms=float(p["measured_ms"]),
             halves_ms=(float(p["halves_ms"][0]), float(p["halves_ms"][1])),
             repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]),
+            timed=None if p["nodes_us"] is None else timed_from_dict(p["nodes_us"], len(anatomy.ops)),
         )
         for p in data["points"]
     )  # fmt: skip
     if not all(np.isfinite(p.latency_ms) and p.latency_ms > 0 for p in points):
         raise InputError(f"{path}: measured_ms must be positive numbers in every point.")
+    worker = Worker(anatomy)
     return Profile(
         model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
-        date=str(data["date"]), predictor=_fitted(anatomy, points), overheads=_overheads(anatomy, points),
+        date=str(data["date"]), predictor=_fitted(worker, points), worker=worker, overheads=_overheads(anatomy, points),
+        remote=remote, forced=differences,
     )  # fmt: skip
 
 
-def _point(policy: Policy, timing: Timing, size_bytes: int) -> Point:
-    return Point(
-        policy=policy, latency_ms=timing.latency_ms, halves_ms=timing.halves_ms(),
-        repeat_error=timing.repeat_error, size_bytes=size_bytes,
-    )  # fmt: skip
+def differences_of(model: str, device: Fingerprint, model_now: str, device_now: Fingerprint) -> tuple[str, ...]:
+    """Why a profile does not hold here, each as a sentence without its full stop."""
+    found: list[str] = []
+    if model != model_now:
+        found.append(f"a profile belongs to one model; this one is for {model}, the task's model is {model_now}")
+    for field in fields(Fingerprint):
+        then, now = getattr(device, field.name), getattr(device_now, field.name)
+        if then != now:
+            found.append(
+                f"a profile holds for one device; {field.name} was {then!r} when it was made, here it is {now!r}"
+            )
+    return tuple(found)
 
 
-def _fitted(anatomy: Anatomy, points: Sequence[Point]) -> Predictor:
-    terms = np.stack([features(plan(anatomy, p.policy)) for p in points])
-    return fit(terms, np.array([p.latency_ms for p in points]))
+def is_remote(path: Path) -> bool:
+    """Whether a profile was made from a kit; False where the file is no profile, which loading it will say."""
+    try:
+        data: Any = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and bool(data.get("remote"))
+
+
+def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
+    measured = Measured(
+        worker=worker,
+        work=worker.work(choices_of(worker.anatomy, [p.policy for p in points])),
+        latency_ms=np.array([p.latency_ms for p in points]),
+        timed=[p.timed for p in points],
+    )
+    return fit(measured)
 
 
 def _overheads(anatomy: Anatomy, points: Sequence[Point]) -> NDArray[np.float64]:

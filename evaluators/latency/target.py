@@ -1,17 +1,16 @@
 """Where a model will run: runtime, threads, batch, session options, and what that runtime can do."""
 
-import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...spaces.errors import InputError
 from ...spaces.policy import FP32, INT8, LayerBits
+from . import timer
 
-RUNTIMES = ("onnxruntime",)
+CHANNEL_STEPS = ((0, 4), (64, 8))
+"""Where nothing was measured: ONNX Runtime's fp32 convolutions leave the blocked layout off a grid of 4."""
+RUNTIMES = tuple(timer.BACKENDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +22,10 @@ class Target:
     threads: int = 1
     batch: int = 1
     disabled_optimizers: tuple[str, ...] = ("WeightBiasQuantization",)
+    channel_steps: tuple[tuple[int, int], ...] = CHANNEL_STEPS
+    """(from this width on, this step), by width; measured where the target was calibrated."""
+    integer_kernels: bool = True
+    """Whether layers of 8 bits run on integers."""
 
     def bit_choices(self, weights: tuple[int, ...], activations: tuple[int, ...]) -> tuple[LayerBits, ...]:
         """(weights, activations) pairs worth offering: fp32, integer kernels, and weights stored small.
@@ -32,13 +35,13 @@ class Target:
         """
         pairs = [FP32] if 32 in weights and 32 in activations else []
         pairs += [LayerBits(weights=16)] if 16 in weights and 32 in activations else []
-        for width in sorted(w for w in weights if w <= 8):
+        for width in sorted(w for w in weights if w <= 8 and self.integer_kernels):
             pairs += [LayerBits(weights=width, activations=a) for a in sorted(activations) if a != 16]
-        return tuple(pairs) or (INT8,)
+        return tuple(pairs) or (INT8 if self.integer_kernels else FP32,)
 
     def channel_step(self, channels: int) -> int:
-        """Channel steps on which the kernels run well: fp32 convolutions leave the blocked layout off a grid of 4."""
-        return 8 if channels >= 64 else 4
+        """The step on which the kernels run well for a layer of this width."""
+        return next(step for first, step in reversed(self.channel_steps) if channels >= first)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,20 +53,31 @@ class Fingerprint:
     flags: tuple[str, ...]
     cores: int
     runtime_version: str
-
-
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp")
+    accelerator: str | None = None
 
 
 def fingerprint(target: Target) -> Fingerprint:
-    """This device. Flags are those that choose kernels."""
-    info = _cpuinfo()
-    return Fingerprint(
-        machine=platform.machine(),
-        cpu=info.get("model name") or platform.processor() or "unknown",
-        flags=tuple(f for f in _FLAGS if f in info.get("flags", "").split()),
-        cores=len(os.sched_getaffinity(0)),
-        runtime_version=version(target.runtime),
+    """This device. Raises InputError when the target's runtime is not installed."""
+    found = timer.device(target.runtime)
+    if found["runtime_version"] is None:
+        raise InputError(missing_runtime(target.runtime) or f"{target.runtime} has no version.")
+    return Fingerprint(**{**found, "flags": tuple(found["flags"])})
+
+
+def missing_runtime(runtime: str) -> str | None:
+    """Why this machine cannot run a runtime, with what would mend it, as one sentence; None where it can."""
+    if timer.runtime_version(runtime) is None:
+        return f"The runtime {runtime} is not installed here: pip install 'nightpress[{runtime}]'."
+    if runtime not in timer.PROVIDERS:
+        return None
+    import onnxruntime  # its list of providers; half a second that the other commands need not wait
+
+    missing = [p for p in timer.PROVIDERS[runtime] if p not in cast("Any", onnxruntime).get_available_providers()]
+    if not missing:
+        return None
+    return (
+        f"The runtime {runtime} needs {missing[0]}, which the installed onnxruntime does not have: on a machine with "
+        "such a device, pip install onnxruntime-gpu in place of onnxruntime."
     )
 
 
@@ -71,7 +85,10 @@ def check_target(target: Target) -> None:
     """Raises InputError when this machine cannot run the target."""
     if target.runtime not in RUNTIMES:
         raise InputError(f"target.runtime must be one of {', '.join(RUNTIMES)}, but got {target.runtime!r}.")
-    cores = len(os.sched_getaffinity(0))
+    missing = missing_runtime(target.runtime)
+    if missing is not None:
+        raise InputError(missing)
+    cores = timer.cores()
     if not 1 <= target.threads <= cores:
         raise InputError(
             f"target.threads must be between 1 and this machine's {cores} cores, but got {target.threads}."
@@ -81,19 +98,16 @@ def check_target(target: Target) -> None:
 
 
 def target_to_dict(target: Target) -> dict[str, Any]:
-    return {**asdict(target), "disabled_optimizers": list(target.disabled_optimizers)}
+    return {
+        **asdict(target),
+        "disabled_optimizers": list(target.disabled_optimizers),
+        "channel_steps": [list(pair) for pair in target.channel_steps],
+    }
 
 
 def target_from_dict(data: Mapping[str, Any]) -> Target:
     """The inverse of :func:`target_to_dict`. Raises KeyError or TypeError when something is missing or unknown."""
     values: dict[str, Any] = {**data, "disabled_optimizers": tuple(data["disabled_optimizers"])}
+    if "channel_steps" in data:
+        values["channel_steps"] = tuple((int(first), int(step)) for first, step in data["channel_steps"])
     return Target(**values)
-
-
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    first = path.read_text(errors="replace").split("\n\n")[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}

@@ -1,78 +1,344 @@
 """Times ONNX files in windows that are spread in time. Runs as a process of its own and does nothing else.
 
-Needs only numpy and onnxruntime, and nothing of nightpress, so that it can run on another device. Requests and
-answers are JSON, one line each, on standard input and output. A request:
-``{"models": {key: path}, "threads": 1, "batch": 1, "disabled_optimizers": [], "least_rounds": 4,
-"most_rounds": 12, "window_ms": 25, "round_ms": 600, "agree": 0.02}``;
-the answer ``{"windows_ms": {key: [...]}}`` or ``{"error": sentence}``.
+Needs only numpy and the runtime, and nothing of nightpress, so that it can run on another device. Requests and answers
+are JSON, one line each, on standard input and output; beside a ``kit.json`` it measures that kit instead. A request:
+``{"models": {key: path}, "runtime": "onnxruntime", "threads": 1, "batch": 1, "disabled_optimizers": [],
+"least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``;
+the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1}`` or
+``{"error": sentence}``. ``kernels`` are those of the runtime's own profiler, which slows what it watches, and are
+there when ``kernel_passes`` is not 0.
 """
 
+import hashlib
 import json
+import os
+import platform
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
+
+Kernels = dict[str, tuple[str, float]]
+PROVIDERS = {
+    "onnxruntime": ["CPUExecutionProvider"],
+    "onnxruntime-cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
+"""Distributions that bring a runtime, by the first part of its name."""
+FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
+"""Of the CPU: those that choose kernels."""
+LEAST_RUNS, MOST_RUNS = 5, 80
+"""Of a profiled pass; the profiler writes a line a kernel and run."""
+MOST_REASON = 400
+REFERENCE = "reference"
+KIT, RESULTS = "kit.json", "results.json"
+_KERNEL = "_kernel_time"
 
 
-def open_session(path, request):  # type: ignore[no-untyped-def]
-    """A session and the random input that it is fed."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = request["threads"]
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        path, options, providers=["CPUExecutionProvider"], disabled_optimizers=request["disabled_optimizers"]
-    )
-    source = session.get_inputs()[0]
-    shape = [request["batch"], *source.shape[1:]]
-    feed = {source.name: np.random.default_rng(0).normal(size=shape).astype(np.float32)}
-    return session, feed
+class OnnxRuntime:
+    """A session with the options of the request."""
+
+    def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = request["threads"]
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_profiling = profile
+        self._folder = tempfile.TemporaryDirectory(prefix="nightpress-") if profile else None
+        if self._folder is not None:
+            options.profile_file_prefix = str(Path(self._folder.name) / "profile")
+        wanted = PROVIDERS[request["runtime"]]
+        missing = set(wanted) - set(onnxruntime.get_available_providers())
+        if missing:
+            raise RuntimeError(f"this onnxruntime has no {min(missing)}")
+        self._session: Any = onnxruntime.InferenceSession(
+            path, options, providers=wanted, disabled_optimizers=list(request["disabled_optimizers"])
+        )
+        # A provider that cannot start is left out by the runtime without an error.
+        if self._session.get_providers()[0] != wanted[0]:
+            raise RuntimeError(f"{wanted[0]} is installed but does not start on this machine")
+        source = self._session.get_inputs()[0]
+        self._feed = {source.name: _random([request["batch"], *source.shape[1:]])}
+
+    def run(self) -> None:
+        self._session.run(None, self._feed)
+
+    def kernels(self) -> Kernels:
+        """Milliseconds of each node over all runs of a profiled session, which ends."""
+        path = Path(self._session.end_profiling())
+        events: list[dict[str, Any]] = json.loads(path.read_text())
+        times: dict[str, list[float]] = {}
+        types: dict[str, str] = {}
+        for event in events:
+            name = str(event["name"])
+            if event.get("cat") == "Node" and name.endswith(_KERNEL):
+                node = name[: -len(_KERNEL)]
+                times.setdefault(node, []).append(event["dur"] / 1000)
+                types[node] = str(event["args"]["op_name"])
+        if self._folder is not None:
+            self._folder.cleanup()
+        return {node: (types[node], _low_mean(found)) for node, found in times.items()}
 
 
-def window(session, feed, window_ms):  # type: ignore[no-untyped-def]
+class OpenVino:
+    """A compiled model on the CPU, in fp32 where the file is, without the half precisions that OpenVINO may choose."""
+
+    def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(path)
+        shape = [request["batch"], *(size.get_length() for size in list(model.inputs[0].partial_shape)[1:])]
+        model.reshape({model.inputs[0]: openvino.PartialShape(shape)})
+        options = {
+            "INFERENCE_NUM_THREADS": request["threads"],
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERF_COUNT": profile,
+        }
+        self._infer: Any = core.compile_model(model, "CPU", options).create_infer_request()
+        self._infer.set_input_tensor(openvino.Tensor(_random(shape)))
+        self._profile = profile
+        self._times: dict[str, list[float]] = {}
+        self._types: dict[str, str] = {}
+
+    def run(self) -> None:
+        self._infer.infer()
+        if self._profile:
+            for info in self._infer.get_profiling_info():
+                if str(info.status).endswith("EXECUTED"):
+                    self._times.setdefault(info.node_name, []).append(info.real_time.total_seconds() * 1000)
+                    self._types[info.node_name] = info.node_type
+
+    def kernels(self) -> Kernels:
+        """Milliseconds of each node that was executed over all runs of a profiled model."""
+        return {node: (self._types[node], _low_mean(found)) for node, found in self._times.items()}
+
+
+Model = OnnxRuntime | OpenVino
+BACKENDS: dict[str, Callable[..., Model]] = {**dict.fromkeys(PROVIDERS, OnnxRuntime), "openvino": OpenVino}
+
+
+def _random(shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _low_mean(times: list[float]) -> float:
+    """Mean of the lower half: bursts of other work only add, and the profilers count whole microseconds."""
+    return float(np.sort(times)[: (len(times) + 1) // 2].mean())
+
+
+def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
+    """Raises RuntimeError with the runtime's reason in one line."""
+    try:
+        return BACKENDS[request["runtime"]](path, request, profile)
+    except Exception as error:  # the runtimes raise types of their own that share no base
+        reason = " ".join(str(error).split())[:MOST_REASON] or type(error).__name__
+        raise RuntimeError(f"{request['runtime']} cannot load {Path(path).name}: {reason}") from error
+
+
+def window(model: Model, window_ms: float) -> float:
     """Low percentile of the run times within one window, in ms: bursts of other work only ever add."""
-    session.run(None, feed)  # caches of the model before are gone: not counted
-    times, end = [], time.perf_counter() + window_ms / 1000
+    model.run()  # caches of the model before are gone: not counted
+    times: list[float] = []
+    end = time.perf_counter() + window_ms / 1000
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
-        session.run(None, feed)
+        model.run()
         times.append(time.perf_counter() - start)
     return float(np.percentile(times, 10)) * 1000
 
 
-def agreed(windows, share):  # type: ignore[no-untyped-def]
+def kernel_pass(path: str, request: Mapping[str, Any]) -> Kernels:
+    """One pass of the runtime's profiler over a model of its own."""
+    model = load(path, request, profile=True)
+    runs, end = 0, time.perf_counter() + 2 * request["window_ms"] / 1000
+    while runs < LEAST_RUNS or (runs < MOST_RUNS and time.perf_counter() < end):
+        model.run()
+        runs += 1
+    return model.kernels()
+
+
+def settled(windows: list[float], share: float) -> bool:
     """Whether the two lowest windows lie within a share of each other."""
     lowest = sorted(windows)[:2]
     return len(lowest) == 2 and lowest[1] <= lowest[0] * (1 + share)
 
 
-def measure(request):  # type: ignore[no-untyped-def]
-    """All models in turn, round after round, until the two lowest windows of each agree or the rounds are up."""
-    sessions = {key: open_session(path, request) for key, path in request["models"].items()}
-    for session, feed in sessions.values():
-        session.run(None, feed)
-    windows = {key: [] for key in sessions}
+def measure(request: Mapping[str, Any]) -> dict[str, Any]:
+    """All models in turn, round after round, until the two lowest windows of each agree or the rounds are up.
+
+    Rounds beyond the least hold the models that have not settled, and the first of the request beside them.
+    """
+    paths: dict[str, str] = request["models"]
+    models = {key: load(path, request) for key, path in paths.items()}
+    for model in models.values():
+        model.run()
+    windows: dict[str, list[float]] = {key: [] for key in models}
+    passes: dict[str, list[Kernels]] = {key: [] for key in models}
+    first, before, began = next(iter(models), ""), busy_seconds(), time.perf_counter()
     for number in range(request["most_rounds"]):
         start = time.perf_counter()
-        for key, (session, feed) in sessions.items():
-            windows[key].append(window(session, feed, request["window_ms"]))
-        if number + 1 >= request["least_rounds"] and all(agreed(w, request["agree"]) for w in windows.values()):
+        open_ = {key for key in models if not settled(windows[key], request["agree"])}
+        if number >= request["least_rounds"] and not open_:
             break
-        time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
-    return {"windows_ms": windows}
+        for key, model in models.items():
+            if number < request["least_rounds"] or key in open_ or key == first:
+                windows[key].append(window(model, request["window_ms"]))
+        if number < request["kernel_passes"]:
+            for key, path in paths.items():
+                passes[key].append(kernel_pass(path, request))
+        if number + 1 < request["most_rounds"]:
+            time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
+    busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
+    kernels = {key: lowest(found) for key, found in passes.items() if found}
+    return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy}
 
 
-def main():  # type: ignore[no-untyped-def]
+def lowest(passes: list[Kernels]) -> Kernels:
+    """Of each node its lowest time over the passes."""
+    found: Kernels = {}
+    for kernels in passes:
+        for node, (kind, milliseconds) in kernels.items():
+            found[node] = (kind, min(milliseconds, found.get(node, (kind, milliseconds))[1]))
+    return found
+
+
+def busy_seconds() -> float | None:
+    """Core seconds that all processes but this one have used since the machine was started; what a hypervisor
+    took counts too. None where the system does not tell (it is Linux that does)."""
+    try:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq, steal = (int(t) for t in ticks)
+    own = sum(os.times()[:2])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
+
+
+def busy_cores(before: float | None, after: float | None, seconds: float) -> float | None:
+    """Cores that other processes used on average over some time."""
+    return None if before is None or after is None else max(0.0, (after - before) / max(seconds, 1e-9))
+
+
+def device(runtime: str) -> dict[str, Any]:
+    """What numbers of this machine and runtime hold for."""
+    info = _cpuinfo()
+    known = (info.get("flags") or info.get("Features") or "").split()
+    return {
+        "machine": platform.machine(),
+        "cpu": info.get("model name") or info.get("Model") or platform.processor() or "unknown",
+        "flags": [flag for flag in FLAGS if flag in known],
+        "cores": cores(),
+        "runtime_version": runtime_version(runtime),
+        "accelerator": None if runtime in {"onnxruntime", "openvino"} else _accelerator(),
+    }
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def runtime_version(runtime: str) -> str | None:
+    """None where the runtime is not installed."""
+    for name in PACKAGES[runtime.split("-")[0]]:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _accelerator() -> str | None:
+    """The first graphics card's name, as its driver tells it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
+    return told[0].strip() if told else None
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
+    found: dict[str, str] = {}
+    for key, value in pairs:  # of the first core; a board's own name stands at the end
+        found.setdefault(key.strip(), value.strip())
+    return found
+
+
+def serve() -> None:
     """Answer requests until standard input closes."""
     for line in sys.stdin:
         try:
             answer = measure(json.loads(line))
-        except Exception as error:  # noqa: BLE001  the runtime raises types of its own that share no base
-            answer = {"error": (str(error).splitlines() or [type(error).__name__])[0]}
+        except Exception as error:  # noqa: BLE001  the answer is the only way to tell the parent
+            answer = {"error": " ".join(str(error).split()) or type(error).__name__}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
+def measure_kit(folder: Path) -> dict[str, Any]:
+    """Time the files of a kit on this device; the results hold the kit's own description.
+
+    Raises ValueError or OSError when the kit is damaged or this device cannot run it, RuntimeError with the runtime's
+    reason when it does not load a model.
+    """
+    kit: dict[str, Any] = json.loads((folder / KIT).read_text())
+    target, models = kit["target"], kit["models"]
+    if runtime_version(target["runtime"]) is None:
+        raise ValueError(f"{target['runtime']} is not installed here: pip install {target['runtime'].split('-')[0]}")
+    if target["threads"] > cores():
+        raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
+    for entry in models.values():
+        if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+            raise ValueError(f"{entry['file']} is not the file that the kit was made with")
+    began = time.perf_counter()
+    keys = [key for key in models if key != REFERENCE]
+    results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
+    results |= {"reference_ms": {}, "busy_cores": None}
+    for start in range(0, len(keys), kit["at_once"]):
+        chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
+        sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
+        paths = {key: str(folder / models[key]["file"]) for key in chosen}
+        answer = measure({**kit["request"], **target, "models": paths})
+        results["windows_ms"].update(answer["windows_ms"])
+        results["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
+        results["kernels"].update(answer["kernels"])
+        results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
+    return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def main() -> int:
+    """``python measure.py`` in a kit measures it; elsewhere requests are answered."""
+    folder = Path(__file__).resolve().parent
+    if not (folder / KIT).is_file():
+        serve()
+        return 0
+    try:
+        results = measure_kit(folder)
+        partial = folder / "results.partial"
+        partial.write_text(json.dumps(results))
+        partial.replace(folder / RESULTS)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        sys.stderr.write(f"measure: {' '.join(str(error).split())}.\n")
+        return 1
+    sys.stderr.write(f"wrote {folder / RESULTS}: bring it back for nightpress calibrate TASK --from results.json\n")
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What a night promises, measured: nothing lost by kills, done by the deadline, little time spent on itself.
+
+    python benchmarks/night.py kills --kills 100 --seed 0       # the whole: some 20 minutes
+    python benchmarks/night.py deadline --budget 10m --runs 10 [--load]    # 100 minutes, and 100 more under load
+
+Needs the test extra: the tiny task of the tests is what is killed. ``kills`` ends the driver with SIGKILL at random
+moments of a night, resumes it, and compares what comes out with an undisturbed night of the same seed and steps. The
+device's profile is made by a formula, so that latencies, and with them the sampler's proposals, are the same.
+``deadline`` runs nights of the built-in example and says by how much they miss their deadline and how much of their
+time went into neither training nor evaluation nor measurement.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import tiny
+from nightpress.search.folder import read_run
+from nightpress.search.pareto import losses, non_dominated
+from nightpress.search.records import TrialRecord, TrialState
+
+TRIALS = 24
+LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 3.0
+"""Half of the drivers live at most so long, much of it their start; the others so long beyond their first result."""
+LAST_BREATH_SECONDS = 1.5
+"""Workers notice within a second that their driver was killed; what they still write is nobody's resumption."""
+Finished = dict[int, tuple[Any, ...]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    killing = commands.add_parser("kills")
+    killing.add_argument("--kills", type=int, default=100)
+    killing.add_argument("--seed", type=int, default=0)
+    ending = commands.add_parser("deadline")
+    ending.add_argument("--budget", default="10m")
+    ending.add_argument("--runs", type=int, default=10)
+    ending.add_argument("--load", action="store_true", help="another process keeps every core busy")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="nightpress-night-") as folder:
+        if arguments.command == "kills":
+            kills(Path(folder), arguments.kills, arguments.seed)
+        else:
+            deadline(Path(folder), arguments.budget, arguments.runs, load=arguments.load)
+
+
+def kills(folder: Path, wanted: int, seed: int) -> None:
+    """Nights one after another until so many kills were dealt; each is compared with the undisturbed one."""
+    task = tiny.write_task(folder)
+    profile = tiny.write_profile(folder / "profile.json", tiny.anatomy_of(task))
+    keys: dict[str, Any] = {"target": str(profile), "search": {"max_trials": TRIALS}, "budget": "2h"}
+    keys["finetune"] = {"short_steps": 12, "long_steps": 16, "finalists": 3}
+    chance = random.Random(seed)
+    truth = folder / "undisturbed"
+    tiny.nightpress("run", tiny.write_config(folder, out=str(truth), **keys))
+    expected = finished(truth)
+    dealt = nights = lost = repeated = 0
+    resumed: list[float] = []
+    while dealt < wanted:
+        run = folder / f"night{nights}"
+        config = tiny.write_config(folder, f"night{nights}.yaml", out=str(run), **keys)
+        nights += 1
+        begin_like(run, truth)
+        while True:
+            before, stamps = finished(run), written(run)
+            alive, beyond = math.inf, math.inf
+            if dealt < wanted and chance.random() < 0.5:
+                alive = chance.uniform(0, LONGEST_SECONDS)
+            elif dealt < wanted:
+                beyond = chance.uniform(0, BEYOND_SECONDS)
+            first = drive(config, run, alive, beyond)
+            if first is not None and before:
+                resumed.append(first)
+            after, now = finished(run), written(run)
+            lost += sum(after.get(number) != found for number, found in before.items())
+            repeated += sum(now.get(path, stamp) != stamp for path, stamp in stamps.items() if trial_of(path) in before)
+            if state_of(run) == "done":
+                break
+            dealt += 1
+        same, front = finished(run) == expected, front_of(run) == front_of(truth)
+        if not same:
+            print([(n, expected.get(n), f) for n, f in finished(run).items() if expected.get(n) != f][:2])
+        print(
+            f"night {nights}: {dealt} kills so far, {lost} trials lost, {repeated} repeated; "
+            f"trials {'as' if same else 'NOT as'} undisturbed, front {'equal' if front else 'NOT equal'}",
+            flush=True,
+        )
+    resumed.sort()
+    print(f"{dealt} kills in {nights} nights of {len(expected)} trials: {lost} lost, {repeated} repeated")
+    if not resumed:
+        return
+    print("resume to the first new evaluation's result, process start included: "
+          f"median {resumed[len(resumed) // 2]:.1f} s, longest {resumed[-1]:.1f} s (n={len(resumed)})")  # fmt: skip
+
+
+def begin_like(run: Path, truth: Path) -> None:
+    """A night that trains in the number format which the undisturbed one found fastest: that is a matter of chance."""
+    run.mkdir()
+    (run / "config.yaml").write_bytes((truth / "config.yaml").read_bytes())
+    begun = {"state": "interrupted", "phase": "inspect", "compute": _state(truth)["compute"]}
+    (run / "state.json").write_text(json.dumps(begun))
+
+
+def drive(config: Path, run: Path, alive: float, beyond: float) -> float | None:
+    """One driver, killed after ``alive`` seconds or ``beyond`` its first new result. Returns when that was there."""
+    words = ["run", str(config), *(["--resume"] if (run / "config.yaml").is_file() else [])]
+    begin, wall = time.monotonic(), time.time()
+    process = subprocess.Popen(tiny.command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    first = None
+    while process.poll() is None and time.monotonic() - begin < min(alive, (first or math.inf) + beyond):
+        if first is None and any(stamp / 1e9 > wall + LAST_BREATH_SECONDS for stamp in written(run).values()):
+            first = time.monotonic() - begin
+        time.sleep(0.03)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    elif process.returncode:
+        sys.exit(f"a driver failed: {process.stderr.read()[-2000:] if process.stderr else ''}")
+    process.communicate()
+    return first
+
+
+def finished(run: Path) -> Finished:
+    """What is on record of each trial that has ended."""
+    if not (run / "state.json").is_file():
+        return {}
+    return {t.number: fixed(t) for t in read_run(run).trials if t.state is not TrialState.RUNNING}
+
+
+def fixed(trial: TrialRecord) -> tuple[Any, ...]:
+    """What must not depend on when a driver was killed: all but times."""
+    return trial.digest, str(trial.state), trial.role, trial.size_bytes, tuple(q.accuracy for q in trial.qualities)
+
+
+def front_of(run: Path) -> list[tuple[Any, ...]]:
+    """The front over accuracy, predicted latency and size: measured latencies differ from night to night."""
+    trials = [t for t in read_run(run).trials if t.state is TrialState.COMPLETE]
+    points = [losses(t.quality.accuracy, t.predicted.latency_ms, t.size_bytes)
+              for t in trials if t.quality and t.predicted and t.size_bytes]  # fmt: skip
+    return sorted((trials[i].digest, *points[i]) for i in non_dominated(points))
+
+
+def written(run: Path) -> dict[str, int]:
+    """When each artefact of a trial was written; a file that is written again was evaluated twice."""
+    found: dict[str, int] = {}
+    for path in run.glob("artifacts/*/*"):
+        if path.name in {"short.safetensors", "long.json"}:
+            try:
+                found[str(path)] = path.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+    return found
+
+
+def trial_of(path: str) -> int:
+    return int(Path(path).parent.name)
+
+
+def state_of(run: Path) -> str | None:
+    return _state(run).get("state")
+
+
+def _state(run: Path) -> dict[str, Any]:
+    path = run / "state.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def deadline(folder: Path, budget: str, runs: int, *, load: bool) -> None:
+    """Nights of the example, each with its overrun and what it spent on itself."""
+    config = folder / "config.yaml"
+    config.write_text("task: mnist5k-resnet\n")
+    burning = [multiprocessing.Process(target=burn, daemon=True) for _ in os.sched_getaffinity(0)] if load else []
+    for process in burning:
+        process.start()
+    for number in range(runs):
+        run = folder / f"run{number}"
+        begin = time.time()
+        result = tiny.nightpress("run", config, "--budget", budget, "--out", run, "--json", timeout=24 * 3600)
+        total, end = time.time() - begin, time.time()
+        state = _state(run)
+        over = end - datetime.fromisoformat(state["deadline"]).timestamp()
+        worked = sum(state["evaluated_seconds"].values()) / state["workers"] + sum(state["measured_seconds"].values())
+        counts = {name: count for name, count in result.json["trials"].items() if count}
+        print(
+            f"night {number + 1} of {budget}{' under load' if load else ''}: {state['state']}, "
+            f"{'over by' if over > 0 else 'before the deadline by'} {abs(over):.1f} s, {counts}, "
+            f"{len(result.json['front'])} points; outside training, evaluation and measurement "
+            f"{1 - worked / total:.1%} ({total - worked:.0f} s of {total:.0f} s)",
+            flush=True,
+        )
+        print(f"   seconds {state['seconds']}, load average at the end {os.getloadavg()[1]:.1f} over five minutes",
+              flush=True)  # fmt: skip
+    for process in burning:
+        process.kill()
+
+
+def burn() -> None:
+    """Keep a core busy."""
+    while True:
+        sum(i * i for i in range(100_000))
+
+
+if __name__ == "__main__":
+    main()

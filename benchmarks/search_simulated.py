@@ -1,0 +1,171 @@
+"""Samplers on a made-up accuracy over a real space with a real latency profile: minutes instead of nights.
+
+    nightpress calibrate mnist5k-resnet --target onnxruntime --out profile.json
+    python benchmarks/search_simulated.py --profile profile.json --seeds 3 --trials 40
+
+What it can show: whether a sampler finds the front of a smooth truth under the noise of a small search split. What it
+cannot: how real networks behave; for that see benchmarks/search.py. Regret is the hypervolume (true long accuracy,
+predicted latency, size) that a night's trials lack against the best front that an optimiser finds which sees the truth.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.profile import Profile, load_profile
+from nightpress.evaluators.task import load_task
+from nightpress.search.config import RunConfig
+from nightpress.search.encoding import Encoder
+from nightpress.search.pareto import hypervolume, non_dominated
+from nightpress.search.prepare import space_of
+from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, sensitivity_of
+from nightpress.search.records import Quality, TrialState
+from nightpress.search.sampler import NightpressSampler, Options, TrialSuggest, make_sampler
+from nightpress.search.store import Store, open_storage, policy_of
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import Policy, policy_from_dict, policy_to_dict
+from nightpress.spaces.space import Space
+
+SEARCH_ITEMS, BN_ITEMS = 800, 400
+ABLATIONS = ("free_objectives", "rungs", "sensitivity")
+Array = NDArray[np.float64]
+
+
+class World:
+    """A truth: each group has a weight of its own, narrow groups cost, removed blocks cost, and a fine-tune away from
+    its best settings costs. Harsh policies lose most before the fine-tune and gain most by it."""
+
+    def __init__(self, space: Space, profile: Profile, seed: int) -> None:
+        self.space, self.profile, self.encoder = space, profile, Encoder(space)
+        self._rng = np.random.default_rng(seed)
+        anatomy = space.anatomy
+        self._weights = dict(zip([g.name for g in anatomy.groups], self._rng.uniform(0.3, 3, 99), strict=False))
+        self.corner = np.array([-0.8975, profile.reference_ms, float(4 * anatomy.params)])
+
+    def costs(self, policy: Policy) -> tuple[float, int]:
+        planned = plan(self.space.anatomy, policy)
+        return self.profile.predict(planned)[0], self.profile.predict_size(planned)
+
+    def truth(self, policy: Policy) -> dict[str, float]:
+        need = 6.0 * len(policy.removed_blocks)
+        for group in self.space.anatomy.groups:
+            need += self._weights[group.name] * (1 / max(1 - policy.prune.get(group.name, 0.0), 0.02) - 1)
+        rate = np.log(policy.finetune.learning_rate / 0.05)
+        alpha = policy.distill.alpha if policy.distill.logit else 0.0
+        tuned = 0.25 * rate**2 + 0.5 * (alpha - 0.8) ** 2 + (0.6 if policy.distill.inner else 0.0)
+        hard = need * (1 + 0.3 * tuned)
+        found = {
+            "bn": 0.99 - 0.85 * (1 - np.exp(-need / 6)),
+            "short": 0.992 - 0.0015 * hard - 0.004 * tuned,
+            "long": 0.9925 - 0.0006 * hard - 0.002 * tuned,
+        }
+        return {rung: float(max(value, 0.1)) for rung, value in found.items()}
+
+    def sensitivity(self) -> Sensitivity:
+        """What probes would show: the weights with an error of about a half."""
+        errors = np.random.default_rng(7)
+        groups = {("group", n, ""): 0.1 * w * np.exp(0.5 * errors.normal()) for n, w in self._weights.items()}
+        return sensitivity_of(groups | {("block", b.name, ""): 0.5 for b in self.space.anatomy.blocks})
+
+    def losses(self, policy: Policy) -> tuple[float, float, float]:
+        return (-self.truth(policy)["long"], *map(float, self.costs(policy)))
+
+    def covered(self, points: list[tuple[float, float, float]]) -> float:
+        scaled = (np.array(points) - np.array([-1.0, 0, 0])) / (self.corner - np.array([-1.0, 0, 0]))
+        return hypervolume(scaled, np.ones(3))
+
+    def best(self, generations: int = 8, size: int = 600) -> float:
+        """The hypervolume of a front found by crossing and mutation with the truth in sight."""
+        rng = np.random.default_rng(0)
+        pool = [self.encoder.policy(row) for row in self.encoder.random(2 * size, rng)]
+        losses = [self.losses(policy) for policy in pool]
+        for _ in range(generations):
+            kept = non_dominated(losses)
+            rows = np.stack([self.encoder.row(pool[i]) for i in kept])
+            born = [self.encoder.policy(row) for row in self.encoder.children(rows, size, rng)]
+            pool, losses = [pool[i] for i in kept] + born, [losses[i] for i in kept] + [self.losses(p) for p in born]
+        return self.covered(losses)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="mnist5k-resnet")
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--samplers", default="nightpress,random,nsga2,tpe,netadapt," + ",".join(ABLATIONS))
+    arguments = parser.parse_args()
+    from nightpress.cli.config import read_target
+
+    target = read_target(arguments.profile)
+    anatomy, _ = inspect(load_task(arguments.task, None), step_of=target.channel_step)
+    space = space_of(anatomy, RunConfig(task=arguments.task, base=None, out=Path("unused"), target=target))
+    profile = load_profile(arguments.profile, anatomy)
+    counts = [arguments.trials // 4, arguments.trials // 2, arguments.trials]
+    print(
+        f"regret after {counts} proposals (rules and walk known to all), median over {arguments.seeds} seeds, and all"
+    )
+    worlds = [World(space, profile, seed) for seed in range(arguments.seeds)]
+    ceilings = [world.best() for world in worlds]
+    for name in arguments.samplers.split(","):
+        found = [
+            [ceiling - value for value in night(world, name, seed, counts)]
+            for seed, (world, ceiling) in enumerate(zip(worlds, ceilings, strict=True))
+        ]
+        middle = " ".join(f"{statistics.median(column):.4f}" for column in zip(*found, strict=True))
+        rest = "; ".join(" ".join(f"{v:.4f}" for v in values) for values in found)
+        print(f"{('without ' if name in ABLATIONS else '') + name:24} {middle}   ({rest})", flush=True)
+
+
+def night(world: World, name: str, seed: int, counts: list[int]) -> list[float]:
+    """Hypervolume of the true long accuracies of all that was tried, after so many proposals."""
+    space, rng = world.space, np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        sampler = make_sampler("nightpress" if name in ABLATIONS else name, seed, 0, space, world.costs)
+        if isinstance(sampler, NightpressSampler):
+            sampler.sensitivity = world.sensitivity()
+            sampler.reference = (world.corner[0], world.corner[1], world.corner[2])
+            sampler.options = Options(**({name: False} if name in ABLATIONS else {}))
+        store = Store(open_storage(Path(folder), None), sampler)
+        rules = list(baselines(space.anatomy, True).values())
+        for policy in [*rules, *greedy_walk(space, world.sensitivity(), world.costs, 8)]:
+            params = space.params(policy) if space.contains(policy) else {}
+            store.enqueue(params, "seed", None, policy_to_dict(policy))
+        begun = len(rules) + 8
+        for number in range(begun + counts[-1]):
+            _trial(world, store, rng, long=number < len(rules))
+        tried = [world.losses(policy_of(trial)) for trial in store.trials()]
+        return [world.covered(tried[: begun + count]) for count in counts]
+
+
+def _trial(world: World, store: Store, rng: np.random.Generator, *, long: bool) -> None:
+    trial = store.study.ask()
+    given = trial.user_attrs.get("given")
+    asked = world.space.sample(TrialSuggest(trial))
+    policy = policy_from_dict(given, "given") if given else asked
+    latency, size = world.costs(policy)
+    truth = world.truth(policy)
+    store.begin(trial, policy, 0.0)
+    known = {"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False}
+    store.note(trial.number, size_bytes=size, predicted=known)
+    for rung, items in (("bn", BN_ITEMS), ("short", SEARCH_ITEMS)):
+        store.note_quality(trial.number, _seen(rung, truth[rung], items, rng))
+    store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
+    if long:
+        store.note_long(trial.number, _seen("long", truth["long"], SEARCH_ITEMS, rng))
+
+
+def _seen(rung: str, accuracy: float, items: int, rng: np.random.Generator) -> Quality:
+    """The accuracy as so many examples show it."""
+    found = rng.binomial(items, accuracy) / items
+    error = float(np.sqrt(max(found * (1 - found), 1 / items) / items))
+    return Quality(rung=rung, split="search", accuracy=found, accuracy_se=error, samples=items, seconds=1.0)
+
+
+if __name__ == "__main__":
+    main()

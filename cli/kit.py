@@ -1,0 +1,76 @@
+"""Calibration of another device: a kit that goes there, and, over ssh, the whole way there and back."""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Force, Json, TaskRef
+from .output import emit, log_to_stderr, say
+from .parts import find_anatomy
+
+
+def kit(
+    task: TaskRef,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")],
+    target: Annotated[str, typer.Option("--target", metavar="T", help="The device's runtime.")] = "onnxruntime",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the device's session.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Inputs of one inference.")] = 1,
+    count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    host: Annotated[
+        str | None, typer.Option("--host", metavar="USER@HOST", help="Measure there at once, over this system's ssh.")
+    ] = None,
+    python: Annotated[str, typer.Option("--python", help="The Python of --host.")] = "python3",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """What another device needs to be calibrated: ONNX files and one script.
+    Example: nightpress kit mnist5k-resnet --out kit"""
+    from ..evaluators.latency.kit import MEASURE
+    from ..evaluators.latency.timer import RESULTS
+    from ..spaces.errors import InputError
+    from .measuring import write_kit_of
+
+    log_to_stderr()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
+        raise InputError(f"{out}: the folder is not empty; --force replaces it.")
+    _, anatomy, where = find_anatomy(task, target, runs_here=False, threads=threads, batch=batch)
+    if out.exists():
+        shutil.rmtree(out)
+    made = write_kit_of(anatomy, where, out, count, seed, task)
+    if host is not None:
+        measure_over_ssh(out, host, python, f"nightpress-kit-{made['id']}")
+    if json:
+        emit({"kit": str(out), "id": made["id"], "models": len(made["models"]), "target": made["target"],
+              "results": str(out / RESULTS) if host is not None else None})  # fmt: skip
+        return
+    say(f"wrote {out}: {len(made['models'])} models and {MEASURE}")
+    if host is None:
+        say(f"next: copy {out} to the device, run python {MEASURE} in it (it needs numpy and {where.runtime}), bring "
+            f"{RESULTS} back")  # fmt: skip
+    say(f"then: nightpress calibrate {task} --from {out / RESULTS} --out PROFILE.json")
+
+
+def measure_over_ssh(folder: Path, host: str, python: str, name: str) -> None:
+    """Copy a kit to a host, measure it there and fetch the results. Raises RuntimeError with ssh's last line."""
+    from ..evaluators.latency.kit import MEASURE
+    from ..evaluators.latency.timer import RESULTS
+
+    # A name that begins with a dash would be an option of ssh.
+    for command in (
+        ["scp", "-q", "-r", "--", str(folder), f"{host}:{name}"],
+        ["ssh", "--", host, f"{shlex.quote(python)} {name}/{MEASURE}"],
+        ["scp", "-q", "--", f"{host}:{name}/{RESULTS}", str(folder / RESULTS)],
+        ["ssh", "--", host, f"rm -r {name}"],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise RuntimeError(f"--host needs the system's {command[0]}, which is not installed") from None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+            raise RuntimeError(f"{host}: {command[0]} failed: {reason}")

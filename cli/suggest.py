@@ -1,0 +1,45 @@
+"""What a run knows about limits that it was not searched for."""
+
+import time
+from typing import Annotated
+
+import typer
+
+from .options import Json, RunDir
+from .output import emit, log_to_stderr, say, table
+
+
+def suggest(
+    folder: RunDir,
+    max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", metavar="X")] = None,
+    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="Y", help="In [0, 1].")] = None,
+    max_size_bytes: Annotated[int | None, typer.Option("--max-size-bytes", metavar="B")] = None,
+    json: Json = False,
+) -> None:
+    """The best verified points within limits, and untried policies expected to be better; nothing is trained.
+    Example: nightpress suggest runs/plates --max-latency-ms 1.2 --min-accuracy 0.9"""
+    from ..search.config import Limits
+    from ..search.folder import read_run
+    from ..search.suggest import suggest as ask
+    from ..spaces.errors import InputError
+
+    log_to_stderr()
+    for name, value in (("--max-latency-ms", max_latency_ms), ("--max-size-bytes", max_size_bytes)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name} must be above 0, but got {value}.")
+    start = time.monotonic()
+    limits = Limits(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, max_size_bytes=max_size_bytes)
+    found = {**ask(read_run(folder), limits), "seconds": round(time.monotonic() - start, 2)}
+    if json:
+        emit(found)
+        return
+    keys = ["trial", "accuracy", "latency_ms", "size_bytes"]
+    if found["verified"]:
+        table("Verified within the limits", found["verified"], keys)
+    else:
+        say("No verified point is within the limits.")
+    if not found["suggested"]:
+        say("No untried policy is expected to be better.")
+        return
+    keys = ["digest", "accuracy", "accuracy_low", "accuracy_high", "latency_ms", "low_ms", "high_ms", "size_bytes"]
+    table("Untried, expected to be better (90 % intervals)", found["suggested"], keys)

@@ -1,0 +1,152 @@
+"""A kit: a model's policies as ONNX files and one script that times them on another device, and what comes back.
+
+The script is ``timer.py`` itself, so a kit is measured as a policy here is. The results hold the kit's description,
+and calibration reads them as if they had just been measured.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ...spaces.anatomy import Anatomy
+from ...spaces.errors import InputError
+from ...spaces.plan import plan
+from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from . import timer as script
+from .measure import (
+    AT_ONCE,
+    AT_ONCE_BYTES,
+    REFERENCE,
+    Timing,
+    for_script,
+    settings,
+    timings_of,
+    write_random,
+)
+from .target import Fingerprint, Target, target_from_dict, target_to_dict
+
+VERSION = 1
+MEASURE = "measure.py"
+
+
+def write_kit(
+    anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path, *,
+    how: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write models, ``kit.json`` and ``measure.py`` into an empty or new folder; returns the description.
+    ``how`` is what the script is told of windows and rounds, as :func:`settings` gives it.
+
+    Raises OSError.
+    """
+    (out / "models").mkdir(parents=True, exist_ok=True)
+    chosen = {REFERENCE: Policy(model=anatomy.digest)} | {digest(policy): policy for policy in policies}
+    models: dict[str, dict[str, Any]] = {}
+    for key, policy in chosen.items():
+        path = out / "models" / f"{key}.onnx"
+        size_bytes = write_random(plan(anatomy, policy), path)
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        models[key] = {"file": f"models/{path.name}", "sha256": content, "size_bytes": size_bytes}
+    largest = max(entry["size_bytes"] for entry in models.values())
+    kit = {
+        "version": VERSION,
+        "model": anatomy.digest,
+        "target": for_script(target),
+        "settings": target_to_dict(target),
+        "request": dict(how or settings()),
+        "at_once": max(1, min(AT_ONCE, AT_ONCE_BYTES // largest)),
+        "models": models,
+        "policies": {key: policy_to_dict(policy) for key, policy in chosen.items() if key != REFERENCE},
+    }
+    kit["id"] = kit_id(kit)
+    (out / script.KIT).write_text(json.dumps(kit, indent=1) + "\n")
+    shutil.copyfile(script.__file__, out / MEASURE)
+    return kit
+
+
+def kit_id(kit: Mapping[str, Any]) -> str:
+    """Names a kit by its content."""
+    content = json.dumps({key: value for key, value in kit.items() if key != "id"}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """What a kit's script measured on another device, by policy digest; ``timings`` and ``sizes`` (bytes) with the
+    reference."""
+
+    target: Target
+    device: Fingerprint
+    policies: Mapping[str, Policy]
+    timings: Mapping[str, Timing]
+    sizes: Mapping[str, int]
+    seconds: float
+    date: str
+
+
+def read_results(path: Path, anatomy: Anatomy) -> Results:
+    """Read ``results.json``. Raises InputError when it is damaged, or of a kit that was made for another model."""
+    try:
+        data: object = json.loads(path.read_text(), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: a kit's results must be a readable JSON file, but: {error}.") from None
+    try:
+        return _results(cast("dict[str, Any]", data), path, anatomy)
+    except InputError:
+        raise
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: these are not the whole results of a kit ({type(error).__name__}: {error}); "
+            f"run {MEASURE} of the kit again."
+        ) from None
+
+
+def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
+    kit: Mapping[str, Any] = data["kit"]
+    _check_kit(kit, path, anatomy)
+    windows: Mapping[str, Sequence[object]] = data["windows_ms"]
+    for key in kit["models"]:
+        if not windows.get(key):
+            raise InputError(f"{path}: windows_ms of model {key} is missing: run {MEASURE} of the kit to its end.")
+        _check_times(f"windows_ms of model {key}", windows[key], path)
+        kernels: Mapping[str, Any] = data["kernels"][key]
+        _check_times(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
+        _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
+    return Results(
+        target=target_from_dict(kit["settings"]),
+        device=Fingerprint(**{**data["device"], "flags": tuple(data["device"]["flags"])}),
+        policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
+        timings=timings_of(data),
+        sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},
+        seconds=float(data["seconds"]),
+        date=str(data["date"]),
+    )
+
+
+def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:
+    if kit["version"] != VERSION:
+        raise InputError(f"{path}: results of a kit of version {VERSION} were expected, but got {kit['version']!r}.")
+    if kit["id"] != kit_id(kit):
+        raise InputError(f"{path}: the kit was changed after nightpress kit wrote it, so its times belong to nothing.")
+    if kit["model"] != anatomy.digest:
+        raise InputError(
+            f"{path}: the results are of another kit: it was made for model {kit['model']}, the task's model is "
+            f"{anatomy.digest}."
+        )
+    beside = path.with_name(script.KIT)
+    if beside.is_file() and (known := json.loads(beside.read_text()).get("id")) != kit["id"]:
+        raise InputError(f"{path}: the results are of kit {kit['id']}, but the kit beside them is {known}.")
+
+
+def _check_times(what: str, times: Sequence[object], path: Path) -> None:
+    for value in times:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise InputError(f"{path}: {what} must be positive numbers of milliseconds, but one is {value!r}.")
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a time")

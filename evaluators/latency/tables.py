@@ -1,0 +1,159 @@
+"""Sums of units for batches of policies by looking them up: what a unit costs depends on its variant and on two sizes
+that take few values, so that each combination is worked out once."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...spaces.plans import Choices
+from .insitu import InSitu
+from .units import DEQUANTISE, LAYER_VARIANTS, NO_LAYER, NO_OTHER, State, Units, Work, Worker
+
+Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+MOST_ENTRIES = 4_000_000
+"""Of one operation; one with more combinations is worked out each time."""
+GROUPS = (*LAYER_VARIANTS, "dequantise")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """Of n policies: milliseconds in total (n,), of layers by variant and of dequantised weights (groups, n); kernels
+    in all and megabytes of weights (n,)."""
+
+    total: Array
+    groups: Array
+    nodes: Array
+    model_mb: Array
+
+
+def sums_of(parts: dict[str, Array], work: Work) -> Sums:
+    """From the parts of an :class:`InSitu`."""
+    nothing = np.zeros(work.count)
+    groups = [
+        sum((v for k, v in parts.items() if k.endswith(f".{group}") and _grouped(k)), nothing) for group in GROUPS
+    ]
+    return Sums(total=sum(parts.values(), nothing), groups=np.array(groups), nodes=work.nodes, model_mb=work.model_mb)
+
+
+def _grouped(kind: str) -> bool:
+    return kind == DEQUANTISE or kind.partition(".")[0] in LAYER_BASES
+
+
+LAYER_BASES = frozenset({"conv", "pointwise", "depthwise", "grouped", "linear", "matmul"})
+
+
+class Tables:
+    """Looks units up, and works out those that were not asked for before."""
+
+    def __init__(self, worker: Worker, units: InSitu) -> None:
+        self._worker, self._units = worker, units
+        self._axes = _Axes(worker)
+        self._layers = _Table(self._axes, worker, worker.layers, NO_LAYER, depth=4)
+        self._others = _Table(self._axes, worker, worker.others, NO_OTHER, depth=1)
+        self._bases = list(dict.fromkeys(worker.layer_kinds))
+        base = np.array([self._bases.index(kind) for kind in worker.layer_kinds], np.int64)
+        self._kind_of = base[:, None] * len(LAYER_VARIANTS)
+
+    def sums(self, choices: Choices) -> Sums:
+        """Raises UnseenKernelError."""
+        state = self._worker.state(choices)
+        steps = self._axes.steps(state.axes)
+        layers = self._layers.look_up(state.layer_codes, steps, lambda new: self._price_layers(state, new))
+        others = self._others.look_up(state.other_codes, steps, lambda new: self._price_others(state, new))
+        conversions = self._units.conversion_ms(state.conversions)
+        groups = self._by_group(state, layers)
+        total = groups.sum(axis=0) + others[0].sum(axis=0) + sum(conversions.values())
+        return Sums(total=total, groups=groups, nodes=state.nodes, model_mb=state.model_mb)
+
+    def _by_group(self, state: State, found: Array) -> Array:
+        """Milliseconds of layers by variant, then of dequantised weights, shape (groups, n)."""
+        factors, further = self._of_model(state.model_mb)
+        variant = state.layer_codes & 3
+        kind = self._kind_of + variant
+        place = kind * state.count + np.arange(state.count)
+        ms = found[0] * factors.take(place) + found[1] * further.take(place)
+        groups = [np.einsum("sn,sn->n", variant == number, ms) for number in range(len(LAYER_VARIANTS))]
+        stored = found[2].sum(axis=0) * factors[-1] + found[3].sum(axis=0) * further[-1]
+        return np.array([*groups, stored])
+
+    def _of_model(self, model_mb: Array) -> tuple[Array, Array]:
+        """Factors of each kind of layer, and of dequantised weights in the last row, shape (kinds, n)."""
+        names = [f"{base}.{variant}" for base in self._bases for variant in LAYER_VARIANTS] + [DEQUANTISE]
+        factors, further = (
+            np.ones((len(names), len(model_mb)), np.float32),
+            np.zeros((len(names), len(model_mb)), np.float32),
+        )
+        for row, name in enumerate(names):
+            if name in self._units.kinds:
+                factors[row], further[row] = self._units.kinds[name].of_model(model_mb)
+        return factors, further
+
+    def _price_layers(self, state: State, new: Mask) -> Array:
+        return self._priced(self._worker.layer_units(state, new), self._worker.layers, new.shape)
+
+    def _price_others(self, state: State, new: Mask) -> Array:
+        return self._priced(self._worker.other_units(state, new), self._worker.others, new.shape)
+
+    def _priced(self, found: Iterable[Units], sites: Index, shape: tuple[int, ...]) -> Array:
+        """Milliseconds and those for each unit of h(M), of units and of their dequantised weights: (4, sites, n)."""
+        prices = np.zeros((4, *shape))
+        for units in found:
+            place = 2 if units.kind == DEQUANTISE else 0
+            at = np.searchsorted(sites, units.site)
+            own, streamed = self._units.kind(units).own_ms(units)
+            prices[place, at, units.row] = own
+            prices[place + 1, at, units.row] = streamed
+        return prices
+
+
+class _Axes:
+    """The sizes that each axis can take, as whole steps from the least."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._least, self._step, self.counts = worker.planner.axis_range()
+
+    def steps(self, axes: Array) -> Index:
+        """Of each axis and policy; the last row is 0."""
+        return ((axes - self._least[:, None]) / self._step[:, None] + 0.5).astype(np.int64)
+
+
+class _Table:
+    """Entries of all operations of one sort, by code and the steps of the two axes that its work depends on."""
+
+    def __init__(self, axes: _Axes, worker: Worker, sites: Index, nothing: int, depth: int) -> None:
+        self._nothing = nothing
+        rows = [worker.axes_of(int(site)) for site in sites]
+        self._kept = np.array([len(r) <= 2 and np.prod(axes.counts[list(r)]) <= MOST_ENTRIES for r in rows], np.bool_)
+        pairs = [(*r, -1, -1)[:2] if kept else (-1, -1) for r, kept in zip(rows, self._kept, strict=True)]
+        self._first = np.array([first for first, _ in pairs], np.int64)
+        self._second = np.array([second for _, second in pairs], np.int64)
+        counts = np.array([*axes.counts[:-1], 1])
+        self._width = counts[self._second][:, None] if len(sites) else np.zeros((0, 1), np.int64)
+        sizes = counts[self._first] * counts[self._second] if len(sites) else np.zeros(0, np.int64)
+        self._each = sizes[:, None]
+        starts = np.concatenate([[0], np.cumsum(sizes * (nothing + 1))])
+        self._start = starts[:-1, None]
+        self._prices = np.zeros((depth, int(starts[-1])), np.float32)
+        self._depth = depth
+        self._known = np.zeros(int(starts[-1]), np.bool_)
+
+    def look_up(self, codes: NDArray[np.int8], steps: Index, price: Callable[[Mask], Array]) -> Array:
+        """Prices of each operation and policy, shape (4, operations, n)."""
+        where = self._start + codes * self._each + steps[self._first] * self._width + steps[self._second]
+        unknown = ~self._known.take(where) & self._kept[:, None] & (codes != self._nothing)
+        if unknown.any():
+            new = np.zeros(where.shape, np.bool_)
+            first = np.unique(where[unknown], return_index=True)[1]
+            new[tuple(part[first] for part in np.nonzero(unknown))] = True
+            priced = price(new)
+            self._prices[:, where[new]] = priced[: self._depth, new]
+            self._known[where[new]] = True
+        found = np.stack([plane.take(where) for plane in self._prices])
+        each_time = ~self._kept[:, None] & (codes != self._nothing)
+        if each_time.any():
+            found += price(each_time)[: self._depth]
+        return found

@@ -1,0 +1,55 @@
+"""A trial's record as attributes of Optuna's trial and study, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .records import Latency, Quality, TrialRecord, TrialState, Verified
+
+WORD = "word:"
+
+
+def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -> TrialRecord:
+    """A trial from its attributes and the study's. Raises KeyError, TypeError or ValueError when they are damaged."""
+    return TrialRecord(
+        number=number,
+        state=TrialState(attrs.get("state", "RUNNING")),
+        role=attrs.get("role", "search"),
+        name=attrs.get("name"),
+        digest=attrs.get("digest", ""),
+        policy=attrs.get("policy", {}),
+        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
+        predicted=_latency(attrs.get("predicted")),
+        measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
+        size_bytes=attrs.get("size_bytes"),
+        macs=attrs.get("macs"),
+        params=attrs.get("params"),
+        reason=attrs.get("reason"),
+        reused_from=attrs.get("reused_from"),
+        started=attrs.get("started"),
+        finished=attrs.get("finished"),
+        verified=_verified(extra.get(f"verified:{number}")),
+        driver=attrs.get("driver"),
+    )
+
+
+def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """What people said of trials, in order, from a study's attributes; the first version kept it in one list."""
+    words = sorted((int(key.removeprefix(WORD)), key) for key in attrs if key.startswith(WORD))
+    return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
+
+
+def _quality(data: Mapping[str, Any]) -> Quality:
+    values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
+    return Quality(**values)
+
+
+def _latency(data: Mapping[str, Any] | None) -> Latency | None:
+    return Latency(**data) if data is not None else None
+
+
+def _verified(data: Mapping[str, Any] | None) -> Verified | None:
+    if data is None:
+        return None
+    values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
+    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
+    return Verified(**values)

@@ -1,0 +1,109 @@
+"""What the night measures goes back into the latency profile; a target that has drifted is calibrated again."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..evaluators.latency.calibrate import SECONDS, calibrate_until_flat, stages_to_list
+from ..evaluators.latency.insitu import UnseenKernelError
+from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
+from ..evaluators.latency.nodes import Matcher
+from ..evaluators.latency.predictor import LEAST_POINTS
+from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
+from ..spaces.errors import InputError
+from ..spaces.policy import Policy
+from .proposals import baselines
+from .session import Session
+
+LEAST_DRIFT = 0.05
+"""Of the reference's latency: less than that neighbours of a machine do in passing."""
+
+
+def measure_target(session: Session, policies: list[Policy] | None = None) -> Profile:
+    """Calibrate here and now. Without ``policies`` the agent decides how many, unless the config says so.
+
+    Raises MeasurementError.
+    """
+    config, prepared = session.config, session.prepared
+    generator = np.random.default_rng(config.seed)
+
+    def draw(count: int) -> list[Policy]:
+        return [prepared.space.random(generator) for _ in range(count)]
+
+    always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
+    if policies is None and config.calibration_policies is not None:
+        policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
+    with session.timer("calibrate") as timer:
+        if policies is not None:
+            profile = calibrate(
+                prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
+            )
+            stages, reason = [], "as many as were asked for"
+        else:
+            made = calibrate_until_flat(
+                prepared.anatomy, draw, config.target, always=always, timer=timer,
+                seconds=min(SECONDS, session.clock.share_seconds("calibrate")),
+                progress=lambda text: _tell(session, text),
+            )  # fmt: skip
+            profile, stages, reason = made.profile, stages_to_list(made.stages), made.reason
+    held = profile.predictor.heldout
+    session.folder.decide(
+        "calibrate", f"predict latency by {profile.predictor.design}",
+        f"held-out error {held.mape:.1%} over {held.n} measured policies, the best of "
+        f"{len(profile.predictor.candidates)} designs; {reason}",
+        designs=profile.predictor.candidates, stages=stages,
+    )  # fmt: skip
+    return profile
+
+
+def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping[str, Timing],
+              sizes: Mapping[str, int]) -> None:  # fmt: skip
+    """Add measurements of policies, by the keys of their timings, to the profile and fit it again. Where the reference
+    has drifted beyond its repeat error, the calibration's policies are measured again first. A profile that is used
+    although it is of another device learns nothing from this one."""
+    if session.profile.forced:
+        return
+    profile, reference = session.profile, timings.get(REFERENCE)
+    moved = drift(profile, reference) if reference is not None else 0.0
+    if reference is not None and abs(moved) > max(LEAST_DRIFT, profile.reference_repeat_error, reference.repeat_error):
+        session.folder.decide(
+            "search", "calibrate the target again",
+            f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration",
+            reference_ms=reference.latency_ms, calibrated_ms=profile.reference_ms,
+        )  # fmt: skip
+        profile = measure_target(session, [p.policy for p in profile.points])
+    matcher = Matcher(session.prepared.anatomy)
+    points: list[Point] = [
+        point_of(policies[key], timings[key], sizes[key], matcher, profile.reference_ms) for key in policies
+    ]
+    before = profile.predictor.heldout
+    profile = profile.with_points(points)
+    after = profile.predictor.heldout
+    session.keep_profile(profile)
+    session.folder.decide(
+        "search", f"fitted the latency predictor to {len(points)} more measurements",
+        f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
+        f"{before.n}",
+    )  # fmt: skip
+
+
+def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -> None:
+    """A policy with a kind of kernel that no measured policy ran is measured, and the predictor learns from it.
+
+    Raises InputError where the profile is of another device, which cannot be measured here.
+    """
+    if session.profile.remote or session.profile.forced:
+        raise InputError(
+            f"{error}, and the profile is of another device, so it cannot be measured here: make a larger kit."
+        )
+    session.folder.decide("search", "measured a policy", str(error))
+    found = {"unseen": policy}
+    anatomy, target = session.prepared.anatomy, session.config.target
+    timings, sizes = session.on_target(
+        "search", lambda timer: measure_policies(anatomy, found, target, timer, kernels=True)
+    )
+    feed_back(session, found, timings, sizes)
+
+
+def _tell(session: Session, text: str) -> None:
+    session.update(activity=text)

@@ -1,0 +1,78 @@
+"""The night's plan, made anew by what the night has learned."""
+
+from ..spaces.errors import InputError
+from .clock import SHARES, length
+from .finalists import MOST_EPOCHS, choose, complete, long_costs, ours, outcome_file
+from .folder import TARGET
+from .prepare import LEAST_STEPS
+from .proposals import baselines
+from .session import Session
+
+MARGIN = 1.15
+MOST_SHARE = 0.5
+"""Of the night, for the finalists: without a search there would be none."""
+LEAST_VERIFY_SECONDS = 12.0
+LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
+MODEL_SECONDS, FORWARD_SHARE, END_SECONDS = 0.35, 0.35, 10.0
+"""What the least night takes: seconds a calibrated policy, a forward pass as a share of a training step, the end."""
+
+
+def plan_finalists(session: Session) -> None:
+    """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
+    to be trained for longer than before."""
+    rungs, clock = session.state["rungs"], session.clock
+    queue = ours(session, complete(session, "baseline") + choose(session))
+    queue = [t for t in queue if not outcome_file(session, t.number).is_file()]
+    if not queue:
+        return
+    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(long_costs(session, t) for t in queue),
+                                                                   strict=True))  # fmt: skip
+    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
+    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
+    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
+    planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds), MOST_SHARE * clock.total_seconds)
+    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
+        session.replan(
+            {"finalists": planned},
+            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
+        )
+
+
+def plan_verify(session: Session) -> None:
+    """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
+    profile, clock = session.profile, session.clock
+    rounds = session.state["seconds"].get("calibrate", 0.0)
+    if rounds < profile.seconds:  # the profile was measured on another day
+        return
+    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
+    each = profile.seconds / max(1, len(profile.points))
+    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
+    page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
+    session.replan(
+        {"verify": planned, "report": page},
+        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
+        f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
+    )
+
+
+def check_budget(session: Session) -> None:
+    """Raises InputError when the time that is left is too short for even the baselines, with the least that it takes.
+
+    Each baseline is judged after re-estimation and after a short fine-tune, and fine-tuned once more for the export.
+    """
+    prepared, config, clock = session.prepared, session.config, session.clock
+    if session.folder.path.joinpath(TARGET).is_file():
+        return  # a resumed night has been through it
+    step = prepared.step_ms / 1000
+    passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
+    trained = 2 * (config.finetune.short_steps or LEAST_STEPS) + passes
+    rules = baselines(prepared.anatomy, bool(config.space.distill))
+    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
+    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
+    if clock.left_seconds < least:
+        raise InputError(
+            f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
+            f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
+            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
+            f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
+        )

@@ -1,0 +1,177 @@
+"""After the search: which policies are known to meet new limits, and which untried ones are expected to be better."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from ..evaluators.inspect import inspect
+from ..evaluators.latency.profile import Profile, load_profile
+from ..evaluators.latency.target import Target
+from ..evaluators.task import load_task
+from ..spaces.anatomy import Anatomy
+from ..spaces.errors import InputError
+from ..spaces.plan import plan
+from ..spaces.policy import Policy, digest, policy_to_dict
+from ..spaces.space import Space
+from .breeding import breed, fresh
+from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
+from .costs import QuickCosts
+from .encoding import Encoder
+from .experience import Experience
+from .folder import TARGET
+from .gain import expected_gain
+from .gain import target as aim_at
+from .proposals import sensitivity_of
+from .records import RunRecord, TrialRecord, row
+from .surrogate import Describer, Surrogate
+
+Array = NDArray[np.float64]
+MOST_SUGGESTED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What a finished run knows: of accuracies, of costs, and what was tried."""
+
+    surrogate: Surrogate
+    experience: Experience
+    profile: Profile
+    anatomy: Anatomy
+
+    def costs(self, policy: Policy) -> tuple[float, int]:
+        planned = plan(self.anatomy, policy)
+        return float(self.profile.predict([policy])[0, 0]), self.profile.predict_size(planned)
+
+
+def known_of(run: RunRecord) -> Known:
+    """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has
+    no complete trial yet, or belongs to another model or device."""
+    task = load_task(str(run.config["task"]), Path(run.config["base"]) if run.config.get("base") else None)
+    target = _target(run)
+    anatomy, _ = inspect(task, step_of=target.channel_step)
+    if run.state.get("model") != anatomy.digest:
+        raise InputError(
+            f"{run.path}: a run of model {run.state.get('model')}, but the task's is {anatomy.digest} now."
+        )
+    encoder = Encoder(space_of_run(run, anatomy, target))
+    experience = Experience(encoder)
+    experience.take(run.trials)
+    observations = experience.observations()
+    if not observations:
+        raise InputError(f"{run.path}: nothing can be suggested before the run's first trial is complete.")
+    probes = (run.sensitivity or {}).get("probes") or []
+    sensitivity = sensitivity_of({(k[0], k[1], k[2]): float(value) for k, value in probes})
+    with threadpool_limits(limits=1, user_api="blas"):
+        surrogate = Surrogate(Describer(encoder, sensitivity), observations)
+    return Known(
+        surrogate=surrogate, experience=experience, profile=load_profile(run.path / TARGET, anatomy), anatomy=anatomy
+    )
+
+
+def _target(run: RunRecord) -> Target:
+    given: Mapping[str, Any] = run.config.get("target") or {}
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    return Target(**fields)
+
+
+def space_of_run(run: RunRecord, anatomy: Anatomy, target: Target) -> Space:
+    """The space that a run searched, from its config as resolved."""
+    from .prepare import space_of
+
+    given: dict[str, Any] = dict(run.config["space"])
+    prune, bits = given.pop("prune"), {k: tuple(v) for k, v in given.pop("bits").items()}
+    rest = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    space = SpaceConfig(prune=PruneConfig(**prune) if prune else None, bits=BitsConfig(**bits), **rest)
+    return space_of(anatomy, RunConfig(task="", base=None, out=run.path, target=target, space=space))
+
+
+def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
+    """The best verified points within the limits, and untried policies that are expected to add to them.
+
+    Accuracies of untried policies are the surrogate's median and 90 % interval after the long fine-tune, moved by what
+    the verified trials lost on the test split against the search split. Raises InputError as :func:`known_of`.
+    """
+    known = known_of(run)
+    verified = [t for t in run.trials if t.verified is not None and t.verified.struck_out is None]
+    within = [t for t in verified if _within(t, limits)]
+    shift = float(np.mean([t.verified.quality.accuracy - t.verified.search_quality.accuracy
+                           for t in verified if t.verified])) if verified else 0.0  # fmt: skip
+    with threadpool_limits(limits=1, user_api="blas"):
+        found = _untried(run, known, limits, within, shift, seed)
+    return {
+        "run": str(run.path),
+        "limits": {"max_latency_ms": limits.max_latency_ms, "min_accuracy": limits.min_accuracy,
+                   "max_size_bytes": limits.max_size_bytes},
+        "verified": [row(t) for t in sorted(within, key=lambda t: t.latency.latency_ms if t.latency else 0.0)],
+        "suggested": found,
+    }  # fmt: skip
+
+
+def _within(trial: TrialRecord, limits: Limits) -> bool:
+    if trial.verified is None:
+        return False
+    accuracy, latency = trial.verified.quality.accuracy, trial.verified.latency.latency_ms
+    return (
+        (limits.min_accuracy is None or accuracy >= limits.min_accuracy)
+        and (limits.max_latency_ms is None or latency <= limits.max_latency_ms)
+        and (limits.max_size_bytes is None or trial.verified.size_bytes <= limits.max_size_bytes)
+    )
+
+
+def _untried(
+    run: RunRecord, known: Known, limits: Limits, within: Sequence[TrialRecord], shift: float, seed: int
+) -> list[dict[str, Any]]:
+    """Untried policies, the most useful first; each counts as known for those after it."""
+    surrogate, encoder = known.surrogate, known.surrogate.describer.encoder
+    reference = run.state["reference"]
+    corner = np.array([
+        (limits.min_accuracy if limits.min_accuracy is not None else reference["accuracy"] + shift) - shift,
+        limits.max_latency_ms or reference["latency_ms"], limits.max_size_bytes or reference["size_bytes"],
+    ])  # fmt: skip
+    front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))
+             for t in within if t.verified]  # fmt: skip
+    aim = aim_at(np.array(front).reshape(len(front), 3), corner)
+    quick = QuickCosts(encoder, known.costs, seed)
+
+    def worth(rows: Array, costs: Array | None = None) -> Array:
+        costs = quick(rows) if costs is None else costs
+        mean, spread = surrogate.predict(rows)
+        gains = expected_gain(mean, spread, surrogate.scale, costs, aim)
+        beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
+        return np.where(gains > 1e-12, gains, -beyond - 1e-3 * np.maximum(corner[0] - surrogate.scale.down(mean), 0))
+
+    rows = breed(encoder, known.experience.rows, worth, np.random.default_rng(seed))
+    policies = list(fresh(encoder, rows, quick, known.experience.digests).values())
+    if not policies:
+        return []
+    found = np.stack([encoder.row(policy) for policy in policies])
+    costs = quick.price(found, policies)
+    chosen: list[int] = []
+    median, low, high = surrogate.accuracy(found)
+    while len(chosen) < MOST_SUGGESTED:
+        gains = worth(found, costs)
+        gains[chosen] = -np.inf
+        best = int(np.argmax(gains))
+        if gains[best] <= 1e-6 or costs[best, 0] > corner[1] or costs[best, 1] > corner[2]:
+            break
+        chosen.append(best)
+        aim = aim.with_point(float(median[best]), costs[best])
+    return [
+        _entry(known, policies[i], float(median[i] + shift), float(low[i] + shift), float(high[i] + shift))
+        for i in chosen
+    ]
+
+
+def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: float) -> dict[str, Any]:
+    planned = plan(known.anatomy, policy)
+    latency, low_ms, high_ms = (float(value) for value in known.profile.predict([policy])[0])
+    return {
+        "digest": digest(policy), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "measured": False,
+        "latency_ms": latency, "low_ms": low_ms, "high_ms": high_ms, "size_bytes": known.profile.predict_size(planned),
+        "macs": planned.macs, "policy": policy_to_dict(policy),
+    }  # fmt: skip

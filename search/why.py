@@ -1,0 +1,102 @@
+"""Why a finalist is as it is: what each of its choices saves, and what it probably costs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from ..evaluators.latency.measure import measure_policies
+from ..spaces.policy import Policy
+from ..spaces.space import bits_name, canonical
+from .costs import Costs
+from .finalists import surrogate_of
+from .folder import WHY
+from .proposals import Sensitivity
+from .session import Session
+from .store import policy_of
+from .surrogate import Surrogate
+
+MEASURED = 3
+"""Choices of each finalist whose saving is measured: those that save most."""
+SECONDS_A_MODEL = 1.0
+
+
+def record_why(session: Session) -> None:
+    """Write ``why.json``: for each verified trial of the search its choices, the one that saves most first."""
+    chosen = [t for t in session.store.trials() if t.verified is not None and t.role != "baseline"]
+    if not chosen:
+        return
+    surrogate = surrogate_of(session)
+    policies = {t.number: policy_of(t) for t in chosen}
+    found = {
+        number: choices(policy, surrogate, session.costs, session.sensitivity) for number, policy in policies.items()
+    }
+    if session.clock.left_before("report") > SECONDS_A_MODEL * (MEASURED + 1) * len(found):
+        _measure(session, policies, found)
+    session.folder.write_json(WHY, {str(number): entries for number, entries in found.items()})
+
+
+def choices(policy: Policy, surrogate: Surrogate, costs: Costs, sensitivity: Sensitivity) -> list[dict[str, Any]]:
+    """Each choice with what undoing it alone would change: ``saved_ms`` (predicted latency without it less that with
+    it) and ``accuracy_cost`` (the surrogate's median without it less that with it)."""
+    without = _undone(policy, surrogate)
+    if not without:
+        return []
+    encoder = surrogate.describer.encoder
+    with threadpool_limits(limits=1, user_api="blas"):
+        median = surrogate.accuracy(np.stack([encoder.row(p) for p in (policy, *(p for _, p in without))]))[0]
+    base = costs(policy)[0]
+    entries = [
+        {
+            **what, "sensitivity": _damage(what, sensitivity), "saved_ms": costs(other)[0] - base,
+            "accuracy_cost": float(value - median[0]), "measured": False,
+        }
+        for (what, other), value in zip(without, median[1:], strict=True)
+    ]  # fmt: skip
+    return sorted(entries, key=lambda entry: -entry["saved_ms"])
+
+
+def _undone(policy: Policy, surrogate: Surrogate) -> list[tuple[dict[str, Any], Policy]]:
+    """Each choice of the policy, with the policy that does without it."""
+    anatomy = surrogate.describer.encoder.space.anatomy
+    found: list[tuple[dict[str, Any], Policy]] = []
+    for name, ratio in policy.prune.items():
+        rest = {other: r for other, r in policy.prune.items() if other != name}
+        found.append(({"kind": "group", "name": name, "choice": ratio}, replace(policy, prune=rest)))
+    for name in policy.removed_blocks:
+        kept = tuple(other for other in policy.removed_blocks if other != name)
+        found.append(({"kind": "block", "name": name, "choice": "removed"}, replace(policy, removed_blocks=kept)))
+    for name, pair in policy.bits.items():
+        wide = {other: p for other, p in policy.bits.items() if other != name}
+        found.append(({"kind": "layer", "name": name, "choice": bits_name(pair)}, replace(policy, bits=wide)))
+    return [(what, canonical(other, anatomy)) for what, other in found]
+
+
+def _damage(what: Mapping[str, Any], sensitivity: Sensitivity) -> float | None:
+    """What the probe of this choice alone showed, in nats; None where it was not probed."""
+    if what["kind"] == "layer":
+        return sensitivity.bits.get(what["name"], {}).get(what["choice"])
+    return (sensitivity.groups if what["kind"] == "group" else sensitivity.blocks).get(what["name"])
+
+
+def _measure(session: Session, policies: Mapping[int, Policy], found: dict[int, list[dict[str, Any]]]) -> None:
+    """Replace the largest savings by measured ones, each beside the finalist itself."""
+    surrogate = surrogate_of(session)
+    asked: dict[str, Policy] = {}
+    for number, entries in found.items():
+        without = {(w["kind"], w["name"]): p for w, p in _undone(policies[number], surrogate)}
+        asked[f"{number}"] = policies[number]
+        asked |= {_key(number, e): without[e["kind"], e["name"]] for e in entries[:MEASURED]}
+    with session.measuring():
+        timings, _ = measure_policies(session.prepared.anatomy, asked, session.config.target)
+    ratio: Callable[[str], float] = lambda key: timings[key].latency_ms / timings[key].reference_ms  # noqa: E731
+    for number, entries in found.items():
+        for entry in entries[:MEASURED]:
+            saved = ratio(_key(number, entry)) - ratio(f"{number}")
+            entry |= {"saved_ms": saved * session.profile.reference_ms, "measured": True}
+
+
+def _key(number: int, entry: Mapping[str, Any]) -> str:
+    return f"{number}:{entry['kind']}:{entry['name']}"

@@ -1,0 +1,45 @@
+"""A Ray cluster of several nodes on this machine, to lose one of."""
+
+import os
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nightpress.search.cluster import OBJECT_STORE_BYTES, TARGET, Cluster, connect, make_token
+
+# How soon a node that has fallen silent counts as lost; Ray's own settings take twice as long.
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "500",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "500",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+@contextmanager
+def two_nodes() -> Generator[tuple[Cluster, list[Any], Any]]:
+    """Our connection, the two nodes with a CPU each, of which the first is the target device, and what kills a node.
+
+    The head has no CPU. What the cluster is told by the environment is undone at the end.
+    """
+    before = dict(os.environ)
+    os.environ |= {**HEALTH, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parent)}
+    token = make_token()
+    from ray.cluster_utils import Cluster as Nodes
+
+    small = {"object_store_memory": OBJECT_STORE_BYTES}
+    nodes: Any = Nodes(initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False})
+    try:
+        workers = [nodes.add_node(**small, num_cpus=1, resources={TARGET: 1}), nodes.add_node(**small, num_cpus=1)]
+        cluster = connect(nodes.address, 1)
+        try:
+            yield cluster, workers, lambda node: nodes.remove_node(node, allow_graceful=False)
+        finally:
+            cluster.close()
+    finally:
+        nodes.shutdown()
+        shutil.rmtree(token)
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,80 @@
+"""What a target can do, by measurement, and what the space makes of it."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nightpress.evaluators.latency.capabilities import (
+    COARSEST,
+    NARROW,
+    WIDE,
+    beside_profile,
+    capabilities,
+    capabilities_from_dict,
+    steps_of,
+)
+from nightpress.evaluators.latency.target import CHANNEL_STEPS, Target, target_from_dict, target_to_dict
+from nightpress.spaces.policy import FP32, INT8, LayerBits
+
+WIDTHS = NARROW + WIDE
+
+
+def treads(of: int) -> dict[int, float]:
+    """Latencies that rise only every so many channels."""
+    return {width: float(-(-width // of)) for width in WIDTHS}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "steps"),
+    [
+        ([treads(1)], ((0, 4), (64, 8))),
+        ([treads(8)], ((0, 8), (64, 8))),
+        ([treads(16)], ((0, 16), (64, 16))),
+        # A width that is worth having in one precision stays on offer.
+        ([treads(16), treads(4)], ((0, 4), (64, 8))),
+        # Off the grid it takes longer: that wastes no width on it.
+        ([{w: t * (1 if w % 4 == 0 else 1.5) for w, t in treads(1).items()}], ((0, 4), (64, 8))),
+    ],
+)
+def test_the_step_is_the_smallest_that_wastes_few_widths(
+    kinds: list[dict[int, float]], steps: tuple[tuple[int, int], ...]
+) -> None:
+    assert steps_of(kinds) == steps
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=len(WIDTHS), max_size=len(WIDTHS)))
+def test_measured_steps_are_multiples_of_those_that_nothing_measured(times: list[float]) -> None:
+    """So that a policy of one target is the same network for another."""
+    for (first, step), (known, least) in zip(steps_of([dict(zip(WIDTHS, times, strict=True))]), CHANNEL_STEPS,
+                                             strict=True):  # fmt: skip
+        assert first == known
+        assert step in {least * 2**power for power in range(COARSEST.bit_length())}
+
+
+@pytest.mark.slow
+def test_a_target_is_measured_once_and_told_to_space_profile_and_report() -> None:
+    found = capabilities(Target())
+
+    assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
+        (32, 32): "fp32", (16, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+    }  # fmt: skip
+    assert found.integer_kernels
+    assert all(width.speedup > 0 for width in found.widths)
+    assert found.change_ms >= 0
+    assert [stair.name for stair in found.stairs] == ["conv 3×3 fp32", "conv 3×3 INT8", "linear fp32", "linear INT8"]
+    stored = json.loads(json.dumps(found.to_dict()))
+    assert capabilities_from_dict(stored) == found
+    beside = beside_profile(found)
+    assert beside["staircases"][0]["points"][0].keys() == {"channels", "latency_ms"}
+    target = found.applied(Target())
+    assert target_from_dict(json.loads(json.dumps(target_to_dict(target)))) == target
+    if found.settled:
+        assert capabilities(Target()) == found  # read, not measured again: its seconds are the same
+
+
+def test_without_integer_kernels_the_space_offers_none() -> None:
+    choices = ((8, 16, 32), (8, 32))
+    assert INT8 in Target().bit_choices(*choices)
+    assert Target(integer_kernels=False).bit_choices(*choices) == (FP32, LayerBits(weights=16, activations=32))

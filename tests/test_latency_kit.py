@@ -1,0 +1,218 @@
+"""Another device: a kit measured by numpy and ONNX Runtime alone, pinned to one core, and what comes back of it."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import tiny
+from nightpress.cli.kit import measure_over_ssh
+from nightpress.cli.measuring import calibrate_from_results
+from nightpress.evaluators.latency import timer
+from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
+from nightpress.evaluators.latency.measure import REFERENCE, settings
+from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
+from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.spaces.errors import InputError
+from nightpress.spaces.policy import Policy, digest
+from strategies import space_of, toy_anatomy
+
+ANATOMY = toy_anatomy()
+# What a device with one core sees.
+PINNED = """
+import os, runpy, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+class Kit(NamedTuple):
+    folder: Path
+    python: Path
+    policies: list[Policy]
+
+    def measure(self, folder: Path | None = None) -> "subprocess.CompletedProcess[str]":
+        """Run the kit's script as the other device would."""
+        script = (folder or self.folder) / MEASURE
+        return subprocess.run(
+            [self.python, "-c", PINNED, script], capture_output=True, text=True, check=False, cwd=self.folder
+        )
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    folder = tmp_path_factory.mktemp("kit")
+    generator = np.random.default_rng(0)
+    policies = [space_of(ANATOMY).random(generator) for _ in range(14)]
+    quick = settings(3, 3, window_ms=4, round_ms=20)
+    write_kit(ANATOMY, policies, Target(), folder / "kit", how=quick)
+    found = Kit(folder / "kit", tiny.bare_python(folder / "bare"), policies)
+    done = found.measure()
+    assert done.returncode == 0, done.stderr
+    return found
+
+
+@pytest.mark.slow
+def test_what_another_device_measured_becomes_its_profile(kit: Kit, tmp_path: Path) -> None:
+    results = read_results(kit.folder / timer.RESULTS, ANATOMY)
+    assert set(results.timings) == {REFERENCE, *map(digest, kit.policies)}
+    assert all(timing.kernels and timing.reference_ms for timing in results.timings.values())
+
+    data = calibrate_from_results(ANATOMY, kit.folder / timer.RESULTS, tmp_path / "there.json")
+
+    assert data["models_measured"] == len({digest(policy) for policy in kit.policies})
+    assert data["device"]["cores"] == 1 != fingerprint(Target()).cores
+    profile = load_profile(tmp_path / "there.json", ANATOMY)  # of another device, and meant to be used here
+    assert profile.remote
+    assert profile.device.cores == 1
+    low, high = profile.predict(kit.policies)[:, 1:].T
+    assert (low > 0).all()
+    assert (low <= high).all()
+
+
+@pytest.mark.slow
+def test_a_kit_is_files_and_the_script_that_measures_here_too(kit: Kit) -> None:
+    assert (kit.folder / MEASURE).read_bytes() == Path(timer.__file__).read_bytes()
+    description = json.loads((kit.folder / timer.KIT).read_text())
+    assert {f"models/{path.name}" for path in (kit.folder / "models").iterdir()} == {
+        entry["file"] for entry in description["models"].values()
+    }
+
+
+def results_with(kit: Kit, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    data = json.loads((kit.folder / timer.RESULTS).read_text())
+    change(data)
+    path = folder / "results.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def set_window(value: object) -> Callable[[dict[str, Any]], object]:
+    return lambda data: next(iter(data["windows_ms"].values())).__setitem__(0, value)
+
+
+def renamed_model(data: dict[str, Any]) -> None:
+    data["kit"]["model"] = "f" * 16
+    data["kit"]["id"] = kit_id(data["kit"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (set_window(float("nan")), r"a kit's results must be a readable JSON file, but: NaN is not a time\.$"),
+        (set_window(-0.1), r"windows_ms of model \w+ must be positive numbers of milliseconds, but one is -0\.1\.$"),
+        (set_window(0), r"must be positive numbers of milliseconds, but one is 0\.$"),
+        (set_window("fast"), r"must be positive numbers of milliseconds, but one is 'fast'\.$"),
+        (lambda d: d["windows_ms"].popitem(), r"windows_ms of model \w+ is missing: run measure\.py of the kit to its"),
+        (lambda d: d.pop("device"), r"these are not the whole results of a kit \(KeyError: 'device'\); run meas"),
+        (lambda d: d["kit"]["target"].update(threads=2), r"the kit was changed after nightpress kit wrote it"),
+        (renamed_model, r"the results are of another kit: it was made for model f{16}, the task's model is 0011"),
+    ],
+)  # fmt: skip
+def test_results_that_cannot_be_trusted_are_refused(
+    kit: Kit, tmp_path: Path, change: Callable[[dict[str, Any]], object], sentence: str
+) -> None:
+    path = results_with(kit, tmp_path, change)
+    with pytest.raises(InputError, match=sentence) as refused:
+        read_results(path, ANATOMY)
+    assert str(refused.value).startswith(f"{path}: ")
+
+
+@pytest.mark.slow
+def test_truncated_results_are_refused(kit: Kit, tmp_path: Path) -> None:
+    whole = (kit.folder / timer.RESULTS).read_text()
+    (tmp_path / "results.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"results\.json: a kit's results must be a readable JSON file, but: "):
+        read_results(tmp_path / "results.json", ANATOMY)
+
+
+@pytest.mark.slow
+def test_results_beside_another_kit_are_refused(kit: Kit, tmp_path: Path) -> None:
+    write_kit(ANATOMY, kit.policies[:2], Target(), tmp_path)
+    results_with(kit, tmp_path, lambda data: None)
+    with pytest.raises(InputError, match=r"the results are of kit \w+, but the kit beside them is \w+\.$"):
+        read_results(tmp_path / "results.json", ANATOMY)
+
+
+@pytest.mark.slow
+def test_a_kit_that_the_device_cannot_measure_says_why(kit: Kit, tmp_path: Path) -> None:
+    write_kit(ANATOMY, kit.policies[:1], Target(threads=2), tmp_path / "threads")
+    done = kit.measure(tmp_path / "threads")
+    assert (done.returncode, done.stderr) == (
+        1, "measure: the kit asks for 2 threads, but this device has 1 cores.\n"
+    )  # fmt: skip
+
+    write_kit(ANATOMY, kit.policies[:1], Target(), tmp_path / "swapped")
+    (tmp_path / "swapped" / "models" / "reference.onnx").write_bytes(b"another")
+    done = kit.measure(tmp_path / "swapped")
+    assert done.returncode == 1
+    assert done.stderr == "measure: models/reference.onnx is not the file that the kit was made with.\n"
+    assert not (tmp_path / "swapped" / timer.RESULTS).exists()
+
+
+@pytest.mark.slow
+def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With programs named ssh and scp whose other machine is a folder."""
+    far, near = tmp_path / "far", tmp_path / "near"
+    far.mkdir()
+    shutil.copytree(kit.folder, near)
+    (near / timer.RESULTS).unlink()
+    shims = {"ssh": f'shift; shift; cd {far}; exec sh -c "$*"',
+             "scp": f'shift "$(($# - 2))"; cp -r "$(echo "$1" | sed s#^pi@board:#{far}/#)" '
+                    f'"$(echo "$2" | sed s#^pi@board:#{far}/#)"'}  # fmt: skip
+    for name, text in shims.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    measure_over_ssh(near, "pi@board", str(kit.python), "nightpress-kit")
+
+    assert read_results(near / timer.RESULTS, ANATOMY).policies
+    assert list(far.iterdir()) == []  # nothing is left there
+    with pytest.raises(RuntimeError, match=r"^pi@board: ssh failed: .*no-python"):
+        measure_over_ssh(near, "pi@board", "no-python", "nightpress-kit")
+
+
+# A profile that is used although it is of another device
+
+
+def test_an_overridden_profile_says_so_in_every_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tiny.place(tmp_path)
+    profile = json.loads(place.profile.read_text())
+    profile["device"]["cpu"] = "Another CPU"
+    place.profile.write_text(json.dumps(profile))
+    words = ("predict", place.task, place.policy, "--target", place.profile, "--json")
+
+    assert "cpu was 'Another CPU' when it was made" in tiny.call(*words, capsys=capsys).sentence
+
+    [row] = tiny.call(*words, "--force", capsys=capsys).json["policies"]
+    assert row["forced"].startswith(
+        "a profile holds for one device; cpu was 'Another CPU' when it was made, here it is"
+    )
+    loaded = load_profile(place.profile, place.anatomy, force=True)
+    place.profile.write_text(json.dumps(profile_to_dict(loaded)))
+    with pytest.raises(InputError, match=r"cpu was 'Another CPU'"):  # what was overridden once stays in the file
+        load_profile(place.profile, place.anatomy)
+
+
+@pytest.mark.slow
+def test_a_night_for_another_device_claims_no_measurement_of_this_one(tmp_path: Path) -> None:
+    task = tiny.write_task(tmp_path)
+    tiny.write_profile(tmp_path / "there.json", tiny.anatomy_of(task), remote=True)
+    config = tiny.write_config(tmp_path, target="there.json", search={"max_trials": 1})
+
+    run = tiny.nightpress("run", config, "--json").json
+
+    latencies = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
+    assert "latencies are predictions" in {entry["decision"] for entry in latencies}
+    # The calibration's own policies were measured there; nothing else was.
+    known = {p["digest"] for p in json.loads((tmp_path / "run" / "target.json").read_text())["points"]}
+    assert run["front"]
+    assert {row["measured"] for row in run["front"] + run["baselines"] if row["digest"] not in known} <= {False}

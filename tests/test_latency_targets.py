@@ -1,0 +1,155 @@
+"""What holds for every runtime: the policy's bits are run, the answers are torch's, times come with their nodes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx
+
+from nightpress.evaluators import builtin
+from nightpress.evaluators.bake import bake
+from nightpress.evaluators.latency import timer as script
+from nightpress.evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing, write_random
+from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
+from nightpress.evaluators.onnx_graph import build_onnx
+from nightpress.evaluators.quantise import end_observation, quantisers
+from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
+from nightpress.search.session import noise_warnings
+from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import FP32, INT8, Policy
+from nightpress.spaces.space import uniform
+from strategies import compressor_of, images, seeded, task_of, tiny
+
+POLICIES = {
+    "uncompressed": Policy(model=tiny().anatomy.digest),
+    "half on integers": uniform(tiny().anatomy, width=0.5, bits=INT8),
+    "mixed": Policy(model=tiny().anatomy.digest, bits={tiny().anatomy.layers[1].name: INT8}),
+}
+
+
+@pytest.fixture(params=RUNTIMES)
+def target(request: pytest.FixtureRequest) -> Target:
+    missing = missing_runtime(request.param)
+    if missing is not None:
+        pytest.skip(missing)
+    return Target(runtime=request.param)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_a_runtime_runs_what_the_policy_says_and_answers_as_torch_does(
+    target: Target, policy: Policy, tmp_path: Path
+) -> None:
+    module, planned = tiny().apply(policy)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(build_onnx(planned, bake(module, planned)))
+    session = open_session(path, target.runtime, threads=1, disabled_optimizers=target.disabled_optimizers)
+
+    check_bits(session.bits_used(planned), planned)
+
+    with torch.no_grad():
+        expected = module(images(1))
+    atol = 1e-4 if policy == POLICIES["uncompressed"] else 0.05 * float(expected.abs().max())
+    torch.testing.assert_close(session.outputs(images(1)), expected, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_runtime_times_models_and_their_nodes(target: Target, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{number}.onnx" for number, name in enumerate(POLICIES)}
+    for name, path in files.items():
+        write_random(plan(tiny().anatomy, POLICIES[name]), path)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(files["mixed"].read_bytes()[:100])
+
+    with Timer(target) as timer:
+        timings = timer.time(
+            files, files["uncompressed"], least_rounds=1, most_rounds=1, kernels=True, window_ms=2, round_ms=10
+        )
+        with pytest.raises(MeasurementError, match=rf"^{target.runtime} cannot load broken\.onnx: [^\n]+$"):
+            timer.time({"broken": broken}, None)
+
+    assert set(timings) == {REFERENCE, *files}
+    for timing in timings.values():
+        assert timing.latency_ms > 0
+        assert timing.kernels
+        assert all(kernel.ms > 0 and kernel.op_type for kernel in timing.kernels.values())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_that_is_not_there_is_refused_with_what_brings_it(runtime: str) -> None:
+    missing = missing_runtime(runtime)
+    if missing is None:
+        check_target(Target(runtime=runtime))
+        return
+    assert "pip install" in missing
+    with pytest.raises(InputError, match="pip install"):
+        check_target(Target(runtime=runtime))
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    cores = script.cores()
+    with pytest.raises(InputError, match=rf"^target\.threads must be between 1 and this machine's {cores} cores, but"):
+        check_target(Target(threads=cores + 1))
+
+
+# The timed graph is the shipped graph
+
+
+def observe(module: fx.GraphModule) -> None:
+    """Ranges of the activations, as a night takes them."""
+    for site in quantisers(module).values():
+        site.observing = True
+    with torch.no_grad():
+        module.eval()(images(32, 1, 28))
+    end_observation(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist_resnet", "mnist_vgg"])
+def test_the_runtime_makes_the_same_graph_of_random_weights_as_of_the_export(name: str, tmp_path: Path) -> None:
+    network = seeded(getattr(builtin, name))
+    engine = compressor_of(task_of(network, images(8, 1, 28)), step=8)
+    bits = {layer.name: INT8 if number % 3 else FP32 for number, layer in enumerate(engine.anatomy.layers)}
+    mixed = {name: pair for name, pair in bits.items() if pair != FP32}
+    for policy in (
+        Policy(model=engine.anatomy.digest),
+        uniform(engine.anatomy, width=0.5, bits=INT8),
+        Policy(model=engine.anatomy.digest, bits=mixed, prune={engine.anatomy.groups[0].name: 0.5}),
+    ):
+        module, planned = engine.apply(policy)
+        observe(module)
+        shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
+        shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
+        write_random(planned, timed)
+        first, second = (optimised_graph(path, Target().disabled_optimizers).graph for path in (shipped, timed))
+        assert len(first.node) > 5
+        assert [node.SerializeToString() for node in first.node] == [node.SerializeToString() for node in second.node]
+        shapes = [{t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer} for graph in (first, second)]
+        assert shapes[0] == shapes[1]
+
+
+# A machine that does something else
+
+
+@pytest.mark.slow
+def test_windows_that_never_agree_end_with_the_rounds(tmp_path: Path) -> None:
+    write_random(plan(tiny().anatomy, POLICIES["uncompressed"]), tmp_path / "model.onnx")
+    request = {
+        "models": {"it": str(tmp_path / "model.onnx")}, "runtime": "onnxruntime", "threads": 1, "batch": 1,
+        "disabled_optimizers": [], "least_rounds": 2, "most_rounds": 6, "window_ms": 1, "round_ms": 1, "agree": -1.0,
+        "kernel_passes": 0,
+    }  # fmt: skip
+    assert len(script.measure(request)["windows_ms"]["it"]) == 6  # no two windows lie less than no share apart
+    assert len(script.measure({**request, "agree": 100.0})["windows_ms"]["it"]) == 2
+
+
+def test_what_disturbed_a_measurement_is_said_with_its_figures() -> None:
+    quiet = Timing(windows_ms=(1.0, 1.0 + AGREE / 2), reference_ms=1.0, busy_cores=0.0)
+    noisy = Timing(windows_ms=(1.0, 1.3, 1.5), reference_ms=1.0, busy_cores=1.25)
+    assert (quiet.settled, noisy.settled) == (True, False)
+    assert noise_warnings(quiet, 0) == []
+    busy, unsettled = noise_warnings(noisy, 3)
+    assert busy.startswith("other processes used 1.2 cores on average while latencies were measured (load ")
+    assert "the windows of 3 models never agreed within 2%" in unsettled
+    assert "30.0% apart" in unsettled

@@ -1,0 +1,130 @@
+"""Plans of batches say what the plan of each policy says, and the runtime makes the kernels that they foretell."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nightpress.evaluators.latency.kernels import CONVERSIONS, kernels
+from nightpress.evaluators.latency.measure import write_random
+from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher
+from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.latency.units import Worker
+from nightpress.spaces.anatomy import Anatomy
+from nightpress.spaces.plan import plan
+from nightpress.spaces.plans import Planner, choices_of, chunks, pack, pack_rows, unpack
+from nightpress.spaces.policy import Policy
+from strategies import policies, space_of, tiny, toy_anatomy
+
+ANATOMIES = (tiny().anatomy, toy_anatomy())
+
+
+def random_policies(anatomy: Anatomy, count: int, seed: int) -> list[Policy]:
+    generator, space = np.random.default_rng(seed), space_of(anatomy)
+    return [space.random(generator) for _ in range(count)]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_flags_come_back_from_an_integer(values: list[bool]) -> None:
+    flags = pack(np.array(values))
+
+    assert unpack([flags, 0], len(values)).tolist() == [values, [False] * len(values)]
+    assert pack_rows(np.array([values, values])) == [flags, flags]
+
+
+def assert_same_as_plans(anatomy: Anatomy, some: list[Policy]) -> None:
+    planner = Planner(anatomy)
+    made = planner.plans(choices_of(anatomy, some))
+    alive, int8, quantised = (unpack(flags, len(some)) for flags in (made.alive, made.int8, made.quantised))
+    for column, policy in enumerate(some):
+        single = plan(anatomy, policy)
+        by_name = {planned.op.name: planned for planned in single.ops}
+        for row, op in enumerate(anatomy.ops):
+            assert alive[row, column] == (op.name in by_name), op.name
+            if op.name not in by_name:
+                continue
+            rows = zip(planner.axis_of[row], op.shape, strict=True)
+            shape = tuple(size if axis is None else int(made.axes[axis, column]) for axis, size in rows)
+            assert shape == by_name[op.name].shape
+            assert int8[row, column] == by_name[op.name].int8, op.name
+            assert quantised[row, column] == (op.name in single.quantised), op.name
+
+
+@settings(max_examples=40)
+@given(st.lists(policies(ANATOMIES[0]), min_size=1, max_size=4))
+def test_a_batch_is_planned_as_its_policies_are(some: list[Policy]) -> None:
+    assert_same_as_plans(ANATOMIES[0], some)
+
+
+@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+def test_random_policies_are_planned_alike(anatomy: Anatomy) -> None:
+    assert_same_as_plans(anatomy, random_policies(anatomy, 120, 1))
+
+
+@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+def test_every_size_that_an_axis_takes_is_a_whole_step(anatomy: Anatomy) -> None:
+    planner = Planner(anatomy)
+    least, step, counts = planner.axis_range()
+
+    axes = planner.plans(choices_of(anatomy, random_policies(anatomy, 200, 2))).axes
+    steps = (axes - least[:, None]) / step[:, None]
+
+    np.testing.assert_array_equal(steps, steps.round())
+    assert (steps >= 0).all()
+    assert (steps < counts[:, None]).all()
+
+
+def test_parts_of_a_batch_are_the_batch() -> None:
+    anatomy = ANATOMIES[0]
+    choices = choices_of(anatomy, random_policies(anatomy, 7, 3))
+
+    parts = list(chunks(choices, 3))
+
+    assert [len(part) for part in parts] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([part.kept for part in parts]), choices.kept)
+    np.testing.assert_array_equal(np.concatenate([part.bits for part in parts]), choices.bits)
+
+
+# The runtime's own graph
+
+
+def optimised(policy: Policy, anatomy: Anatomy, folder: Path) -> list[tuple[str, str]]:
+    """Type and name of each node that the runtime executes."""
+    path, made = folder / "model.onnx", folder / "optimised.onnx"
+    write_random(plan(anatomy, policy), path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(made)
+    onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=list(Target().disabled_optimizers),
+    )  # fmt: skip
+    return [(node.op_type, node.name) for node in onnx.load(str(made)).graph.node]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512f" not in fingerprint(Target()).flags, reason="blocks of 16 channels need AVX-512")
+def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path) -> None:
+    anatomy = ANATOMIES[0]
+    some = random_policies(anatomy, 24, 4)
+    worker = Worker(anatomy)
+    made = kernels(worker.planner, worker.planner.plans(choices_of(anatomy, some)))
+    work = worker.work(choices_of(anatomy, some))
+    for column, policy in enumerate(some):
+        nodes = optimised(policy, anatomy, tmp_path)
+        foretold = Counter(
+            {name: sum(flags >> column & 1 for _, flags in made.conversions[name]) for name in CONVERSIONS}
+        )
+        real = Counter(CONVERSION_OF[kind] for kind, name in nodes if kind in CONVERSION_OF and ".weight" not in name)
+
+        assert {k: v for k, v in foretold.items() if v} == dict(real)
+        assert work.nodes[column] == len(nodes)
+        timed = Matcher(anatomy).match({name: (kind, 1.0) for kind, name in nodes})
+        assert not timed.strangers
+        expected = {int(u.site[i]) for u in work.units for i in np.nonzero(u.row == column)[0]}
+        assert {i for i, ms in enumerate(timed.kernels) if not np.isnan(ms)} == expected

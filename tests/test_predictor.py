@@ -1,0 +1,271 @@
+"""The latency predictor on truths that are known: what it learns, what it refuses, how sure it is."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from nightpress.evaluators.latency.calibrate import BATCH, FIRST, SECONDS, Calibration, calibrate_until_flat, covering
+from nightpress.evaluators.latency.insitu import UnseenKernelError
+from nightpress.evaluators.latency.measure import Timing
+from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher, Timed, timed_from_dict, timed_to_dict
+from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit
+from nightpress.evaluators.latency.profile import Point, Profile, calibrate, drift
+from nightpress.evaluators.latency.tables import Tables, sums_of
+from nightpress.evaluators.latency.target import Target
+from nightpress.evaluators.latency.units import DEQUANTISE, Work, Worker
+from nightpress.spaces.plans import choices_of
+from nightpress.spaces.policy import FP32, INT8, Policy, digest
+from nightpress.spaces.space import uniform
+from strategies import FormulaTimer, policies, space_of, tiny
+
+ANATOMY = tiny().anatomy
+WORKER = Worker(ANATOMY)
+SPACE = space_of(ANATOMY)
+Array = NDArray[np.float64]
+MOST_HERE = 56
+
+
+def random_policies(count: int, seed: int) -> list[Policy]:
+    generator = np.random.default_rng(seed)
+    return [SPACE.random(generator) for _ in range(count)]
+
+
+@cache
+def rare() -> tuple[Policy, ...]:
+    """Policies that run what few random ones do."""
+    return tuple(covering(WORKER, [], random_policies(600, 9)))
+
+
+def known_policies(count: int, seed: int) -> list[Policy]:
+    """Random ones that run every kind of kernel which random policies do."""
+    return [*random_policies(count, seed), *rare()]
+
+
+def unit_ms(work: Work) -> tuple[Array, Array, dict[str, Array]]:
+    """A device by formula: milliseconds of each operation's kernel and weights (n, operations), and of conversions."""
+    kernels = np.full((work.count, len(ANATOMY.ops)), np.nan)
+    weights = kernels.copy()
+    for units in work.units:
+        speed = {"int8": 0.4, "blocked": 1.0, "plain": 2.0, "stored": 2.2}.get(units.kind.rpartition(".")[2], 1.0)
+        ms = 0.002 + speed * units.terms[:, 1:].sum(axis=1)
+        (weights if units.kind == DEQUANTISE else kernels)[units.row, units.site] = ms
+    return kernels, weights, {name: 0.001 * a[:, 0] + 0.2 * a[:, 1] for name, a in work.conversions.items()}
+
+
+def measured(some: Sequence[Policy], noise: float = 0.0, seed: int = 0, profiled: bool = True) -> Measured:
+    """What that device would be measured to do. A profiler takes a microsecond a node."""
+    work = WORKER.work(choices_of(ANATOMY, some))
+    kernels, weights, conversions = unit_ms(work)
+    total = np.nansum(kernels, axis=1) + np.nansum(weights, axis=1) + sum(conversions.values())
+    scatter = np.exp(np.random.default_rng(seed).normal(0, noise, work.count))
+    timed: list[Timed | None] = [
+        Timed(
+            kernels=kernels[i] + 0.001, weights=weights[i] + 0.001, strangers={},
+            conversions={
+                name: float(ms[i] + 0.001 * work.conversions[name][i, 0]) for name, ms in conversions.items()
+            },
+        )
+        for i in range(work.count)
+    ]  # fmt: skip
+    nothing: list[Timed | None] = [None] * work.count
+    return Measured(worker=WORKER, work=work, latency_ms=total * scatter, timed=timed if profiled else nothing)
+
+
+@cache
+def exact() -> Predictor:
+    return fit(measured(known_policies(40, 3)))
+
+
+def errors(predictor: Predictor, some: Sequence[Policy]) -> Array:
+    truth = measured(some).latency_ms
+    return np.abs(predictor.predict(choices_of(ANATOMY, some))[:, 0] / truth - 1)
+
+
+def test_units_are_learned_from_the_times_of_nodes() -> None:
+    assert exact().design.startswith("units")
+    assert exact().heldout.mape < 0.02
+    assert errors(exact(), random_policies(100, 4)).mean() < 0.02
+    assert min(exact().candidates, key=lambda name: exact().candidates[name]) == exact().design
+
+
+def test_without_times_of_nodes_whole_models_are_learned() -> None:
+    predictor = fit(measured(known_policies(40, 3), profiled=False))
+
+    assert predictor.units is None
+    assert not [name for name in predictor.candidates if name.startswith("units")]
+    assert errors(predictor, random_policies(100, 4)).mean() < 0.1
+
+
+@settings(max_examples=25)
+@given(st.lists(policies(ANATOMY), min_size=1, max_size=5))
+def test_a_batch_is_predicted_as_its_policies_are(some: list[Policy]) -> None:
+    try:
+        together = exact().predict(choices_of(ANATOMY, some))
+    except UnseenKernelError:
+        return  # refused together: one of them is refused alone too
+    alone = np.concatenate([exact().predict(choices_of(ANATOMY, [policy])) for policy in some])
+
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    assert (together[:, 1] <= together[:, 0]).all()
+    assert (together[:, 0] <= together[:, 2]).all()
+
+
+def test_looking_up_gives_what_working_out_gives() -> None:
+    units = exact().units
+    assert units is not None
+    choices = choices_of(ANATOMY, random_policies(200, 5))
+    work = WORKER.work(choices)
+
+    looked_up, worked_out = Tables(WORKER, units).sums(choices), sums_of(units.parts(work), work)
+
+    for name in ("total", "groups", "nodes", "model_mb"):
+        np.testing.assert_allclose(getattr(looked_up, name), getattr(worked_out, name), rtol=1e-5, atol=1e-7)
+
+
+def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:
+    floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
+    predictor = fit(measured(floats))
+    integers = uniform(ANATOMY, width=1, bits=INT8)
+
+    assert errors(predictor, floats).mean() < 0.05
+    with pytest.raises(UnseenKernelError, match=r"runs as conv\.int8, which no measured policy did$"):
+        predictor.predict(choices_of(ANATOMY, [floats[0], integers]))
+
+
+def test_without_units_an_unseen_kind_is_refused_too() -> None:
+    floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
+    predictor = fit(measured(floats, profiled=False))
+
+    with pytest.raises(UnseenKernelError, match=r"runs as .*int8, which no measured policy did$"):
+        predictor.predict(choices_of(ANATOMY, [uniform(ANATOMY, width=1, bits=INT8)]))
+
+
+@pytest.mark.slow
+def test_intervals_cover_nine_in_ten_new_policies() -> None:
+    shares: list[float] = []
+    for draw in range(3):
+        predictor = fit(measured(known_policies(40, 100 + draw), 0.05, draw))
+        new = random_policies(200, 200 + draw)
+        truth = measured(new, 0.05, 50 + draw).latency_ms
+        _, low, high = predictor.predict(choices_of(ANATOMY, new)).T
+        shares.append(float(np.mean((low <= truth) & (truth <= high))))
+
+    assert 0.85 <= np.mean(shares) <= 0.97, shares
+
+
+def test_too_few_points_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^a predictor needs at least 10 measured policies, but got 9$"):
+        fit(measured(random_policies(LEAST_POINTS - 1, 1)))
+
+
+def test_the_same_measurements_are_fitted_alike() -> None:
+    again = fit(measured(known_policies(40, 3)))
+
+    choices = choices_of(ANATOMY, random_policies(20, 8))
+    np.testing.assert_array_equal(again.predict(choices), exact().predict(choices))
+
+
+# Times of nodes
+
+
+def test_times_of_nodes_come_back_from_their_data() -> None:
+    timed = Matcher(ANATOMY).match({"stem_0": ("Conv", 0.0123), "x.q": ("QuantizeLinear", 0.004)})
+
+    back = timed_from_dict(timed_to_dict(timed), len(ANATOMY.ops))
+
+    np.testing.assert_array_equal(back.kernels, timed.kernels)
+    np.testing.assert_array_equal(back.weights, timed.weights)
+    assert back.conversions == timed.conversions
+    assert set(back.conversions) == set(CONVERSION_OF.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("conv_nchwc", "Conv"), ("conv_token_7", "QLinearConv"), ("relu_nchwc", "Conv"), ("conv_pre_q", "Conv")],
+)
+def test_a_layer_is_found_under_the_names_that_optimisers_give_it(name: str, kind: str) -> None:
+    layer = next(op for op in ANATOMY.ops if op.kind == "conv")
+    behind = next(op for op in ANATOMY.ops if layer.name in op.inputs)
+    assert behind.kind == "relu"
+    real = name.replace("conv", layer.name).replace("relu", behind.name)
+
+    timed = Matcher(ANATOMY).match({real: (kind, 0.5)})
+
+    assert timed.kernels[[op.name for op in ANATOMY.ops].index(layer.name)] == 0.5
+    assert np.isnan(timed.kernels).sum() == len(ANATOMY.ops) - 1
+
+
+def test_a_node_of_nobody_is_a_stranger() -> None:
+    assert Matcher(ANATOMY).match({"somebody": ("Einsum", 0.5)}).strangers == {"Einsum": 0.5}
+
+
+# Calibration
+
+
+def until_flat(seconds: float = SECONDS) -> tuple[Calibration, FormulaTimer]:
+    generator = np.random.default_rng(1)
+    timer = FormulaTimer(Target())
+
+    def draw(count: int) -> list[Policy]:
+        return [SPACE.random(generator) for _ in range(count)]
+
+    return calibrate_until_flat(ANATOMY, draw, Target(), timer=timer, seconds=seconds, most=MOST_HERE), timer
+
+
+def test_a_calibration_stops_when_the_error_stops_falling() -> None:
+    made, timer = until_flat()
+
+    assert made.stages[0].policies >= FIRST
+    assert made.stages[-1].policies == len(made.profile.points) == len(timer.timed) <= MOST_HERE
+    errors = [stage.mape for stage in made.stages]
+    assert made.reason.startswith("the held-out error stopped falling at") or len(timer.timed) == MOST_HERE
+    if len(timer.timed) < MOST_HERE:
+        assert min(errors[-2:]) > 0.95 * min(errors[:-2])
+
+
+def test_a_calibration_stops_before_its_time_is_up() -> None:
+    made, timer = until_flat(seconds=0.0)
+
+    assert len(made.stages) == 1
+    assert made.reason == "the next batch would pass 0 s"
+    assert len(timer.timed) < FIRST + BATCH
+
+
+def test_a_calibration_looks_for_every_kind_of_kernel() -> None:
+    floats = [uniform(ANATOMY, width=width, bits=FP32) for width in (1, 0.5)]
+    integers = uniform(ANATOMY, width=1, bits=INT8)
+
+    assert covering(WORKER, floats, [floats[0], integers, integers]) == [*floats, integers]
+
+
+@cache
+def calibrated() -> Profile:
+    return calibrate(ANATOMY, random_policies(16, 7), Target(), timer=FormulaTimer(Target()))
+
+
+def test_new_measurements_replace_those_of_the_same_policy() -> None:
+    first, second = calibrated().points[:2]
+    slower = replace(first, latency_ms=3 * first.latency_ms)
+    [fresh] = random_policies(1, 99)
+    new = Point(policy=fresh, latency_ms=0.05, halves_ms=(0.05, 0.05), repeat_error=0.0, size_bytes=1000)
+
+    more = calibrated().with_points([slower, new])
+
+    known = {digest(point.policy): point.latency_ms for point in more.points}
+    assert len(known) == len(more.points) == 17
+    assert known[digest(first.policy)] == slower.latency_ms
+    assert known[digest(second.policy)] == second.latency_ms
+    assert more.predictor.heldout.n == 17
+
+
+@pytest.mark.parametrize(("factor", "moved"), [(1.0, 0.0), (1.2, 0.2), (0.9, -0.1)])
+def test_drift_is_what_the_reference_has_moved(factor: float, moved: float) -> None:
+    now = Timing(windows_ms=(factor * calibrated().reference_ms,), reference_ms=None)
+
+    assert drift(calibrated(), now) == pytest.approx(moved)

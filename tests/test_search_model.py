@@ -1,0 +1,299 @@
+"""What proposals rest on: rows, quick costs, the surrogate of accuracies, the expected gain, the stopping rule."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nightpress.search.costs import QuickCosts
+from nightpress.search.encoding import Encoder
+from nightpress.search.gain import expected_gain, target
+from nightpress.search.netadapt import NetAdaptSampler
+from nightpress.search.pareto import hypervolume
+from nightpress.search.proposals import (
+    Sensitivity,
+    baselines,
+    global_magnitude,
+    greedy_rules,
+    greedy_walk,
+    own_policies,
+    pointless,
+)
+from nightpress.search.records import Latency, Quality, TrialRecord, TrialState
+from nightpress.search.sampler import TrialSuggest
+from nightpress.search.stopping import likely_gain, spared, upper_bound, verdict, wrongly
+from nightpress.search.store import Store, open_storage, policy_of
+from nightpress.search.surrogate import RUNGS, Describer, Observation, Scale, Surrogate
+from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import plan
+from nightpress.spaces.policy import FP32, INT8, Policy, digest, policy_to_json
+from nightpress.spaces.space import Space
+from strategies import toy_anatomy
+from test_search import accuracy_of, costs_of, made_store, run_trials
+
+BN, SHORT, LONG = range(len(RUNGS))
+
+
+@pytest.fixture(scope="module")
+def space() -> Space:
+    return Space(anatomy=toy_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8))
+
+
+@pytest.fixture(scope="module")
+def encoder(space: Space) -> Encoder:
+    return Encoder(space)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40)
+def test_rows_stand_for_policies_of_the_space_and_come_back(encoder: Encoder, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = encoder.random(3, generator)
+    rows = np.vstack([rows, encoder.children(rows, 3, generator)])
+
+    policies = [encoder.policy(row) for row in rows]
+
+    assert all(encoder.space.contains(policy) for policy in policies)
+    assert [encoder.policy(encoder.row(policy)) for policy in policies] == policies
+
+
+def test_choices_in_removed_blocks_make_one_row(encoder: Encoder) -> None:
+    rows = np.repeat(encoder.random(1, np.random.default_rng(0)), 2, axis=0)
+    rows[:, encoder.block] = 1
+    inside = encoder.bits[encoder.block_layers.sum(axis=0) > 0]
+    rows[0, inside], rows[1, inside] = 0, 1
+
+    tidied = encoder.tidy(rows)
+
+    assert len(inside)
+    assert (tidied[0] == tidied[1]).all()
+
+
+def test_work_of_rows_is_that_of_their_plans(encoder: Encoder) -> None:
+    rows = encoder.random(20, np.random.default_rng(0))
+    macs, weights, _ = encoder.shapes.work(rows)
+    plans = [plan(encoder.space.anatomy, encoder.policy(row)) for row in rows]
+
+    assert macs.sum(axis=1) == pytest.approx([p.macs for p in plans])
+    assert weights.sum(axis=1) == pytest.approx([sum(op.weight_count for op in p.ops) for p in plans])
+
+
+def test_quick_costs_follow_the_exact_ones(encoder: Encoder) -> None:
+    exact = costs_of(encoder.space.anatomy)
+    quick = QuickCosts(encoder, exact)
+    rows = encoder.random(100, np.random.default_rng(9))
+
+    errors = np.abs(quick(rows) / np.array([exact(encoder.policy(row)) for row in rows]) - 1)
+
+    assert np.median(errors, axis=0).max() < 0.05
+
+
+def observations(encoder: Encoder, count: int, rungs: tuple[int, ...] = (SHORT,)) -> list[Observation]:
+    """Of the made-up truth of test_search; a cheaper rung shows two tenths less a rung."""
+    rows = encoder.random(count, np.random.default_rng(1))
+    return [
+        Observation(row=row, rung=rung, accuracy=accuracy_of(encoder.policy(row)) - 0.2 * (LONG - rung), se=0.002)
+        for row in rows
+        for rung in rungs
+    ]
+
+
+def test_the_surrogate_ranks_policies_that_it_has_not_seen(encoder: Encoder) -> None:
+    surrogate = Surrogate(Describer(encoder, Sensitivity()), observations(encoder, 40))
+    rows = encoder.random(60, np.random.default_rng(2))
+    truth = np.array([accuracy_of(encoder.policy(row)) for row in rows])
+
+    median, low, high = surrogate.accuracy(rows)
+
+    assert np.corrcoef(median, truth)[0, 1] > 0.9
+    assert (low < median).all()
+    assert (median < high).all()
+
+
+def test_what_a_policy_showed_at_a_cheap_rung_counts_for_the_long_one(encoder: Encoder) -> None:
+    seen = observations(encoder, 12, (SHORT, LONG))
+    row = encoder.random(1, np.random.default_rng(3))
+    describer = Describer(encoder, Sensitivity())
+    good, bad = (
+        Surrogate(describer, [*seen, Observation(row=row[0], rung=SHORT, accuracy=a, se=0.002)]).accuracy(row)[0][0]
+        for a in (0.7, 0.5)
+    )
+
+    assert good > bad + 0.02
+
+
+def test_an_evaluation_of_what_is_known_promises_less_than_one_of_what_is_not(encoder: Encoder) -> None:
+    seen = observations(encoder, 30)
+    surrogate = Surrogate(Describer(encoder, Sensitivity()), seen)
+    new = encoder.random(30, np.random.default_rng(7))
+
+    known, unknown = (surrogate.hoped(rows, SHORT)[1] for rows in (np.stack([o.row for o in seen]), new))
+
+    assert np.median(known) < 0.7 * np.median(unknown)
+
+
+def test_a_surrogate_of_nothing_is_refused(encoder: Encoder) -> None:
+    with pytest.raises(ValueError, match="at least one observation"):
+        Surrogate(Describer(encoder, Sensitivity()), [])
+
+
+@given(
+    front=st.lists(st.tuples(*[st.floats(0.01, 0.99)] * 3), min_size=0, max_size=6),
+    point=st.tuples(*[st.floats(0.01, 0.99)] * 3),
+)
+def test_the_gain_of_a_certain_accuracy_is_the_hypervolume_that_it_adds(
+    front: list[tuple[float, float, float]], point: tuple[float, float, float]
+) -> None:
+    scale = Scale(ceiling=1.0, floor=0.0)
+    corner = np.array([0.0, 1.0, 1.0])
+    aim = target(np.array(front).reshape(len(front), 3), corner)
+
+    gain = expected_gain(scale.up(np.array([point[0]])), np.zeros(1), scale, np.array([point[1:]]), aim)[0]
+
+    losses = [(-a, b, c) for a, b, c in front]
+    added = hypervolume([*losses, (-point[0], *point[1:])], (0.0, 1.0, 1.0)) - hypervolume(losses, (0.0, 1.0, 1.0))
+    assert gain == pytest.approx(added, abs=1e-5)
+
+
+def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space) -> None:
+    store = made_store(tmp_path, space, "nightpress")
+    run_trials(store, space, 8)
+    costs = costs_of(space.anatomy)
+    found = []
+    for _ in range(4):  # asked one after the other, none of them finished
+        trial = store.study.ask()
+        policy = space.sample(TrialSuggest(trial))
+        latency, size = costs(policy)
+        store.begin(trial, policy, 0.0)
+        store.note(trial.number, size_bytes=size, predicted={"latency_ms": latency})
+        found.append(digest(policy))
+
+    assert len(set(found) | {t.digest for t in store.trials()}) == 12
+
+
+def test_netadapt_cuts_the_most_accurate_policy_of_the_last_round(tmp_path: Path, space: Space) -> None:
+    costs = costs_of(space.anatomy)
+    sampler = NetAdaptSampler(space, costs, 0)
+    store = Store(open_storage(tmp_path, None), sampler)
+    first = len(sampler._cuts(baselines(space.anatomy, True)["uniform INT8"]))
+    run_trials(store, space, first + 1)
+
+    *round_one, next_one = store.trials()
+    best = max(round_one, key=lambda t: t.quality.accuracy if t.quality else 0.0)
+    assert set(policy_of(best).prune) <= set(policy_of(next_one).prune)
+    assert next_one.latency is not None
+    assert best.latency is not None
+    assert next_one.latency.latency_ms < best.latency.latency_ms
+
+
+# The stopping rule
+
+
+def trial(number: int, *, macs: int, accuracies: tuple[float, ...], latency_ms: float, **fields) -> TrialRecord:
+    rungs = ("bn", "short")[: len(accuracies)]
+    return TrialRecord(
+        number=number, role="search", name=None, digest=f"{number:012x}", policy={}, macs=macs, params=macs,
+        state=TrialState.COMPLETE if len(accuracies) > 1 else TrialState.RUNNING, size_bytes=macs,
+        predicted=Latency(latency_ms=latency_ms, low_ms=latency_ms, high_ms=latency_ms, measured=False),
+        qualities=tuple(
+            Quality(rung=r, split="search", accuracy=a, accuracy_se=0.01, samples=100, seconds=1.0)
+            for r, a in zip(rungs, accuracies, strict=True)
+        ),
+        **fields,
+    )  # fmt: skip
+
+
+MILD = [trial(i, macs=1_000_000, accuracies=(0.90, 0.95), latency_ms=1.0) for i in range(8)]
+HARSH = [trial(10 + i, macs=50_000, accuracies=(0.20, 0.90), latency_ms=0.1) for i in range(8)]
+
+
+def test_a_harsh_policy_is_judged_by_what_harsh_ones_gained() -> None:
+    record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.09)
+
+    assert likely_gain(record, [*MILD, *HARSH]) == pytest.approx(0.7)
+    assert verdict(record, [*MILD, *HARSH], None) is None  # faster than all others, and it may reach 0.9
+
+
+def test_a_trial_that_cannot_reach_the_front_any_more_is_stopped() -> None:
+    record = trial(99, macs=1_000_000, accuracies=(0.86,), latency_ms=1.2)
+    found = verdict(record, MILD, None)
+
+    assert found is not None
+    assert found.reason == "even 0.9200 would be dominated"
+    assert verdict(replace(record, role="seed"), MILD, None) is None
+
+
+def test_where_nothing_alike_was_finished_nothing_is_stopped() -> None:
+    record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=2.0)
+
+    assert verdict(record, MILD, None) is None
+
+
+def test_even_a_fast_trial_is_stopped_below_the_accuracy_that_is_asked_for() -> None:
+    record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.01)
+    found = verdict(record, HARSH, 0.95)
+
+    assert found is not None
+    assert found.reason.endswith("would be below min_accuracy 0.95")
+
+
+def test_the_rule_counts_its_errors_on_the_trials_that_it_spared() -> None:
+    good = trial(20, macs=50_000, accuracies=(0.2, 0.99), latency_ms=0.05)
+    poor = trial(21, macs=50_000, accuracies=(0.2, 0.5), latency_ms=0.3)
+    stopped = replace(trial(22, macs=1, accuracies=(0.1,), latency_ms=1.0), state=TrialState.STOPPED)
+
+    assert wrongly([*MILD, good, poor, stopped], {20: 0.9, 21: 0.9}) == (1, 2, 1)
+    assert upper_bound(0, 0) == 1.0
+    assert upper_bound(1, 2) > 0.5 > upper_bound(0, 20)
+
+
+def test_about_one_in_eight_is_spared() -> None:
+    assert 60 < sum(spared(f"{n * 7919:012x}") for n in range(800)) < 140
+
+
+# Rules and seeds
+
+
+def test_global_magnitude_leaves_the_strongest_channels_of_the_whole_network(space: Space) -> None:
+    groups = space.anatomy.groups
+    scores = {g.name: np.linspace(0.1, 1.9, g.channels) * (10 if g is groups[0] else 1) for g in groups}
+
+    policy = global_magnitude(space.anatomy, scores, 0.5, Policy(model=space.anatomy.digest))
+
+    assert groups[0].name not in policy.prune
+    assert all(policy.prune[g.name] >= 0.5 for g in groups[1:])
+    assert set(policy.bits.values()) == {INT8}
+
+
+def test_a_rule_whose_twin_in_integers_is_better_in_time_and_size_is_pointless(space: Space) -> None:
+    rules = baselines(space.anatomy, distill=True)
+
+    assert pointless(rules, costs_of(space.anatomy)) == {
+        f"uniform {w} fp32": f"uniform {w} INT8" for w in ("75%", "50%", "25%")
+    }
+    assert pointless(rules, lambda policy: (1.0, 1)) == {}
+
+
+def test_the_greedy_rivals_are_as_fast_as_the_uniform_ones(space: Space) -> None:
+    costs = costs_of(space.anatomy)
+    rules = baselines(space.anatomy, distill=True)
+    walk = greedy_walk(space, Sensitivity(), costs, 1000)
+
+    for name, policy in greedy_rules(walk, rules, costs).items():
+        like = costs(rules[name.replace("greedy", "uniform") + " INT8"])[0]
+        assert min(abs(np.log(costs(p)[0] / like)) for p in walk) == abs(np.log(costs(policy)[0] / like))
+
+
+def test_a_seed_of_another_model_is_refused_by_file(tmp_path: Path, space: Space) -> None:
+    mine, other = tmp_path / "mine.json", tmp_path / "other.json"
+    mine.write_text(policy_to_json(Policy(model=space.anatomy.digest)))
+    other.write_text(policy_to_json(Policy(model="0123")))
+
+    assert own_policies([str(mine)], space) == [Policy(model=space.anatomy.digest)]
+    with pytest.raises(InputError, match=r"seeds: .*other.json: a policy belongs to one model; this one is for 0123"):
+        own_policies([str(other)], space)
+    with pytest.raises(InputError, match=r"seeds: .*missing.json cannot be read"):
+        own_policies([str(tmp_path / "missing.json")], space)

@@ -1,0 +1,62 @@
+"""A night with Ray Tune in place of its search phase leaves the same run folder."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+import tiny
+from nightpress.cli.config import load_config
+from nightpress.search.config import RAY
+from nightpress.search.folder import read_run
+from nightpress.search.records import TrialState
+from nightpress.spaces.errors import InputError
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what ray.tune imports
+    from ray import tune
+
+    from nightpress.search.tune import TuneSearch, run_tune_night
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+
+def tuner(search: TuneSearch, storage: Path) -> tune.Tuner:
+    run_config = tune.RunConfig(storage_path=str(storage), verbose=0)
+    return tune.Tuner(search.trainable(), tune_config=search.tune_config(), run_config=run_config)
+
+
+def test_a_search_by_tune_leaves_the_run_folder_of_a_night(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tiny.write_task(tmp_path)
+    profile = tiny.write_profile(tmp_path / "profile.json", tiny.anatomy_of(task))
+    settings = {"max_trials": 4, "runner": RAY, "workers": 2}
+    path = tiny.write_config(tmp_path, target=str(profile), search=settings)
+    seen: list[TuneSearch] = []
+
+    def make(search: TuneSearch) -> tune.Tuner:
+        seen.append(search)
+        return tuner(search, tmp_path / "tune")
+
+    assert run_tune_night(load_config(path), None, make) == "done"
+
+    run = read_run(tmp_path / "run")
+    trials = [t for t in run.trials if t.role != "baseline"]
+    assert len(trials) == 4
+    assert all(t.state in {TrialState.COMPLETE, TrialState.STOPPED} for t in trials)
+    assert all([q.rung for q in t.qualities][:1] == ["bn"] for t in trials if t.reused_from is None)
+    assert any(t.verified for t in trials)
+    assert any(d["reason"] == "max_trials 4 is reached" for d in run.decisions)
+    assert list((tmp_path / "tune").rglob("result.json"))
+    out = tmp_path / "export"
+    assert tiny.call("report", tmp_path / "run", capsys=capsys).code == 0
+    assert tiny.call("export", tmp_path / "run", "best", "--out", out, capsys=capsys).code == 0
+    assert (out / "model.onnx").is_file()
+
+
+def test_a_night_with_tune_needs_the_runner_ray(tmp_path: Path) -> None:
+    tiny.write_task(tmp_path)
+    config = load_config(tiny.write_config(tmp_path))
+    with pytest.raises(InputError, match=r"search.runner must be ray for a night with Tune, but got 'local'"):
+        run_tune_night(config, None, lambda search: tuner(search, tmp_path))
