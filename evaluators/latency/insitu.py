@@ -192,9 +192,8 @@ def _corrections(
 
 
 def _ridge(design: Array, target: Array) -> Array:
-    return np.linalg.solve(
-        design.T @ design + np.diag([OFFSET_PENALTY, SLOPE_PENALTY, SLOPE_PENALTY]), design.T @ target
-    )
+    penalty = np.diag([OFFSET_PENALTY, SLOPE_PENALTY, SLOPE_PENALTY])
+    return np.linalg.solve(design.T @ design + penalty, design.T @ target).astype(np.float64)
 
 
 def _clipped(values: Array) -> Array:
