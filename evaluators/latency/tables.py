@@ -3,6 +3,7 @@ that take few values, so that each combination is worked out once."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,7 @@ from ...spaces.plans import Choices
 from .insitu import InSitu
 from .units import DEQUANTISE, LAYER_VARIANTS, NO_LAYER, NO_OTHER, State, Units, Work, Worker
 
-Array = NDArray[np.float64]
-Floats = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 MOST_ENTRIES = 4_000_000
@@ -70,7 +70,7 @@ class Tables:
         total = groups.sum(axis=0) + others[0].sum(axis=0) + sum(conversions.values())
         return Sums(total=total, groups=groups, nodes=state.nodes, model_mb=state.model_mb)
 
-    def _by_group(self, state: State, found: Floats) -> Array:
+    def _by_group(self, state: State, found: Array) -> Array:
         """Milliseconds of layers by variant, then of dequantised weights, shape (groups, n)."""
         factors, further = self._of_model(state.model_mb)
         variant = state.layer_codes & 3
@@ -81,7 +81,7 @@ class Tables:
         stored = found[2].sum(axis=0) * factors[-1] + found[3].sum(axis=0) * further[-1]
         return np.array([*groups, stored])
 
-    def _of_model(self, model_mb: Array) -> tuple[Floats, Floats]:
+    def _of_model(self, model_mb: Array) -> tuple[Array, Array]:
         """Factors of each kind of layer, and of dequantised weights in the last row, shape (kinds, n)."""
         names = [f"{base}.{variant}" for base in self._bases for variant in LAYER_VARIANTS] + [DEQUANTISE]
         factors, further = (
@@ -142,7 +142,7 @@ class _Table:
         self._depth = depth
         self._known = np.zeros(int(starts[-1]), np.bool_)
 
-    def look_up(self, codes: NDArray[np.int8], steps: Index, price: Callable[[Mask], Array]) -> Floats:
+    def look_up(self, codes: NDArray[np.int8], steps: Index, price: Callable[[Mask], Array]) -> Array:
         """Prices of each operation and policy, shape (4, operations, n)."""
         where = self._start + codes * self._each + steps[self._first] * self._width + steps[self._second]
         unknown = ~self._known.take(where) & self._kept[:, None] & (codes != self._nothing)
