@@ -190,6 +190,12 @@ def deadline(folder: Path, budget: str, runs: int, *, load: bool) -> None:
         begin = time.time()
         result = tiny.nightpress("run", config, "--budget", budget, "--out", run, "--json", timeout=24 * 3600)
         total, end = time.time() - begin, time.time()
+        if result.code:
+            print(
+                f"night {number + 1} of {budget}: refused after {total:.0f} s: {result.err.splitlines()[-1]}",
+                flush=True,
+            )
+            continue
         state = _state(run)
         over = end - datetime.fromisoformat(state["deadline"]).timestamp()
         worked = sum(state["evaluated_seconds"].values()) / state["workers"] + sum(state["measured_seconds"].values())

@@ -92,10 +92,10 @@ def _night(
     if state.get("state") == "done":
         return
     config = out.with_suffix(".yaml")
-    keys = {"task": task, "target": str(profile.resolve()), "seed": seed, "search": {"workers": 1, **search}}
-    keys["search"]["resources"] = {"cpu": 1}
+    settings: dict[str, Any] = {"workers": 1, **search, "resources": {"cpu": 1}}
+    keys = {"task": task, "target": str(profile.resolve()), "seed": seed, "search": settings}
     if name in {"random", "nsga2", "nsga3", "tpe", "gp"}:
-        keys["search"]["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
+        settings["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
     config.write_text(yaml.safe_dump(keys))
     _nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
 

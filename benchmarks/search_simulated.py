@@ -73,7 +73,8 @@ class World:
         return sensitivity_of(groups | {("block", b.name, ""): 0.5 for b in self.space.anatomy.blocks})
 
     def losses(self, policy: Policy) -> tuple[float, float, float]:
-        return (-self.truth(policy)["long"], *map(float, self.costs(policy)))
+        latency_ms, size_bytes = self.costs(policy)
+        return -self.truth(policy)["long"], float(latency_ms), float(size_bytes)
 
     def covered(self, points: list[tuple[float, float, float]]) -> float:
         scaled = (np.array(points) - np.array([-1.0, 0, 0])) / (self.corner - np.array([-1.0, 0, 0]))

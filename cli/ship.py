@@ -136,8 +136,9 @@ def finetune(
 
 
 def _figures(data: dict[str, Any]) -> str:
+    predicted = "" if data.get("latency_measured", True) else " (predicted, not measured)"
     return (
-        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms against {data['reference_ms']:.3f} ms "
-        f"({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB"
+        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms{predicted} against "
+        f"{data['reference_ms']:.3f} ms ({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB"
         + (f", agreement with torch {data['parity']['top1_agreement']:.2%}" if "parity" in data else "")
     )

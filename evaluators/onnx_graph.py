@@ -106,7 +106,8 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
     }
     positive = _never_negative(plan)
     grids = {
-        name: (float(generator.uniform(0.015, 0.025)), 0 if name in positive else int(generator.integers(100, 156)))
+        # No grid reaches above 6: what reaches beyond a ReLU6 would keep it apart.
+        name: (float(generator.uniform(0.015, 0.023)), 0 if name in positive else int(generator.integers(100, 156)))
         for name in sorted(set(plan.quantised.values()))
     }
     return Tensors(layers=layers, grids=grids, norms=norms, constants=constants)

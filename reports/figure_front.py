@@ -53,6 +53,7 @@ class Dot(NamedTuple):
     verified: bool
     within: bool
     on_front: bool
+    measured: bool = True
 
 
 class FrontInfo(NamedTuple):
@@ -134,6 +135,7 @@ def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
         verified=trial.verified is not None,
         within=not broken,
         on_front=on_front,
+        measured=latency.measured,
     )
 
 
@@ -193,9 +195,11 @@ def front_text(info: FrontInfo) -> str:
         return "No trial is known in full yet: there is nothing to draw."
     on_front = sum(dot.on_front for dot in info.dots)
     verified = sum(dot.on_front and dot.verified for dot in info.dots)
+    predicted = sum(dot.on_front and dot.verified and not dot.measured for dot in info.dots)
+    remeasured = f"re-measured, but for {predicted} whose latency is a prediction" if predicted else "re-measured"
     said = [
         f"{counted(on_front, 'point')} of {len(info.dots)} {'is' if on_front == 1 else 'are'} on the front"
-        f" ({verified} exported and re-measured)."
+        f" ({verified} exported and {remeasured})."
         if on_front
         else f"There is no front: all {counted(len(info.dots), 'point')} shown lie beyond the limits."
     ]

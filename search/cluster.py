@@ -101,9 +101,12 @@ def connect(address: str | None, cpus: int) -> Cluster:
     if address is not None:
         _knock(address)
     secret = make_token() if address is None and "RAY_AUTH_MODE" not in os.environ else None
+    imported = "ray" in sys.modules
     ray = _ray()
     if ray.is_initialized():
         return Cluster(ray, owned=False)
+    if secret is not None and imported:  # it read the environment then; this is how ray itself turns tokens on later
+        ray._raylet.Config.initialize("")
     settings: dict[str, Any] = {"address": address}
     if address is None:
         settings = {"address": "local", "num_cpus": cpus, "include_dashboard": False,

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..evaluators.latency.calibrate import SECONDS, calibrate_until_flat, stages_to_list
+from ..evaluators.latency.calibrate import CANDIDATES, SECONDS, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
+from ..evaluators.latency.units import Worker
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy
 from .proposals import baselines
@@ -32,7 +33,8 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
 
     always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
     if policies is None and config.calibration_policies is not None:
-        policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
+        asked = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
+        policies = covering(Worker(prepared.anatomy), asked, draw(CANDIDATES))
     with session.timer("calibrate") as timer:
         if policies is not None:
             profile = calibrate(

@@ -59,14 +59,15 @@ class NetAdaptSampler(optuna.samplers.BaseSampler):
         }
         bits = INT8 if INT8 in self.space.bit_choices else self.space.bit_choices[0]
         policy = uniform(self.space.anatomy, width=1, bits=bits)
-        while cuts := self._cuts(policy):
+        while cuts := self.cuts(policy):
             untried = next((cut for cut in cuts if digest(cut) not in seen), None)
             if untried is not None:
                 return untried
             policy = max(cuts, key=lambda cut: max((q["accuracy"] for q in seen[digest(cut)][-1:]), default=-np.inf))
         return None
 
-    def _cuts(self, policy: Policy) -> list[Policy]:
+    def cuts(self, policy: Policy) -> list[Policy]:
+        """The steps of a round from a policy, one for each group and block that it may cut."""
         key = digest(policy)
         if key not in self._rounds:
             wanted = (1 - STEP) * self.costs(policy)[0]

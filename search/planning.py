@@ -1,5 +1,6 @@
 """The night's plan, made anew by what the night has learned."""
 
+from ..evaluators.latency.calibrate import FIRST
 from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import MOST_EPOCHS, choose, complete, long_costs, ours, outcome_file
@@ -67,7 +68,7 @@ def check_budget(session: Session) -> None:
     passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
     trained = 2 * (config.finetune.short_steps or LEAST_STEPS) + passes
     rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * (config.calibration_policies + len(rules))
+    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * ((config.calibration_policies or FIRST) + len(rules))
     least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
     if clock.left_seconds < least:
         raise InputError(

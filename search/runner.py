@@ -130,7 +130,7 @@ class LocalRunner:
         process = self._context.Process(target=_serve, args=(theirs, self._make, self._progress, self._memory_bytes))
         process.start()
         theirs.close()  # so that its death ends the pipe
-        self._processes.append(_Process(process, ours))
+        self._processes.append(_Process(process, ours))  # type: ignore[arg-type]  named otherwise on each platform
         return self._processes[-1]
 
     def _bury(self, worker: _Process) -> str:

@@ -136,6 +136,8 @@ class Session:
         """End the workers, where there are any."""
         if "jobs" in self._parts:
             self.runner.close()
+        if self.begun:
+            self.store.close()
         if "places" in self._parts:
             self.places.close()
 

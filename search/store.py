@@ -19,17 +19,17 @@ from optuna.trial import FrozenTrial, Trial
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .attributes import WORD, approvals_in, record_of
-from .claims import Claims, DatabaseClaims, OneDriver, engine_options, sqlite_file, without_password
-from .journal import JournalFile, OneWriterJournal, ReadJournal
+from .claims import Claims, DatabaseClaims, OneDriver
+from .journal import ReadJournal
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
+from .storages import JOURNAL, close, open_storage
 from .tally import Tally
 
 STUDY = "nightpress"
 SCHEMA = 2
 """Of our attributes. 1: as released first. 2: a trial of a shared study names its driver, and a study its model."""
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
-JOURNAL = "study.journal"
 LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 _LATER = ("measured:", "verified:")
@@ -38,27 +38,6 @@ TAKEN_SECONDS = 60.0
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").propagate = False
-
-
-def open_storage(
-    run: Path, url: str | None, *, new: bool = True, make_room: Callable[[], bool] = lambda: False
-) -> optuna.storages.BaseStorage:
-    """The run's storage: the journal in its folder, or the URL of the config; ``new`` False refuses to make a file,
-    ``make_room`` is asked when the disk is full.
-
-    Raises InputError when a URL is none or does not answer; the message names no password.
-    """
-    if url is None:
-        return OneWriterJournal(JournalFile(run / JOURNAL, make_room))
-    told, file = without_password(url), sqlite_file(url)
-    if file is not None and not new and not Path(file).is_file():
-        raise InputError(f"search.storage: there is no file {file}, so the run's record cannot be read.")
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=engine_options(url))
-    except ImportError:
-        raise InputError(f"search.storage: {told} needs a driver: pip install 'nightpress[postgresql]'.") from None
-    except Exception as error:  # noqa: BLE001  drivers of databases share no base
-        raise InputError(f"search.storage: {told} does not answer ({type(error).__name__}).") from None
 
 
 def open_reading(run: Path, url: str | None, study: str = STUDY) -> optuna.storages.BaseStorage:
@@ -122,6 +101,10 @@ class Store:
         if self.driver is not None:
             trial.set_user_attr("driver", self.driver)
         return trial
+
+    def close(self) -> None:
+        """End the connections to a database; nothing can be written any more."""
+        close(self._storage)
 
     def ours(self, trial: TrialRecord) -> bool:
         """Whether this driver evaluates the trial: its checkpoints lie in this run's folder."""
@@ -337,10 +320,13 @@ def read_study(run: Path, url: str | None, study: str = STUDY) -> StudyRecord:
     """
     if url is not None:
         storage = open_storage(run, url, new=False)
-        if not _has_study(storage, study):
-            return StudyRecord()
-        store = Store(storage, study=study)
-        return StudyRecord(store.trials(), store.approvals())
+        try:
+            if not _has_study(storage, study):
+                return StudyRecord()
+            store = Store(storage, study=study)
+            return StudyRecord(store.trials(), store.approvals())
+        finally:
+            close(storage)
     if not (run / JOURNAL).is_file():
         return StudyRecord()
     journal = read_journal(run / JOURNAL)
@@ -359,7 +345,11 @@ def read_study(run: Path, url: str | None, study: str = STUDY) -> StudyRecord:
 
 def approve_trial(run: Path, entry: Mapping[str, Any], url: str | None = None, study: str = STUDY) -> None:
     """Add a person's word on a trial to the run's record."""
-    Store(open_storage(run, url, new=False), study=study).approve(entry)
+    storage = open_storage(run, url, new=False)
+    try:
+        Store(storage, study=study).approve(entry)
+    finally:
+        close(storage)
 
 
 def policy_of(record: TrialRecord) -> Policy:

@@ -207,7 +207,7 @@ class Kernel:
         return own + 0.3 + 3.0 * (i == j) + self.smooth**2 * alike[i, j] + tuned
 
 
-def _squares(a: Array, b: Array) -> Array:
+def _squares(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0.0)
 
 
@@ -274,9 +274,9 @@ class Surrogate:
         """
         mean, spread, own = self._posterior(rows, rung)
         if rung == self.rung:
-            return mean, spread**2 / np.sqrt(spread**2 + self._typical_noise(rung))
+            return mean, (spread**2 / np.sqrt(spread**2 + self._typical_noise(rung))).astype(np.float64)
         top, _, shared = own
-        return top, np.abs(shared) / np.sqrt(spread**2 + self._typical_noise(rung))
+        return top.astype(np.float64), np.abs(shared) / np.sqrt(spread**2 + self._typical_noise(rung))
 
     def _typical_noise(self, rung: int) -> float:
         at = self._noise[self._rungs == rung]

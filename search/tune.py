@@ -111,6 +111,10 @@ class TuneSearch:
         self.searcher = NightpressSearcher(self)
         self.scheduler = NightpressScheduler(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tune pickles what it holds so that ``Tuner.restore`` can; a copy of this one is nothing (see the limits)."""
+        return type(None), ()
+
     def trainable(self) -> Any:
         """The evaluator as a Tune trainable, a rung a step, with the config's resources."""
         needs = self.session.places.needs
@@ -120,8 +124,10 @@ class TuneSearch:
 
     def tune_config(self, **settings: Any) -> tune.TuneConfig:
         """Our sampler and our stopping rule, as many trials as the night has room for; ``settings`` win."""
-        ours = {"search_alg": self.searcher, "scheduler": self.scheduler, "num_samples": -1, "reuse_actors": True,
-                "max_concurrent_trials": self.session.workers}  # fmt: skip
+        ours: dict[str, Any] = {
+            "search_alg": self.searcher, "scheduler": self.scheduler, "num_samples": -1, "reuse_actors": True,
+            "max_concurrent_trials": self.session.workers,
+        }  # fmt: skip
         return tune.TuneConfig(**{**ours, **settings})
 
     def propose(self, trial_id: str) -> dict[str, Any] | None:
@@ -203,7 +209,7 @@ class NightpressSearcher(Searcher):
         super().__init__()
         self._search = search
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         return self._search.propose(trial_id) or Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,7 +180,7 @@ def test_netadapt_cuts_the_most_accurate_policy_of_the_last_round(tmp_path: Path
     costs = costs_of(space.anatomy)
     sampler = NetAdaptSampler(space, costs, 0)
     store = Store(open_storage(tmp_path, None), sampler)
-    first = len(sampler._cuts(baselines(space.anatomy, True)["uniform INT8"]))
+    first = len(sampler.cuts(baselines(space.anatomy, True)["uniform INT8"]))
     run_trials(store, space, first + 1)
 
     *round_one, next_one = store.trials()
@@ -193,7 +194,7 @@ def test_netadapt_cuts_the_most_accurate_policy_of_the_last_round(tmp_path: Path
 # The stopping rule
 
 
-def trial(number: int, *, macs: int, accuracies: tuple[float, ...], latency_ms: float, **fields) -> TrialRecord:
+def trial(number: int, *, macs: int, accuracies: tuple[float, ...], latency_ms: float, **fields: Any) -> TrialRecord:
     rungs = ("bn", "short")[: len(accuracies)]
     return TrialRecord(
         number=number, role="search", name=None, digest=f"{number:012x}", policy={}, macs=macs, params=macs,
@@ -260,7 +261,7 @@ def test_about_one_in_eight_is_spared() -> None:
 
 def test_global_magnitude_leaves_the_strongest_channels_of_the_whole_network(space: Space) -> None:
     groups = space.anatomy.groups
-    scores = {g.name: np.linspace(0.1, 1.9, g.channels) * (10 if g is groups[0] else 1) for g in groups}
+    scores = {g.name: (np.linspace(0.1, 1.9, g.channels) * (10 if g is groups[0] else 1)).tolist() for g in groups}
 
     policy = global_magnitude(space.anatomy, scores, 0.5, Policy(model=space.anatomy.digest))
 

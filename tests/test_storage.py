@@ -14,7 +14,7 @@ import tiny
 from nightpress.search.claims import DatabaseClaims, engine_options, without_password
 from nightpress.search.folder import read_run
 from nightpress.search.records import TrialState
-from nightpress.search.store import SCHEMA, Store, open_reading, open_storage, read_study
+from nightpress.search.store import SCHEMA, Store, close, open_reading, open_storage, read_study
 from nightpress.spaces.errors import InputError
 
 pytestmark = pytest.mark.timeout(240)
@@ -60,6 +60,22 @@ while done < count:
 def server() -> Generator[str]:
     with postgres.server() as url:
         yield url
+
+
+_opened: list[optuna.storages.BaseStorage] = []
+
+
+def opened(folder: Path, url: str | None) -> optuna.storages.BaseStorage:
+    """A storage whose connections end with the test."""
+    _opened.append(open_storage(folder, url))
+    return _opened[-1]
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Generator[None]:
+    yield
+    while _opened:
+        close(_opened.pop())
 
 
 def begin(store: Store, policy_digest: str = "d") -> int:
@@ -127,7 +143,8 @@ def test_two_hosts_share_a_night_on_postgresql(server: str, tmp_path: Path) -> N
     assert runs[1].trials == trials
     assert {t.state for t in trials} == {TrialState.COMPLETE}
     assert len({t.digest for t in trials if t.reused_from is None}) == sum(t.reused_from is None for t in trials)
-    assert sum(t.role == "baseline" for t in trials) == len({t.name for t in trials if t.role == "baseline"}) == 8
+    rules = [t.name for t in trials if t.role == "baseline"]
+    assert len(rules) == len(set(rules)) >= 8
     for run in runs:
         mine = {t.number for t in trials if t.driver == run.state["driver"]}
         assert {int(p.parent.name) for p in run.path.glob("artifacts/*/long.json")} <= mine
@@ -142,7 +159,7 @@ def test_a_claim_is_given_once_and_kept(where: str, tmp_path: Path, request: pyt
     url = sqlite(tmp_path)
     if where == "postgresql":
         url = postgres.make_database(request.getfixturevalue("server"), "claims")
-    storage = open_storage(tmp_path, url)
+    storage = opened(tmp_path, url)
     assert isinstance(storage, optuna.storages.RDBStorage)
     first, second = (DatabaseClaims(storage.engine, "s", name) for name in ("a", "b"))
 
@@ -153,25 +170,25 @@ def test_a_claim_is_given_once_and_kept(where: str, tmp_path: Path, request: pyt
 
 def test_a_driver_leaves_the_trials_of_others_alone_and_takes_up_its_own(tmp_path: Path) -> None:
     url = sqlite(tmp_path)
-    first, second = (Store(open_storage(tmp_path, url), driver=name) for name in ("a", "b"))
+    first, second = (Store(opened(tmp_path, url), driver=name) for name in ("a", "b"))
     number = begin(first)
 
     assert second.repair() == []
-    assert [t.number for t in Store(open_storage(tmp_path, url), driver="a").repair()] == [number]
+    assert [t.number for t in Store(opened(tmp_path, url), driver="a").repair()] == [number]
     assert not second.ours(second.trial(number))
     assert first.ours(first.trial(number))
 
 
 def test_two_models_do_not_share_a_study(tmp_path: Path) -> None:
-    store = Store(open_storage(tmp_path, sqlite(tmp_path)), study="plates", driver="a")
+    store = Store(opened(tmp_path, sqlite(tmp_path)), study="plates", driver="a")
     assert store.join("m1") == 0
     begin(store)
-    assert Store(open_storage(tmp_path, sqlite(tmp_path)), study="plates", driver="b").join("m1") == 1
+    assert Store(opened(tmp_path, sqlite(tmp_path)), study="plates", driver="b").join("m1") == 1
     with pytest.raises(
         InputError, match=r"search\.study: 'plates' in this storage is a search of model m1, this run's is"
     ):
-        Store(open_storage(tmp_path, sqlite(tmp_path)), study="plates", driver="b").join("m2")
-    assert Store(open_storage(tmp_path, sqlite(tmp_path)), study="signs", driver="b").join("m2") == 0
+        Store(opened(tmp_path, sqlite(tmp_path)), study="plates", driver="b").join("m2")
+    assert Store(opened(tmp_path, sqlite(tmp_path)), study="signs", driver="b").join("m2") == 0
 
 
 def test_what_a_reader_opens_is_not_made(tmp_path: Path) -> None:
@@ -198,7 +215,7 @@ def test_a_password_is_not_written_down() -> None:
 )
 def test_a_storage_that_is_none(url: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence):
-        open_storage(tmp_path, url)
+        opened(tmp_path, url)
 
 
 def test_a_server_that_is_silent_is_given_up_soon() -> None:
@@ -210,7 +227,7 @@ def test_a_server_that_is_silent_is_given_up_soon() -> None:
 
 def first_version(folder: Path) -> None:
     """A study as the first version wrote it: its schema, no driver, no model, and its approvals in one list."""
-    store = Store(open_storage(folder, None))
+    store = Store(opened(folder, None))
     begin(store)
     store.study.set_user_attr("schema", 1)
     store.study.set_user_attr("approvals", [{"trial": 0, "who": "me"}])
@@ -223,19 +240,19 @@ def test_a_record_of_the_first_version_is_read_and_gone_on_with(tmp_path: Path) 
 
     assert [(t.number, t.driver) for t in found.trials] == [(0, None)]
     assert found.approvals == ({"trial": 0, "who": "me"},)
-    store = Store(open_storage(tmp_path, None))
+    store = Store(opened(tmp_path, None))
     assert store.join("m") == 1
     assert [t.number for t in store.repair()] == [0]
 
 
 def test_a_record_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    store = Store(open_storage(tmp_path, None))
+    store = Store(opened(tmp_path, None))
     store.study.set_user_attr("schema", SCHEMA + 1)
     message = f"the study's attributes are of schema {SCHEMA + 1}, but this nightpress reads up to {SCHEMA}"
     with pytest.raises(InputError, match=message):
         read_study(tmp_path, None)
     with pytest.raises(InputError, match=message):
-        Store(open_storage(tmp_path, None))
+        Store(opened(tmp_path, None))
 
 
 def test_a_run_of_a_version_with_fewer_keys_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

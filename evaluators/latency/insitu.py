@@ -83,7 +83,9 @@ class InSitu:
     def parts(self, work: Work) -> dict[str, Array]:
         """Milliseconds of each policy by kind, each of shape (n,). Raises UnseenKernelError."""
         found = {
-            units.kind: np.bincount(units.row, weights=self.kind(units).ms(units, work.model_mb), minlength=work.count)
+            units.kind: np.bincount(
+                units.row, weights=self.kind(units).ms(units, work.model_mb), minlength=work.count
+            ).astype(np.float64)
             for units in work.units
         }
         return found | self.conversion_ms(work.conversions)
@@ -172,7 +174,7 @@ def _corrections(
     units: Units, left: Array, features: Array, sizes: tuple[Array, Array], operations: int
 ) -> tuple[Array, Array, Array]:
     """The kind's correction and the layers' own, in turn, with outliers weighed down (Huber 1964)."""
-    centre = features.mean(axis=0)
+    centre: Array = features.mean(axis=0)
     features = features - centre
     design = np.stack([np.ones(len(left)), *sizes], axis=1)
     sites = {int(site): np.nonzero(units.site == site)[0] for site in np.unique(units.site)}
@@ -181,7 +183,7 @@ def _corrections(
     penalty = KIND_PENALTY * np.eye(features.shape[1])
     for _ in range(REWEIGHTINGS):
         weighed = features * weights[:, None]
-        shape = np.linalg.solve(weighed.T @ features + penalty, weighed.T @ _clipped(left - of_own))
+        shape = np.linalg.solve(weighed.T @ features + penalty, weighed.T @ _clipped(left - of_own)).astype(np.float64)
         rest = left - features @ shape
         for site, at in sites.items():
             own[site] = _ridge(design[at], _clipped(rest[at]))
@@ -192,9 +194,8 @@ def _corrections(
 
 
 def _ridge(design: Array, target: Array) -> Array:
-    return np.linalg.solve(
-        design.T @ design + np.diag([OFFSET_PENALTY, SLOPE_PENALTY, SLOPE_PENALTY]), design.T @ target
-    )
+    penalty = np.diag([OFFSET_PENALTY, SLOPE_PENALTY, SLOPE_PENALTY])
+    return np.linalg.solve(design.T @ design + penalty, design.T @ target).astype(np.float64)
 
 
 def _clipped(values: Array) -> Array:

@@ -245,7 +245,7 @@ def _aggregate(work: Work, columns: dict[str, int]) -> Array:
     for units in work.units:
         summed = [np.bincount(units.row, weights=units.terms[:, i], minlength=work.count)
                   for i in range(units.terms.shape[1])]  # fmt: skip
-        blocks[units.kind] = np.stack(summed, axis=1)
+        blocks[units.kind] = np.stack(summed, axis=1).astype(np.float64)
     blocks |= {name: amounts for name, amounts in work.conversions.items() if amounts[:, 0].any()}
     for kind in blocks:
         if kind not in columns:

@@ -3,6 +3,7 @@ that take few values, so that each combination is worked out once."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from ...spaces.plans import Choices
 from .insitu import InSitu
 from .units import DEQUANTISE, LAYER_VARIANTS, NO_LAYER, NO_OTHER, State, Units, Work, Worker
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Index = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 MOST_ENTRIES = 4_000_000
