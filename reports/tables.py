@@ -38,6 +38,8 @@ COLUMNS = {
     "params": "Int64",
     "struck_out": "string",
     "reason": "string",
+    "forced": "string",
+    "settled": "boolean",
     "policy": "string",
 }
 FREE_TEXT = ("name", "reason", "struck_out")
