@@ -4,6 +4,7 @@ Ray is imported here only. It listens on all interfaces whatever it is told, so 
 a token that only this user can read.
 """
 
+import atexit
 import io
 import logging
 import math
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,6 @@ class Cluster:
 
     ray: Any
     owned: bool
-    _secret: Path | None = None
     _stdout: Any = None
     _nodes: list[Mapping[str, Any]] = field(default_factory=list[Mapping[str, Any]])
     _read: float = -math.inf
@@ -85,10 +86,6 @@ class Cluster:
             self.owned = False
         if self._stdout is not None:
             sys.stdout, self._stdout = self._stdout, None
-        if self._secret is not None:
-            shutil.rmtree(self._secret, ignore_errors=True)
-            for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-                os.environ.pop(name, None)
 
 
 def connect(address: str | None, cpus: int) -> Cluster:
@@ -112,7 +109,7 @@ def connect(address: str | None, cpus: int) -> Cluster:
         settings = {"address": "local", "num_cpus": cpus, "include_dashboard": False,
                     "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)
-    cluster = Cluster(ray, owned=True, _secret=secret, _stdout=sys.stdout)
+    cluster = Cluster(ray, owned=True, _stdout=sys.stdout)
     sys.stdout = _ToLog()  # ray prints there what happens to its workers, and stdout belongs to --json
     try:
         ray.init(**settings, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
@@ -143,13 +140,21 @@ def _knock(address: str) -> None:
 
 
 def make_token() -> Path:
-    """A new folder of ours with a token in it, which clusters that this process starts will ask for; what ray makes by
+    """Turn tokens on for the clusters that this process starts; the folder that holds the token. What Ray makes by
     itself would lie in the home folder for all to read."""
+    folder = _token_folder()
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    return folder
+
+
+@cache
+def _token_folder() -> Path:
+    """One a process, because Ray reads the token once. It goes when the process ends."""
     folder = Path(tempfile.mkdtemp(prefix="nightpress-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     file = os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     with os.fdopen(file, "w") as token:
         token.write(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     return folder
 
 

@@ -40,7 +40,8 @@ def run_folder(factory: pytest.TempPathFactory) -> Path:
             "code": "c0de", "reference_accuracy": {"given": 1.0, "trained_longer": 1.0, "counted": 1.0},
             "started": "2026-01-31T22:00:00+00:00", "deadline": "2026-02-01T07:00:00+00:00",
         }  # fmt: skip
-        (folder / "state.json").write_text(json.dumps(state))
+        begun = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps({**begun, **state}))
         evaluator = Evaluator(_recipe(place))
         for policy, latency_ms in zip(policies(place.anatomy), LATENCIES_MS, strict=True):
             _add(folder, evaluator, policy, latency_ms)

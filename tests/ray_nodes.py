@@ -1,7 +1,6 @@
 """A Ray cluster of several nodes on this machine, to lose one of."""
 
 import os
-import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ def two_nodes() -> Generator[tuple[Cluster, list[Any], Any]]:
     """
     before = dict(os.environ)
     os.environ |= {**HEALTH, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parent)}
-    token = make_token()
+    make_token()
     from ray.cluster_utils import Cluster as Nodes
 
     small = {"object_store_memory": OBJECT_STORE_BYTES}
@@ -40,6 +39,5 @@ def two_nodes() -> Generator[tuple[Cluster, list[Any], Any]]:
             cluster.close()
     finally:
         nodes.shutdown()
-        shutil.rmtree(token)
         os.environ.clear()
         os.environ.update(before)

@@ -23,6 +23,7 @@ from nightpress.evaluators.latency.target import Target, target_to_dict
 from nightpress.export import Options, export_trial
 from nightpress.export.folder import swap
 from nightpress.search.finalists import verified_of
+from nightpress.search.mark import mark
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 from nightpress.search.session import latency_of
 from nightpress.spaces.errors import InputError
@@ -73,6 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         state={
             "state": "done", "task": "tiny", "model": anatomy.digest, "data": "da7a", "code": "c0de",
             "reference_accuracy": {"given": 0.8, "trained_longer": 0.85, "counted": 0.85},
+            "mark": mark(place.task, None),
         },
         trials=(original, trial), decisions=(), sensitivity=None,
         target={"device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"}},

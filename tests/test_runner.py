@@ -29,16 +29,21 @@ def cluster() -> Generator[Cluster]:
     started.close()
 
 
-@pytest.fixture(scope="module")
-def acts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("acts")
-
-
 @pytest.fixture(scope="module", params=["local", "ray"])
-def runner(request: pytest.FixtureRequest, acts: Path) -> Generator[Runner]:
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def acts(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp(f"acts-{kind}")
+
+
+@pytest.fixture(scope="module")
+def runner(request: pytest.FixtureRequest, kind: str, acts: Path) -> Generator[Runner]:
     """Two workers, used by all tests of a kind: starting them is what takes time."""
     make = Acting(acts)
-    if request.param == "local":
+    if kind == "local":
         made: Runner = LocalRunner(make, 2, MEMORY_BYTES)
     else:
         needs = Needs(cpu=1, memory_bytes=MEMORY_BYTES)

@@ -27,6 +27,7 @@ from nightpress.evaluators.latency.profile import calibrate, profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
+from nightpress.search.mark import mark
 from nightpress.search.prepare import space_of
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.resolved import resolved_config
@@ -210,7 +211,8 @@ def write_run(config: Path) -> Path:
     settings = load_config(config)
     settings.out.mkdir(parents=True)
     (settings.out / "config.yaml").write_text(yaml.safe_dump(resolved_config(settings)))
-    (settings.out / "state.json").write_text(json.dumps({"state": "interrupted", "phase": "inspect"}))
+    state = {"state": "interrupted", "phase": "inspect", "mark": mark(settings.task, settings.base)}
+    (settings.out / "state.json").write_text(json.dumps(state))
     return settings.out
 
 

@@ -28,7 +28,7 @@ from .units import Work, Worker
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Predict = Callable[[Choices], Array]
+Predict = Callable[[Choices], NDArray[np.floating[Any]]]
 COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
@@ -222,7 +222,7 @@ def _scaled(tables: Tables, scale: float) -> Predict:
     return lambda choices: tables.sums(choices).total * scale
 
 
-def _unit_process(tables: Tables, correct: Callable[[Array, Array], Array]) -> Predict:
+def _unit_process(tables: Tables, correct: Callable[[Any, Array], Array]) -> Predict:
     def predict(choices: Choices) -> Array:
         sums = tables.sums(choices)
         return correct(sums.total, _sum_features(sums))

@@ -1,7 +1,7 @@
 """Sums of units for batches of policies by looking them up: what a unit costs depends on its variant and on two sizes
 that take few values, so that each combination is worked out once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Sums:
     model_mb: Array
 
 
-def sums_of(parts: dict[str, Array], work: Work) -> Sums:
+def sums_of(parts: Mapping[str, Array], work: Work) -> Sums:
     """From the parts of an :class:`InSitu`."""
     nothing = np.zeros(work.count)
     groups = [
