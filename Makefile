@@ -22,7 +22,7 @@ demo: $(VENV)/.extra-demo ## compress the example in a new folder under runs/, a
 	$(BIN)/nightpress export $(DEMO_RUN) best --out $(DEMO_RUN)/export
 
 test: $(VENV)/.extra-test ## run all tests, slow ones too (ARGS="-m 'not slow'" leaves those out)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.extra-dev ## lint, format, types, the tests that guard the structure, known vulnerabilities
 	$(BIN)/ruff check .

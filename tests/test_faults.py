@@ -170,25 +170,3 @@ def test_a_lost_target_device_ends_the_night_gracefully_and_it_is_verified_later
 
     assert again["state"] == "done"
     assert all(point["measured"] for point in again["front"])
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(200)
-def test_a_second_ctrl_c_ends_it_at_once_and_the_record_says_so(tmp_path: Path) -> None:
-    task = tiny.write_task(tmp_path, SLOW)
-    profile = tiny.write_profile(tmp_path / "profile.json", tiny.anatomy_of(task))
-    config = tiny.write_config(tmp_path, task="task.py:slow", target=str(profile))
-    state = tmp_path / "run" / "state.json"
-    with driver("run", config, "--json") as process:
-        while not state.is_file() or json.loads(state.read_text())["phase"] != "baselines":
-            assert process.poll() is None
-            time.sleep(0.05)
-        workers = list(children(process.pid))
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-
-    assert process.returncode == 130
-    assert json.loads(state.read_text())["state"] == "interrupted"
-    assert not [number for number in workers if Path(f"/proc/{number}/exe").exists()]
