@@ -4,6 +4,8 @@ It runs in worker processes. The task is built once a process; results travel ba
 weights as checkpoints that are written whole or not at all.
 """
 
+import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable
@@ -121,6 +123,7 @@ class Evaluator:
     def __call__(self, job: Job, progress: Callable[[float], None] | None = None) -> Outcome:
         """Evaluate. Raises DivergedError, MemoryError, or whatever the user's code raises."""
         start = time.perf_counter()
+        _give_back_memory()
         self.trainer.batch_size = job.batch_size or self.recipe.batch_size
         compute = self.recipe.compute
         self.compute = replace(compute, evaluation_batch=job.batch_size or compute.evaluation_batch)
@@ -251,6 +254,12 @@ def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -
 def checkpoint(folder: Path, rung: str) -> Path:
     """Where a rung leaves its weights."""
     return folder / f"{rung}.safetensors"
+
+
+def _give_back_memory() -> None:
+    """What the trial before has freed: glibc keeps it in pieces, and a process grew by 8 % over 200 trials."""
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def save_checkpoint(module: nn.Module, path: Path) -> None:
