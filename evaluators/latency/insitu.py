@@ -8,7 +8,6 @@ slower: of a profile only the shares are believed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +60,7 @@ class Kind:
         factor = np.exp(_clipped(correction))
         return np.maximum(units.terms @ self.costs, _LEAST_MS) * factor, units.streamed * factor
 
-    def of_model(self, model_mb: NDArray[np.floating[Any]]) -> tuple[Array, Array]:
+    def of_model(self, model_mb: Array) -> tuple[Array, Array]:
         """Factor of a model's units, and h(M) times it, each of shape (n,)."""
         factor = np.exp(_clipped(_model_features(model_mb) @ self.model_shape))
         return factor, factor * (streams(model_mb) @ self.stream)

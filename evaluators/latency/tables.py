@@ -90,7 +90,7 @@ class Tables:
         )
         for row, name in enumerate(names):
             if name in self._units.kinds:
-                factors[row], further[row] = self._units.kinds[name].of_model(model_mb)
+                factors[row], further[row] = self._units.kinds[name].of_model(model_mb.astype(np.float64))
         return factors, further
 
     def _price_layers(self, state: State, new: Mask) -> Array:
