@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, to lose one of."""
 
 import os
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,13 @@ def two_nodes() -> Generator[tuple[Cluster, list[Any], Any]]:
     """
     before = dict(os.environ)
     os.environ |= {**HEALTH, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parent)}
+    imported = "ray" in sys.modules
     make_token()
+    import ray
     from ray.cluster_utils import Cluster as Nodes
+
+    if imported:  # it read the environment then
+        ray._raylet.Config.initialize("")  # type: ignore[attr-defined]
 
     small = {"object_store_memory": OBJECT_STORE_BYTES}
     nodes: Any = Nodes(initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False})
