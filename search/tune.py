@@ -15,7 +15,7 @@ Limits:
 
 - ``Tuner.restore`` does not bring a night back; ``resume=True`` does: the study in the run folder is the record,
   and Tune's own files are not needed for it. What Tune ran when its driver was killed goes on at its last rung.
-- Tune sees a trial's accuracy, latency and size as metrics, not the search's objectives: its own best trial is none of
+- Tune sees a trial's accuracy alone as its metric, not the search's objectives: its own best trial is none of
   ours. A scheduler of Tune's that stops trials (ASHA, median) looks at one metric and throws an end of the front away;
   such a trial counts as STOPPED with what it had reached. Schedulers that pause or clone trials are not supported.
 - Trials that need no training (known, or beyond a limit) never reach Tune, so it counts fewer than the run folder does.
