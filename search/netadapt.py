@@ -1,54 +1,30 @@
 """The greedy rival: NetAdapt (Yang et al. 2018) as an Optuna sampler, each step judged by a real fine-tune."""
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial
 
 from ..spaces.policy import INT8, Policy, digest
-from ..spaces.space import Space, canonical, uniform
-from .costs import Costs
+from ..spaces.space import canonical, uniform
+from .policy_sampler import PolicySampler
 
 STEP = 0.12
 """Share of the latency that one step saves (the paper begins with 0.05; a night has fewer trials)."""
 
 
 @dataclass
-class NetAdaptSampler(optuna.samplers.BaseSampler):
+class NetAdaptSampler(PolicySampler):
     """Each round tries, for every group, the smallest cut that saves the round's latency, and every removable block;
     the most accurate of them is where the next round begins. All of it follows from the study's trials, so a resumed
     run goes on where it was."""
 
-    space: Space
-    costs: Costs
-    seed: int
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._rounds: dict[str, list[Policy]] = {}
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        from .sampler import distributions
-
-        return distributions(self.space)
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs:
-            return {}
-        policy = self._next(study) or self.space.random(np.random.default_rng((self.seed, trial.number)))
-        return {name: value for name, value in self.space.params(policy).items() if name in search_space}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return optuna.samplers.RandomSampler(seed=self.seed + trial.number).sample_independent(
-            study, trial, param_name, param_distribution
-        )
+    def propose(self, study: Study, number: int) -> Policy:
+        return self._next(study) or self.space.random(np.random.default_rng((self.seed, number)))
 
     def _next(self, study: Study) -> Policy | None:
         """The next policy of the current round; None when no group can be cut further."""

@@ -6,16 +6,13 @@ hypervolume after the long fine-tune.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial
 from threadpoolctl import threadpool_limits
 
 from ..spaces.policy import Policy
@@ -27,6 +24,7 @@ from .experience import Experience
 from .gain import Target, expected_gain, target
 from .memory import Memory
 from .netadapt import NetAdaptSampler
+from .policy_sampler import PolicySampler
 from .proposals import Sensitivity
 from .records import Rung
 from .surrogate import RUNGS, Describer, Kernel, Surrogate
@@ -39,29 +37,6 @@ SCREENED = 600
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialSuggest:
-    """An Optuna trial as the space's :class:`~nightpress.spaces.space.Suggest`."""
-
-    trial: Trial
-
-    def choice(self, name: str, values: Sequence[str]) -> str:
-        return self.trial.suggest_categorical(name, list(values))
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        return self.trial.suggest_int(name, low, high)
-
-    def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return self.trial.suggest_float(name, low, high, log=log)
-
-
-def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's description of the space."""
-    recorder = _Recorder()
-    space.sample(recorder)
-    return recorder.found
 
 
 def make_sampler(name: str, seed: int, trials: int, space: Space, costs: Costs) -> optuna.samplers.BaseSampler:
@@ -103,16 +78,13 @@ class Options:
 
 
 @dataclass
-class NightpressSampler(optuna.samplers.BaseSampler):
+class NightpressSampler(PolicySampler):
     """Proposes the policy with the largest expected hypervolume gain out of a population bred for it.
 
     Policies that are being evaluated count as if they had come out as expected, so workers in parallel get
     different ones.
     """
 
-    space: Space
-    costs: Costs
-    seed: int
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
@@ -123,38 +95,24 @@ class NightpressSampler(optuna.samplers.BaseSampler):
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.encoder = Encoder(self.space)
         self.experience = Experience(self.encoder)
-        self._described = distributions(self.space)
         self._quick: QuickCosts | None = None
         self._fitted: tuple[int, Any] | None = None
         self._survivors: Array | None = None
         self._spread = 0.2
         self._recalled = False
 
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._described
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if "fixed_params" in trial.system_attrs:  # an enqueued policy: nothing to propose
-            return {}
-        generator = np.random.default_rng((self.seed, trial.number))
+    def propose(self, study: Study, number: int) -> Policy:
+        generator = np.random.default_rng((self.seed, number))
         self.experience.read(study)
-        self._recall(trial.number)
+        self._recall(number)
         with threadpool_limits(limits=1, user_api="blas"):  # small matrices: threads would only wait for each other
             policy = self._propose(generator)
         if self.memory is not None:
-            self.memory.keep(trial.number, self._remembered())
-        return {name: value for name, value in self.space.params(policy).items() if name in search_space}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return optuna.samplers.RandomSampler(seed=self.seed + trial.number).sample_independent(
-            study, trial, param_name, param_distribution
-        )
+            self.memory.keep(number, self._remembered())
+        return policy
 
     def _propose(self, generator: np.random.Generator) -> Policy:
         known = self.experience
@@ -256,20 +214,3 @@ class NightpressSampler(optuna.samplers.BaseSampler):
         costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
         hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
         return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, aim)))]
-
-
-@dataclass(slots=True)
-class _Recorder:
-    found: dict[str, BaseDistribution] = field(default_factory=dict[str, BaseDistribution])
-
-    def choice(self, name: str, values: Sequence[str]) -> str:
-        self.found[name] = CategoricalDistribution(list(values))
-        return values[0]
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        self.found[name] = IntDistribution(low, high)
-        return low
-
-    def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        self.found[name] = FloatDistribution(low, high, log=log)
-        return low

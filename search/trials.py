@@ -10,8 +10,8 @@ from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .disk import find_room, is_full
+from .policy_sampler import TrialSuggest
 from .records import Latency, Rung, TrialRecord, TrialState
-from .sampler import TrialSuggest
 from .session import TICK_SECONDS, Session, quality_of
 from .stopping import spared, verdict
 from .store import policy_of

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nightpress.search.memory import Memory
+from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.records import TrialState
-from nightpress.search.sampler import NightpressSampler, TrialSuggest, make_sampler
+from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import Space

@@ -7,9 +7,10 @@ import optuna
 import pytest
 
 from nightpress.search.pareto import hypervolume, losses
+from nightpress.search.policy_sampler import TrialSuggest, distributions
 from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, probes, sensitivity_of
 from nightpress.search.records import Latency, Quality, TrialState
-from nightpress.search.sampler import NightpressSampler, TrialSuggest, distributions, make_sampler
+from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import Store, open_storage, policy_of, read_study
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.errors import InputError

@@ -14,6 +14,7 @@ from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
 from nightpress.search.netadapt import NetAdaptSampler
 from nightpress.search.pareto import hypervolume
+from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.proposals import (
     Sensitivity,
     baselines,
@@ -24,7 +25,6 @@ from nightpress.search.proposals import (
     pointless,
 )
 from nightpress.search.records import Latency, Quality, TrialRecord, TrialState
-from nightpress.search.sampler import TrialSuggest
 from nightpress.search.stopping import likely_gain, spared, upper_bound, verdict, wrongly
 from nightpress.search.store import Store, open_storage, policy_of
 from nightpress.search.surrogate import RUNGS, Describer, Observation, Scale, Surrogate

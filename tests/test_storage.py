@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 import test_search as made
 from nightpress.search.records import TrialState
-from nightpress.search.sampler import TrialSuggest
+from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.store import Store, open_storage
 from nightpress.spaces.policy import FP32, INT8, digest
 from nightpress.spaces.space import Space
