@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -81,17 +80,6 @@ def phase(run: Path) -> str | None:
     return json.loads(path.read_text()).get("phase") if path.is_file() else None
 
 
-@contextmanager
-def driver(*words: object) -> Generator[subprocess.Popen[str]]:
-    """A command that goes on beside the test; killed at the end, should it still run."""
-    process = subprocess.Popen(tiny.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture
 def slow_config(tmp_path: Path) -> Path:
     """A night that takes its time over each trial; its target is not measured anew."""
@@ -141,7 +129,7 @@ def test_trials_that_fail_do_not_end_the_night(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with driver("run", slow_config, "--json") as process:
+    with tiny.driver("run", slow_config, "--json") as process:
         wait_for(lambda: phase(run) == "baselines" and len(ended(run)) >= 3, process)
         status = tiny.nightpress("status", run, "--json").json
         assert (status["state"], status["phase"]) == ("running", "baselines")
@@ -166,7 +154,7 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
 
 def test_a_second_ctrl_c_ends_it_at_once(slow_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with driver("run", slow_config, "--json") as process:
+    with tiny.driver("run", slow_config, "--json") as process:
         wait_for(lambda: phase(run) == "baselines" and len(ended(run)) >= 1, process)
         for _ in range(2):
             process.send_signal(signal.SIGINT)
@@ -180,14 +168,14 @@ def test_a_second_ctrl_c_ends_it_at_once(slow_config: Path, tmp_path: Path) -> N
 
 def test_kill_9_loses_and_repeats_nothing(slow_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with driver("run", slow_config, "--json") as process:
+    with tiny.driver("run", slow_config, "--json") as process:
         wait_for(lambda: phase(run) == "baselines" and len(ended(run)) >= 4, process)
         os.kill(process.pid, signal.SIGKILL)
     before = finished(run)
     assert len(before) >= 4
 
     words = ("run", slow_config, "--resume", "--budget", "150s", "--json")
-    with driver(*words) as process:
+    with tiny.driver(*words) as process:
         wait_for(lambda: len(list(run.glob("artifacts/*/long.json"))) >= 2, process)
         os.kill(process.pid, signal.SIGKILL)
     later = finished(run)

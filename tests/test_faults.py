@@ -6,8 +6,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,21 +19,6 @@ from nightpress.evaluators.quality import Score
 from nightpress.search.folder import read_run
 from nightpress.search.jobs import FIRST_CAP_SECONDS, LEAST_CAP_SECONDS, PATIENCE, PEERS, Jobs
 from nightpress.search.worker import GRACE_SECONDS, HUNG, WORKER_LOST, Failure
-
-SLOW = """
-import time
-
-import torch.nn.functional as F
-
-
-def slow() -> Task:
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        time.sleep(0.1)
-        return F.cross_entropy(outputs, targets)
-
-    return build(loss=loss)
-"""
-
 
 # How long a job may run
 
@@ -107,17 +91,6 @@ def test_a_worker_that_had_to_end_with_its_job_is_no_lost_worker(tmp_path: Path)
 # A night
 
 
-@contextmanager
-def driver(*words: object) -> Generator[subprocess.Popen[str]]:
-    """A command that goes on beside the test; killed at the end, should it still run."""
-    process = subprocess.Popen(tiny.command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def children(process: int) -> dict[int, str]:
     """The processes that a process has started, with their command lines."""
     found: dict[int, str] = {}
@@ -150,7 +123,7 @@ def test_a_lost_target_device_ends_the_night_gracefully_and_it_is_verified_later
     config = tiny.write_config(tmp_path, target=str(profile), search={"max_trials": 2})
     killed: list[int] = []
 
-    with driver("run", config, "--json") as process:
+    with tiny.driver("run", config, "--json") as process:
         watcher = threading.Thread(target=kill_timers, args=(process, killed))
         watcher.start()
         out, err = process.communicate(timeout=200)

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
@@ -246,6 +247,17 @@ def nightpress(*words: object, cwd: Path | None = None, timeout: float = 240) ->
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "nightpress.cli", *map(str, words)]
+
+
+@contextmanager
+def driver(*words: object) -> Generator[subprocess.Popen[str]]:
+    """A command that goes on beside the test; killed at the end, should it still run."""
+    process = subprocess.Popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def bare_python(folder: Path) -> Path:
