@@ -4,27 +4,22 @@ import socketserver
 import wsgiref.simple_server
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from .options import RunDir
-from .output import say
+from .options import Port, RunDir
+from .output import say, serve
 
 Wsgi = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 def dashboard(
     folder: RunDir,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    port: Port = 0,
 ) -> None:
     """Optuna's dashboard on a run, on this machine and read-only. Example: nightpress dashboard runs/plates"""
     with make_server(folder, port) as server:
         say(f"dashboard of {folder} at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("")
+        serve(server)
 
 
 def make_server(folder: Path, port: int) -> wsgiref.simple_server.WSGIServer:

@@ -19,7 +19,7 @@ from ..evaluators.inspect import network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities
 from ..evaluators.latency.kit import read_results, write_kit
-from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing
+from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing, noise_warnings
 from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
 from ..evaluators.latency.units import Worker
@@ -27,7 +27,6 @@ from ..evaluators.task import Task
 from ..search.config import RunConfig
 from ..search.prepare import space_of
 from ..search.proposals import baselines
-from ..search.session import noise_warnings
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest

@@ -13,5 +13,6 @@ TargetRef = Annotated[str, typer.Option("--target", metavar="T", help="onnxrunti
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 PolicyFiles = Annotated[list[Path], typer.Argument(metavar="POLICY.json...", help="Policy files.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 ForceProfile = Annotated[bool, typer.Option("--force", help="Take a profile of another device or model all the same.")]

@@ -5,6 +5,7 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from socketserver import BaseServer
 from typing import Any
 
 import typer
@@ -20,6 +21,14 @@ def emit(data: Mapping[str, Any]) -> None:
 def say(text: str) -> None:
     """A line for a person on stdout."""
     typer.echo(text)
+
+
+def serve(server: BaseServer) -> None:
+    """Answer requests until Ctrl-C."""
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        say("")
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, RunDir
-from .output import emit, log_to_stderr, say
+from .options import Json, Port, RunDir
+from .output import emit, log_to_stderr, say, serve
 from .points import find_trial
 
 Trial = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's number, or best, knee, fastest, accurate.")]
@@ -30,7 +30,7 @@ def reject(folder: RunDir, trial: Trial, note: Note, json: Json = False) -> None
 
 def review(
     folder: RunDir,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    port: Port = 0,
 ) -> None:
     """Serve the report on this machine, with buttons to pick and reject points.
     Example: nightpress review runs/plates"""
@@ -39,10 +39,7 @@ def review(
     log_to_stderr()
     with ReviewServer(folder, port) as server:
         say(f"review {folder} at {server.url} (Ctrl-C ends it)")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            say("")
+        serve(server)
     if server.words:
         _write_report(folder)
     say(f"{server.words} {'entry' if server.words == 1 else 'entries'} kept in {folder}")

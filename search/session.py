@@ -1,7 +1,6 @@
 """What all phases of a night share, and how they are told to stop."""
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timer, Timing, noise_warnings
 from ..evaluators.latency.profile import Profile, profile_to_dict
-from ..evaluators.latency.timer import cores
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..evaluators.task import Task
@@ -45,8 +43,6 @@ log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 T = TypeVar("T")
 MINUTE_SECONDS = 60.0
-BUSY_CORES = 0.2
-"""Of other processes during a measurement, from which on it is worth a warning."""
 
 
 class InterruptionError(Exception):
@@ -335,23 +331,6 @@ class Session:
             self.folder.decide(phase, "the measurement is repeated", f"it was lost: {error}")
             with self.timer(phase) as timer:
                 return measure(timer)
-
-
-def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
-    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
-    found: list[str] = []
-    busy = reference.busy_cores
-    if busy is not None and busy >= BUSY_CORES:
-        found.append(
-            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
-            f"{os.getloadavg()[0]:.1f} on {cores()}): end them for the night, or the figures hold for a busy machine"
-        )
-    if unsettled:
-        found.append(
-            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
-            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
-        )
-    return found
 
 
 def file_size(planned: Plan) -> int:

@@ -13,13 +13,20 @@ from nightpress.evaluators.bake import bake
 from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency import timer as script
-from nightpress.evaluators.latency.measure import AGREE, REFERENCE, MeasurementError, Timer, Timing, write_random
+from nightpress.evaluators.latency.measure import (
+    AGREE,
+    REFERENCE,
+    MeasurementError,
+    Timer,
+    Timing,
+    noise_warnings,
+    write_random,
+)
 from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
 from nightpress.search.finalists import LEAST_AGREEMENT
-from nightpress.search.session import noise_warnings
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy

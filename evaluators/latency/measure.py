@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ AGREE = 0.02
 """Windows are added until the two lowest lie within this share of each other."""
 LEAST_ROUNDS, MOST_ROUNDS = 4, 20
 KERNEL_PASSES = 3
+BUSY_CORES = 0.2
+"""Of other processes during a measurement, from which on it is worth a warning."""
 WINDOW_MS, ROUND_MS = 25, 600
 """A burst of other work lasts one to two seconds: rounds are spread so that it meets few windows of a model."""
 
@@ -72,6 +75,24 @@ class Timing:
     def halves_ms(self) -> tuple[float, float]:
         """Two independent measurements of the same model: the lowest of the even and of the odd windows."""
         return min(self.windows_ms[::2]), min(self.windows_ms[1::2] or self.windows_ms)
+
+
+def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
+    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
+    found: list[str] = []
+    busy = reference.busy_cores
+    if busy is not None and busy >= BUSY_CORES:
+        found.append(
+            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
+            f"{os.getloadavg()[0]:.1f} on {script.cores()}): end them for the night, or the figures hold for a busy "
+            "machine"
+        )
+    if unsettled:
+        found.append(
+            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
+            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
+        )
+    return found
 
 
 class MeasurementError(RuntimeError):
