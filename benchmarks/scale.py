@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -136,6 +137,9 @@ class Instant:
         done, self._done = self._done, []
         yield from done
 
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def close(self) -> None:
         self._done.clear()
 
@@ -196,6 +200,9 @@ class Simulation:
         """Seconds of work that lie behind all workers together."""
         now = self.now()
         return self.worked - sum(max(0.0, end - now) for end, *_ in self._queue)
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def close(self) -> None:
         self._queue.clear()

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,10 @@ class RayRunner:
         job = replace(job, folder=job.folder.absolute())
         reference = self._task.remote([self._make], self._run, job, cap_seconds, self._memory_bytes)
         self._keys[reference] = key
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Nothing: a cluster times on a node of its own; on one machine, Ray's workers go on."""
+        return nullcontext()
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
         if not self._keys:

@@ -1,12 +1,15 @@
 """Where evaluations run. A runner has three methods; it never decides anything."""
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -17,6 +20,8 @@ from .worker import WORKER_LOST, Factory, Failure, Worker, settle
 
 MEMORY_SHARE = 0.8
 """Of the machine's memory, for all workers together."""
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 
 
 class Runner(Protocol):
@@ -39,6 +44,10 @@ class Runner(Protocol):
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results that came within the timeout, as soon as there is at least one."""
+        ...
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Inside, no job uses the driver's machine, so that something can be timed there."""
         ...
 
     def close(self) -> None:
@@ -104,6 +113,17 @@ class LocalRunner:
             self._start_waiting()
             yield key, result
 
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        stopped = [worker.process for worker in self._processes if worker.key is not None]
+        for process in stopped:
+            _signal(process, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stopped:
+                _signal(process, signal.SIGCONT)
+
     def close(self) -> None:
         for worker in self._processes:
             worker.process.kill()
@@ -145,10 +165,18 @@ class LocalRunner:
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
+def _signal(process: SpawnProcess, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has just died, which its pipe will tell
+        if process.pid is not None:
+            os.kill(process.pid, number)
+
+
 def _serve(pipe: Connection, make: Factory, progress: Any, memory_bytes: int) -> None:
     """A worker's life: one job after another, until the driver is gone."""
     settle(memory_bytes)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
+    with contextlib.suppress(AttributeError, OSError):  # Linux only: ends a worker that is paused when the driver dies
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     worker = Worker(make)
 

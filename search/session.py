@@ -314,9 +314,10 @@ class Session:
 
     @contextmanager
     def timer(self, phase: str) -> Generator[Timer]:
-        """A timer of the target device; its seconds are counted, and the noise that it hears is kept."""
+        """A timer of the target device, while training is paused; its seconds are counted, and the noise that it hears
+        is kept."""
         listener = partial(self.measured, phase=phase)
-        with self.measuring(), self.places.timer(self.config.target, listener) as timer:
+        with self.measuring(), self.runner.paused(), self.places.timer(self.config.target, listener) as timer:
             yield timer
 
     def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:

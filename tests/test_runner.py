@@ -158,6 +158,19 @@ def test_a_job_that_hears_nothing_ends_with_its_worker(runner: Runner, tmp_path:
     assert failure.kind == WORKER_LOST
 
 
+def test_a_paused_runner_works_on_nothing_and_goes_on_later(tmp_path: Path, acts: Path) -> None:
+    runner = LocalRunner(Acting(acts), 1, MEMORY_BYTES)
+    try:
+        runner.submit(0, job("sleep 1", tmp_path / "paused"))
+        while not list(acts.glob("begun-sleep-paused-*")):
+            time.sleep(0.02)
+        with runner.paused():
+            assert not dict(runner.as_completed(2.0))
+        assert list(all_of(runner, 1)) == [0]
+    finally:
+        runner.close()
+
+
 def test_a_closed_runner_has_ended_its_workers(acts: Path, tmp_path: Path, cluster: Cluster) -> None:
     for made in (LocalRunner(Acting(acts), 1), RayRunner(cluster, Acting(acts), Needs(), 1, acts)):
         folder = tmp_path / type(made).__name__
