@@ -140,10 +140,6 @@ class Anatomy:
     def group(self, name: str) -> Group:
         return {g.name: g for g in self.groups}[name]
 
-    def op_of_layer(self) -> dict[str, Op]:
-        ops = {op.name: op for op in self.ops}
-        return {layer.name: ops[layer.op] for layer in self.layers}
-
 
 def kept_channels(group: Group, ratio: float) -> int:
     """Channels that stay: a multiple of the step nearest to the ratio, never below one step.

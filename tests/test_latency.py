@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from nightpress.evaluators.bake import bake
 from nightpress.evaluators.latency.calibrate import covering
-from nightpress.evaluators.latency.features import payload_bytes
 from nightpress.evaluators.latency.measure import (
     REFERENCE,
     MeasurementError,
@@ -28,6 +27,7 @@ from nightpress.evaluators.latency.measure import (
 )
 from nightpress.evaluators.latency.predictor import conformal_margin, spearman
 from nightpress.evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from nightpress.evaluators.latency.sizes import payload_bytes
 from nightpress.evaluators.latency.target import Fingerprint, Target, check_target, target_from_dict, target_to_dict
 from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.onnx_graph import build_onnx

@@ -16,10 +16,10 @@ from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.plans import Choices, choices_of, chunks
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .features import payload_bytes, structure
 from .measure import REFERENCE, Timer, Timing, measure_policies
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import Measured, Predictor, fit
+from .sizes import payload_bytes, structure
 from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, target_from_dict, target_to_dict
 from .units import Worker
 
@@ -56,7 +56,7 @@ class Profile:
     predictor: Predictor
     worker: Worker
     overheads: NDArray[np.float64]
-    """Bytes for each count of :func:`~nightpress.evaluators.latency.features.structure`."""
+    """Bytes for each count of :func:`~nightpress.evaluators.latency.sizes.structure`."""
     remote: bool = False
     """Whether a kit was measured on another device: nothing here can measure what it predicts."""
     forced: tuple[str, ...] = ()
