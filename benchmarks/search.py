@@ -26,8 +26,9 @@ import yaml
 from nightpress.search.costs import Costs
 from nightpress.search.folder import read_run
 from nightpress.search.pareto import hypervolume
+from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.records import Quality, RunRecord, TrialRecord, TrialState
-from nightpress.search.sampler import NightpressSampler, TrialSuggest, make_sampler
+from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import JOURNAL, Store, open_storage
 from nightpress.spaces.anatomy import Anatomy, Block, Group, Layer, Op
 from nightpress.spaces.plan import plan

@@ -22,10 +22,11 @@ from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig
 from nightpress.search.encoding import Encoder
 from nightpress.search.pareto import hypervolume, non_dominated
+from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.prepare import space_of
 from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, sensitivity_of
 from nightpress.search.records import Quality, TrialState
-from nightpress.search.sampler import NightpressSampler, Options, TrialSuggest, make_sampler
+from nightpress.search.sampler import NightpressSampler, Options, make_sampler
 from nightpress.search.store import Store, open_storage, policy_of
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import Policy, policy_from_dict, policy_to_dict

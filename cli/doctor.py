@@ -13,10 +13,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..evaluators.latency.capabilities import capabilities
-from ..evaluators.latency.measure import Timer, Timing
+from ..evaluators.latency.measure import BUSY_CORES, Timer, Timing
 from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, missing_runtime
 from ..evaluators.latency.timer import PROVIDERS, runtime_version
-from ..search.session import BUSY_CORES
 
 PACKAGES = (
     "nightpress", "torch", "torchvision", "optuna", "onnx", "onnxruntime", "scikit-learn", "plotly",
