@@ -26,6 +26,10 @@ class Experience:
         self._encoder = encoder
         self._finished: dict[int, dict[str, Any]] = {}
         self._entries: list[dict[str, Any]] = []
+        self.rows = np.zeros((0, len(encoder.columns)))
+        """Policies whose costs are known, shape (n, columns)."""
+        self.costs = np.zeros((0, 2))
+        """Latency in ms and size in bytes of each of the rows."""
         self.digests: set[str] = set()
         """Of all policies that ever began, so that none is proposed twice."""
 
@@ -38,7 +42,7 @@ class Experience:
                 self.digests.add(trial.user_attrs["digest"])
             if trial.state in _COUNTED and "policy" in trial.user_attrs and "reused_from" not in trial.user_attrs:
                 entries.append(self._entry(trial, extra))
-        self._entries = [entry for entry in entries if entry["costs"] is not None]
+        self._keep([entry for entry in entries if entry["costs"] is not None])
 
     def take(self, trials: Sequence[TrialRecord]) -> None:
         """Bring up to date with the records of a run instead."""
@@ -57,7 +61,12 @@ class Experience:
                     "full": trial.state is TrialState.COMPLETE,
                 }
             )
-        self._entries = entries
+        self._keep(entries)
+
+    def _keep(self, entries: list[dict[str, Any]]) -> None:
+        self._entries, size = entries, len(entries)
+        self.rows = np.array([e["row"] for e in entries]).reshape(size, len(self._encoder.columns))
+        self.costs = np.array([e["costs"] for e in entries], dtype=np.float64).reshape(size, 2)
 
     def _entry(self, trial: FrozenTrial, extra: Mapping[str, Any]) -> dict[str, Any]:
         entry = self._finished.get(trial.number) or self._read(trial)
@@ -79,16 +88,6 @@ class Experience:
             "full": attrs.get("state") == TrialState.COMPLETE,
         }
 
-    @property
-    def rows(self) -> Array:
-        """Policies whose costs are known, shape (n, columns)."""
-        return np.array([e["row"] for e in self._entries]).reshape(len(self._entries), len(self._encoder.columns))
-
-    @property
-    def costs(self) -> Array:
-        """Latency in ms and size in bytes of each of the rows."""
-        return np.array([e["costs"] for e in self._entries], dtype=np.float64).reshape(len(self._entries), 2)
-
     def observations(self, *, cheap: bool = True) -> list[Observation]:
         """Every accuracy that was seen; without ``cheap`` only the highest rung of trials that were not stopped."""
         found: list[Observation] = []
@@ -106,5 +105,4 @@ class Experience:
         """Costs of the nearest policies that were tried: all that is known where costs are not predicted."""
         span = np.maximum(self._encoder.high - self._encoder.low, 1e-9)
         known, asked = self.rows / span, rows / span
-        nearest = [int(np.argmin(((known - row) ** 2).sum(axis=1))) for row in asked]
-        return self.costs[nearest]
+        return self.costs[np.argmin((known**2).sum(axis=1) - 2 * asked @ known.T, axis=1)]

@@ -29,13 +29,17 @@ class Target:
 
 def target(points: Array, corner: Array) -> Target:
     """The non-dominated points inside the box, most accurate first; a long front is thinned."""
-    inside = points[(points[:, 0] > corner[0]) & (points[:, 1:] < corner[1:]).all(axis=1)]
-    if len(inside):
-        inside = inside[non_dominated(inside * np.array([-1.0, 1.0, 1.0]))]
-        inside = inside[np.argsort(-inside[:, 0], kind="stable")]
+    inside = points[front_of(points, corner)]
     if len(inside) > MOST_FRONT:
         inside = inside[np.unique(np.linspace(0, len(inside) - 1, MOST_FRONT).round().astype(int))]
     return Target(inside, corner)
+
+
+def front_of(points: Array, corner: Array) -> NDArray[np.intp]:
+    """Which points are inside the box and not dominated, the most accurate first."""
+    inside = np.flatnonzero((points[:, 0] > corner[0]) & (points[:, 1:] < corner[1:]).all(axis=1))
+    front = inside[non_dominated(points[inside] * np.array([-1.0, 1.0, 1.0]))] if len(inside) else inside
+    return front[np.argsort(-points[front, 0], kind="stable")]
 
 
 def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target: Target) -> Array:

@@ -33,7 +33,8 @@ class OneWriterJournal(JournalStorage):
         self._may_wait = True
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        self._may_wait = self._may_wait or template_trial is not None
+        waits = template_trial is not None and template_trial.state is TrialState.WAITING
+        self._may_wait = self._may_wait or waits
         return super().create_new_trial(study_id, template_trial)
 
     def get_all_trials(
@@ -66,6 +67,8 @@ class JournalFile(BaseJournalBackend):
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """Entries from number ``log_number_from`` on. Raises InputError naming the line that is damaged."""
+        if log_number_from == self._read_count and self._path.stat().st_size == self._read_to:
+            return []  # asked before and after each entry, and nearly always nothing is new
         with self._path.open("rb") as file:
             if log_number_from >= self._read_count:
                 skip = log_number_from - self._read_count

@@ -25,7 +25,7 @@ RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
-_PLACES = np.array([0.0, 1.0, 1.4])
+_PLACES = np.array([{"bn": 0.0, "short": 1.0, "long": 1.4}.get(rung, 0.7) for rung in RUNGS])
 """Where the rungs stand: the further apart, the less one says about the other."""
 _COLLAPSE = 0.5
 """Of the accuracy's scale: networks below the best by more than this are all equally useless."""
@@ -81,6 +81,8 @@ class Describer:
         blocks = [encoder.columns[i].name.partition(":")[2] for i in encoder.block]
         self._groups, self._blocks = np.array(damages), np.array([sensitivity.blocks.get(n, 0.0) for n in blocks])
         self._bits = _bit_damages(encoder, sensitivity)
+        self._harmed = np.flatnonzero(self._bits.any(axis=1))
+        self._worst = max(float(self._bits.max(axis=1, initial=0.0).sum()), 1e-9)
         self._weights = _shares(self._groups), _shares(self._blocks)
         self.total_macs = float(sum(layer.macs for layer in anatomy.layers))
         self._params = float(sum(layer.params for layer in anatomy.layers))
@@ -89,20 +91,17 @@ class Describer:
         """Additive estimate in nats, shape (n,); a group's damage grows with its ratio squared."""
         ratios = 1 - self.encoder.kept(rows) / self._channels if len(self._channels) else np.zeros((len(rows), 0))
         removed = rows[:, self.encoder.block]
-        found = (2 * ratios) ** 2 @ self._groups + removed @ self._blocks
-        for column, table in zip(self.encoder.bits, self._bits, strict=True):
-            found += table[rows[:, column].astype(np.intp)]
-        return found
+        return (2 * ratios) ** 2 @ self._groups + removed @ self._blocks + self._stored(rows).sum(axis=1)
 
     def macs(self, rows: Array) -> Array:
         """Share of the uncompressed model's multiply-accumulates, shape (n,)."""
-        return self.shapes.work(rows)[0].sum(axis=1) / self.total_macs
+        return self.shapes.totals(rows)[0] / self.total_macs
 
     def __call__(self, rows: Array) -> Parts:
         """(linear, smooth, hyper), each of shape (n, ·)."""
-        macs, weights, _ = self.shapes.work(rows)
-        compute = np.log(np.maximum(macs.sum(axis=1) / self.total_macs, 1e-4))
-        stored = np.log(np.maximum(weights.sum(axis=1) / self._params, 1e-4))
+        macs, weights = self.shapes.totals(rows)
+        compute = np.log(np.maximum(macs / self.total_macs, 1e-4))
+        stored = np.log(np.maximum(weights / self._params, 1e-4))
         damage = np.log(self.damage(rows) + 0.01)
         narrow = (
             np.log2(np.maximum(self.encoder.kept(rows), 1) / self._channels) if len(self._channels) else rows[:, :0]
@@ -115,15 +114,17 @@ class Describer:
         single = np.float32
         return linear.astype(single), smooth.astype(single), self._fine_tune(rows).astype(single)
 
+    def _stored(self, rows: Array) -> Array:
+        """Damage of the bits of each layer where any choice is known to do some, shape (n, ·)."""
+        codes = rows[:, self.encoder.bits[self._harmed]].astype(np.intp)
+        return self._bits[self._harmed, codes]
+
     def _low_bits(self, rows: Array) -> Array:
         """How much each layer's bits are known to damage, as a share; integers of eight bits are nearly free."""
         if not len(self.encoder.bits):
             return rows[:, :0]
-        stacked = np.stack(
-            [t[rows[:, c].astype(np.intp)] for c, t in zip(self.encoder.bits, self._bits, strict=True)], 1
-        )
-        total = max(float(sum(t.max() for t in self._bits)), 1e-9)
-        return np.sqrt(stacked / total) + 0.05 * self.shapes.int8(rows)
+        integers = self.shapes.int8(rows).mean(axis=1)
+        return np.column_stack([np.sqrt(self._stored(rows) / self._worst), 0.3 * integers])
 
     def _fine_tune(self, rows: Array) -> Array:
         parts: list[Array] = []
@@ -136,13 +137,12 @@ class Describer:
         return np.column_stack(parts) if parts else rows[:, :0]
 
 
-def _bit_damages(encoder: Encoder, sensitivity: Sensitivity) -> list[Array]:
-    tables: list[Array] = []
-    for index in encoder.bits:
-        column = encoder.columns[index]
-        known = sensitivity.bits.get(column.name.partition(":")[2], {})
-        tables.append(np.array([known.get(choice, 0.0) for choice in column.choices]))
-    return tables
+def _bit_damages(encoder: Encoder, sensitivity: Sensitivity) -> Array:
+    """Shape (layers, choices)."""
+    columns = [encoder.columns[i] for i in encoder.bits]
+    known = [sensitivity.bits.get(column.name.partition(":")[2], {}) for column in columns]
+    found = [[of.get(choice, 0.0) for choice in column.choices] for column, of in zip(columns, known, strict=True)]
+    return np.array(found, dtype=np.float64).reshape(len(columns), -1 if columns else 0)
 
 
 def _shares(damages: Array) -> Array:
@@ -167,8 +167,8 @@ class Kernel:
 
     def near(self, a: Parts, b: Parts) -> Parts:
         """What does not depend on the rungs: products of the linear parts, nearness as networks and as fine-tunes."""
-        close = np.exp(-_squares(a[1], b[1]) / (2 * self.length**2))
-        tuned = np.exp(-_squares(a[2], b[2]) / 2) * (0.5 + 0.5 * close) if a[2].shape[1] else 0.0 * close
+        close = _nearness(a[1], b[1], self.length)
+        tuned = _nearness(a[2], b[2], 1.0) * (0.5 + 0.5 * close) if a[2].shape[1] else 0.0 * close
         return a[0] @ b[0].T, close, tuned
 
     def __call__(self, near: Parts, i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
@@ -191,12 +191,13 @@ class Kernel:
         """The kernel between ``a`` at rung i and ``b`` at rungs j, times alpha, without making its matrix."""
         wide, alike = _agreement()
         single = np.float32
-        close = np.exp(_squares(a[1], b[1]) * single(-0.5 / self.length**2))
+        close = _nearness(a[1], b[1], self.length)
         found = a[0] @ (b[0].T @ (self.linear**2 * wide[i, j] * alpha)) + (alpha * (0.3 + 3.0 * (i == j))).sum()
         found += close @ (self.smooth**2 * alike[i, j] * alpha).astype(single)
         if a[2].shape[1] and i > 0:
-            tuned = np.exp(_squares(a[2], b[2]) * single(-0.5)) * (single(0.5) + single(0.5) * close)
-            found += tuned @ (self.hyper**2 * (j > 0) * alpha).astype(single)
+            close += 1
+            close *= _nearness(a[2], b[2], 1.0)
+            found += close @ (0.5 * self.hyper**2 * (j > 0) * alpha).astype(single)
         return found
 
     def prior(self, a: Parts, i: int, j: int) -> Array:
@@ -207,8 +208,15 @@ class Kernel:
         return own + 0.3 + 3.0 * (i == j) + self.smooth**2 * alike[i, j] + tuned
 
 
-def _squares(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0.0)
+def _nearness(a: NDArray[Any], b: NDArray[Any], length: float) -> NDArray[Any]:
+    """exp(−|a − b|² / 2·length²), shape (n, m): one product of matrices and three passes over what it gives, since for
+    a whole population passes are what takes time."""
+    left = np.column_stack([a, (a**2).sum(axis=1), np.ones(len(a), a.dtype)])
+    right = np.column_stack([2 * b, -np.ones(len(b), b.dtype), -(b**2).sum(axis=1)])
+    found = left @ right.T
+    np.minimum(found, 0, out=found)
+    found *= 0.5 / length**2
+    return np.exp(found, out=found)
 
 
 class Surrogate:

@@ -65,6 +65,7 @@ class State:
     """What runs where, by policy: codes of layers (layers, n) and of other operations (others, n), sizes of tensors
     (operations, n), and what follows from them."""
 
+    plans: Plans
     count: int
     axes: Array
     elements: Array
@@ -95,6 +96,7 @@ class Worker:
         constants = np.array([self._constants(i) for i in self.layers], np.float64).reshape(-1, 2)
         self._kernel, self._width = constants[:, :1], constants[:, 1:]
         self._sizes = [self._element_axes(i) for i in range(len(ops))]
+        self._last: tuple[Choices, State] | None = None
 
     def axes_of(self, position: int) -> tuple[int, ...]:
         """Rows of the axes that the work of an operation depends on."""
@@ -102,6 +104,16 @@ class Worker:
         return tuple(dict.fromkeys(row for rows in read for row in rows if row is not None))
 
     def state(self, choices: Choices) -> State:
+        """Latency and size ask for the same batch one after the other: the last answer is kept."""
+        if self._last is None or self._last[0] is not choices:
+            self._last = choices, self._state(choices)
+        return self._last[1]
+
+    def channels(self, state: State) -> Array:
+        """Output channels of each layer, shape (layers, n)."""
+        return state.axes[self._out] * self._out_factor
+
+    def _state(self, choices: Choices) -> State:
         plans = self.planner.plans(choices)
         made, count = kernels(self.planner, plans), plans.count
         elements = self._all_elements(plans)
@@ -113,7 +125,8 @@ class Worker:
         nodes = (layer_codes != NO_LAYER).sum(axis=0) + stored.sum(axis=0) + (other_codes != NO_OTHER).sum(axis=0)
         nodes = nodes + (other_codes == 2).sum(axis=0) + sum(amounts[:, 0] for amounts in conversions.values())
         return State(
-            count=count, axes=plans.axes, elements=elements, layer_codes=layer_codes, other_codes=other_codes,
+            plans=plans, count=count, axes=plans.axes, elements=elements, layer_codes=layer_codes,
+            other_codes=other_codes,
             weights=weights, conversions=conversions, nodes=nodes.astype(np.float64),
             model_mb=(weights * _WEIGHT_BYTES[layer_codes]).sum(axis=0) / 2**20 + 1e-3,
         )  # fmt: skip
