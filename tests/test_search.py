@@ -1,6 +1,7 @@
 """What the search decides: samplers, the stopping rule, seeds, the record of trials."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from nightpress.evaluators.latency.units import NO_LAYER, Worker
 from nightpress.search.costs import ManyCosts
 from nightpress.search.pareto import hypervolume, losses
 from nightpress.search.policy_sampler import TrialSuggest, distributions
-from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, probes, sensitivity_of
+from nightpress.search.proposals import (
+    Sensitivity,
+    baselines,
+    greedy_rules,
+    greedy_walk,
+    pointless,
+    probes,
+    rule_count,
+    sensitivity_of,
+)
 from nightpress.search.records import Latency, Quality, TrialState
 from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import Store, open_storage, policy_of, read_study
@@ -246,6 +256,17 @@ def test_baselines_are_the_uncompressed_model_and_uniform_rules(space: Space) ->
     assert rules["uncompressed"].distill.method == "none"
     assert not rules["uncompressed"].prune
     assert all(pair == INT8 for pair in rules["uniform 50% INT8"].bits.values())
+
+
+def test_a_night_plans_for_all_rules_that_it_trains(space: Space) -> None:
+    floats = replace(space, bit_choices=(FP32,))
+    scores = {g.name: [1.0] * g.channels for g in space.anatomy.groups}
+    rules = baselines(space.anatomy, distill=True, scores=scores)
+    walk = greedy_walk(space, Sensitivity(), costs_of(space.anatomy), 1000)
+    trained = {name for name in rules if name not in pointless(rules, costs_of(space.anatomy))}
+
+    assert rule_count(space) == len(trained | set(greedy_rules(walk, rules, costs_of(space.anatomy))))
+    assert rule_count(floats) == rule_count(space) + 3
 
 
 def test_every_choice_of_the_space_is_visible_to_optuna(space: Space) -> None:
