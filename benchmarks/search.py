@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from nightpress.search.memory import Memory
 from nightpress.search.pareto import hypervolume
 from nightpress.search.policy_sampler import PolicySampler, TrialSuggest
 from nightpress.search.records import Quality, RunRecord, TrialRecord, TrialState
+from nightpress.search.salvage import CREATE_TRIAL
 from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import JOURNAL, Store, open_storage
 from nightpress.spaces.plan import plan
@@ -210,22 +210,20 @@ def print_overhead(cache: Path, counts: list[int], samplers: list[str]) -> None:
           f"the study was opened, then median and worst of the next {ASKED}")  # fmt: skip
     print(f"{'sampler':12} {'trials':>6} {'open s':>7} {'first':>7} {'median':>7} {'worst':>7} {'memory MB':>9} "
           "of these before the study was opened")  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        profile = profile_of(cache)
-        ours, theirs = (_filler(Path(folder) / name, space, profile) for name in ("ours", "theirs"))
-        for count in sorted(counts):
-            for filler in (ours, theirs):
-                filler.fill(count)
-            for name in samplers:
-                filler = ours if name == "nightpress" else theirs
-                with tempfile.TemporaryDirectory() as copy:
-                    shutil.copy(filler.folder / JOURNAL, copy)
-                    words = [__file__, "resume", copy, "--sampler", name, "--cache", str(cache)]
-                    done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
-                found = json.loads(done.stdout.splitlines()[-1])
-                print(f"{name:12} {count:6d} {found['open_seconds']:7.2f} {found['first_ms']:7.0f} "
-                      f"{found['median_ms']:7.0f} {found['worst_ms']:7.0f} {found['peak_mb']:9.0f} "
-                      f"{found['before_mb']:.0f}", flush=True)  # fmt: skip
+    profile = profile_of(cache)
+    ours, theirs = (_filler(cache / f"study-{name}", space, profile) for name in ("ours", "theirs"))
+    for count in sorted(counts):
+        for name in samplers:
+            filler = ours if name == "nightpress" else theirs
+            filler.fill(count)
+            with tempfile.TemporaryDirectory() as copy:
+                filler.copy(Path(copy), count)
+                words = [__file__, "resume", copy, "--sampler", name, "--cache", str(cache)]
+                done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name:12} {found['trials']:6d} {found['open_seconds']:7.2f} {found['first_ms']:7.0f} "
+                  f"{found['median_ms']:7.0f} {found['worst_ms']:7.0f} {found['peak_mb']:9.0f} "
+                  f"{found['before_mb']:.0f}", flush=True)  # fmt: skip
 
 
 def profile_of(cache: Path) -> Profile:
@@ -292,6 +290,7 @@ class _Filler:
     noise: np.random.Generator
 
     def fill(self, count: int) -> None:
+        self.store.repair()
         while len(self.store.trials()) < count:
             trial = self.store.ask()
             policy = self.space.sample(TrialSuggest(trial))
@@ -308,15 +307,26 @@ class _Filler:
             known = TrialState.FAILED if math.isnan(latency) else TrialState.COMPLETE
             self.store.finish(trial.number, known, finished=1.0)
 
+    def copy(self, folder: Path, count: int) -> None:
+        """The study as it was with so many trials."""
+        begun = 0
+        with (self.folder / JOURNAL).open() as lines, (folder / JOURNAL).open("w") as out:
+            for line in lines:
+                begun += json.loads(line)["op_code"] == CREATE_TRIAL
+                if begun > count:
+                    break
+                out.write(line)
+
     def _accuracy(self, policy: Policy) -> float:
         cut = sum(self.weights[name] * ratio**2 for name, ratio in policy.prune.items()) / len(self.weights)
         return float(0.9 - 0.2 * cut - 0.02 * len(policy.removed_blocks) + self.noise.normal() * 0.004)
 
 
 def _filler(folder: Path, space: Space, profile: Profile) -> _Filler:
-    folder.mkdir()
+    """Goes on with the study in the folder, where there is one."""
+    folder.mkdir(exist_ok=True)
     random = make_sampler("random", 0, 0, space, profile.costs)
-    sampler = _RandomPolicies(space, profile.costs, 0) if folder.name == "ours" else random
+    sampler = _RandomPolicies(space, profile.costs, 0) if folder.name.endswith("ours") else random
     noise = np.random.default_rng(0)
     return _Filler(
         folder=folder, store=Store(open_storage(folder, None), sampler), space=space, profile=profile, noise=noise,
