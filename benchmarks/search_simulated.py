@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.profile import Profile, load_profile
 from nightpress.evaluators.task import load_task
-from nightpress.search.config import RunConfig
+from nightpress.search.config import RunConfig, SpaceConfig
 from nightpress.search.encoding import Encoder
 from nightpress.search.pareto import hypervolume, non_dominated
 from nightpress.search.policy_sampler import TrialSuggest
@@ -35,6 +35,7 @@ from nightpress.spaces.space import LEARNING_RATE, Space
 
 SEARCH_ITEMS, BN_ITEMS = 800, 400
 ABLATIONS = ("free_objectives", "rungs", "sensitivity")
+IMPORTANCES = ("l2", "l1", "bn", "taylor")
 TRUTHS = ("widths", "quadratic", "bottleneck")
 Array = NDArray[np.float64]
 
@@ -46,7 +47,9 @@ class World:
     - ``quadratic``: needs add up by squared ratios, blocks differ, each layer in integers costs a little;
     - ``bottleneck``: the narrowest group and the work that is left decide, and harsh networks break down.
 
-    A fine-tune away from its best settings costs. Harsh policies lose most before the fine-tune and gain most by it.
+    A fine-tune away from its best settings costs, and in the last two truths so does another ranking of the channels
+    than the best. Harsh policies lose most before the fine-tune and gain most by it. A trial takes time in proportion
+    to the work that is left, beside a fixed part.
     """
 
     def __init__(self, space: Space, profile: Profile, truth: str, seed: int) -> None:
@@ -60,6 +63,8 @@ class World:
         self._integer = {n.name: float(w) for n, w in zip(anatomy.layers, integers, strict=False)}
         self._rate = rng.uniform(*np.log(np.array(LEARNING_RATE) * [2, 0.7]))
         self._alpha, self._inner = rng.uniform(0.2, 0.9), rng.uniform(-0.2, 0.6)
+        ranking = rng.lognormal(0, 0.2, len(IMPORTANCES)) if truth != "widths" else np.ones(len(IMPORTANCES))
+        self._ranking = dict(zip(IMPORTANCES, ranking / ranking.min(), strict=True))
         self._errors = rng.normal(size=999)
         self._macs = plan(anatomy, Policy(model=anatomy.digest)).macs
         self.corner = np.array([-0.8975, profile.reference_ms, float(4 * anatomy.params)])
@@ -86,7 +91,7 @@ class World:
         rate = np.log(policy.finetune.learning_rate) - self._rate
         alpha = policy.distill.alpha if policy.distill.logit else 0.0
         tuned = 0.25 * rate**2 + 0.5 * (alpha - self._alpha) ** 2 + (self._inner if policy.distill.inner else 0.0)
-        hard = need * (1 + 0.3 * tuned)
+        hard = need * (1 + 0.3 * tuned) * self._ranking[policy.importance]
         bent = 0.0 if self.truth_name == "widths" else hard**2 / 40
         found = {
             "bn": 0.99 - 0.85 * (1 - np.exp(-need / 6)),
@@ -94,6 +99,10 @@ class World:
             "long": 0.9925 - 0.0006 * (hard + bent) - 0.002 * tuned,
         }
         return {rung: float(np.clip(value, 0.1, 0.999)) for rung, value in found.items()}
+
+    def time(self, policy: Policy) -> float:
+        """Of a trial, with that of the uncompressed network as the unit."""
+        return 0.3 + 0.7 * plan(self.space.anatomy, policy).macs / self._macs
 
     def sensitivity(self) -> Sensitivity:
         """What probes would show: the needs alone, with an error of about a half."""
@@ -112,8 +121,8 @@ class World:
         scaled = (points - np.array([-1.0, 0, 0])) / (self.corner - np.array([-1.0, 0, 0]))
         return hypervolume(scaled, np.ones(3))
 
-    def best(self, generations: int = 12, size: int = 800) -> float:
-        """The hypervolume of a front found by crossing and mutation with the truth in sight."""
+    def best(self, generations: int = 10, size: int = 600) -> Array:
+        """Losses of a front found by crossing and mutation with the truth in sight, shape (n, 3)."""
         rng = np.random.default_rng(0)
         pool = [self.encoder.policy(row) for row in self.encoder.random(2 * size, rng)]
         losses = self.losses(pool)
@@ -122,7 +131,7 @@ class World:
             rows = np.stack([self.encoder.row(pool[i]) for i in kept])
             born = [self.encoder.policy(row) for row in self.encoder.children(rows, size, rng)]
             pool, losses = [pool[i] for i in kept] + born, np.vstack([losses[kept], self.losses(born)])
-        return self.covered(losses)
+        return losses[non_dominated(losses)]
 
 
 def main() -> None:
@@ -139,28 +148,32 @@ def main() -> None:
 
     target = read_target(arguments.profile)
     anatomy, _ = inspect(load_task(arguments.task, None), step_of=target.channel_step)
-    space = space_of(anatomy, RunConfig(task=arguments.task, base=None, out=Path("unused"), target=target))
-    profile = load_profile(arguments.profile, anatomy)
-    counts = [arguments.trials // 4, arguments.trials // 2, arguments.trials]
+    offered = SpaceConfig(importance=IMPORTANCES)
+    config = RunConfig(task=arguments.task, base=None, out=Path("unused"), target=target, space=offered)
+    space, profile = space_of(anatomy, config), load_profile(arguments.profile, anatomy, force=True)
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
-    print(f"regret after {counts} proposals (rules and walk known to all): median over seeds {[*seeds]}, then each")
+    print(f"regret after a quarter, half and all of the time of {arguments.trials} random trials, rules and walk "
+          f"known to all: median over seeds {[*seeds]}, then each; in brackets the trials of that time")  # fmt: skip
     for truth in arguments.truth.split(","):
         worlds = [World(space, profile, truth, seed) for seed in seeds]
-        ceilings = [world.best() for world in worlds]
+        ceilings = [world.covered(world.best()) for world in worlds]
         print(f"{truth}: best front known {' '.join(f'{c:.4f}' for c in ceilings)}", flush=True)
         for name in arguments.samplers.split(","):
+            nights = [night(world, name, seed, arguments.trials) for seed, world in zip(seeds, worlds, strict=True)]
             found = [
-                [ceiling - value for value in night(world, name, seed, counts)]
-                for seed, world, ceiling in zip(seeds, worlds, ceilings, strict=True)
+                [ceiling - value for value in values] for (values, _), ceiling in zip(nights, ceilings, strict=True)
             ]
             middle = " ".join(f"{statistics.median(column):.4f}" for column in zip(*found, strict=True))
             rest = "; ".join(" ".join(f"{v:.4f}" for v in values) for values in found)
-            print(f"{('without ' if name in ABLATIONS else '') + name:24} {middle}   ({rest})", flush=True)
+            counts = " ".join(str(count) for _, count in nights)
+            print(f"{('without ' if name in ABLATIONS else '') + name:24} {middle}   ({rest}) [{counts}]", flush=True)
 
 
-def night(world: World, name: str, seed: int, counts: list[int]) -> list[float]:
-    """Hypervolume of the true long accuracies of all that was tried, after so many proposals."""
+def night(world: World, name: str, seed: int, trials: int) -> tuple[list[float], int]:
+    """Hypervolume of the true long accuracies of all that was tried, after each part of the time; the proposals."""
     space, rng = world.space, np.random.default_rng(seed)
+    random = world.encoder.random(200, np.random.default_rng(1))
+    total = trials * float(np.mean([world.time(world.encoder.policy(row)) for row in random]))
     with tempfile.TemporaryDirectory() as folder:
         sampler = make_sampler("nightpress" if name in ABLATIONS else name, seed, 0, space, world.profile.costs)
         if isinstance(sampler, NightpressSampler):
@@ -173,13 +186,17 @@ def night(world: World, name: str, seed: int, counts: list[int]) -> list[float]:
             params = space.params(policy) if space.contains(policy) else {}
             store.enqueue(params, "seed", None, policy_to_dict(policy))
         begun = len(rules) + 8
-        for number in range(begun + counts[-1]):
+        for number in range(begun):
             _trial(world, store, rng, long=number < len(rules))
+        spent = [0.0]
+        while spent[-1] < total:
+            spent.append(spent[-1] + world.time(_trial(world, store, rng, long=False)))
         tried = world.losses([policy_of(trial) for trial in store.trials()])
-        return [world.covered(tried[: begun + count]) for count in counts]
+        counts = [sum(at <= share * total for at in spent[1:]) for share in (0.25, 0.5, 1.0)]
+        return [world.covered(tried[: begun + count]) for count in counts], counts[-1]
 
 
-def _trial(world: World, store: Store, rng: np.random.Generator, *, long: bool) -> None:
+def _trial(world: World, store: Store, rng: np.random.Generator, *, long: bool) -> Policy:
     trial = store.ask()
     given = trial.user_attrs.get("given")
     asked = world.space.sample(TrialSuggest(trial))
@@ -194,6 +211,7 @@ def _trial(world: World, store: Store, rng: np.random.Generator, *, long: bool) 
     store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
     if long:
         store.note_long(trial.number, _seen("long", truth["long"], SEARCH_ITEMS, rng))
+    return policy
 
 
 def _seen(rung: str, accuracy: float, items: int, rng: np.random.Generator) -> Quality:

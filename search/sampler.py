@@ -6,7 +6,7 @@ hypervolume after the long fine-tune.
 """
 
 import warnings
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,8 @@ class NightpressSampler(PolicySampler):
         self._spread = float(known["spread"])
         if "fitted" in known:
             count, *kernel = known["fitted"].tolist()
-            self._fitted = int(count), Kernel(*kernel)
+            if len(kernel) == len(fields(Kernel)):  # else another version's
+                self._fitted = int(count), Kernel(*kernel)
         self._survivors = known.get("survivors")
 
     def surrogate(self) -> Surrogate:

@@ -25,11 +25,16 @@ RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
-_PLACES = np.array([{"bn": 0.0, "short": 1.0, "long": 1.4}.get(rung, 0.7) for rung in RUNGS])
-"""Where the rungs stand: the further apart, the less one says about the other."""
+_PLACES = np.array([{"bn": 0.0, "short": 0.3, "long": 0.7}.get(rung, 0.0) for rung in RUNGS])
+"""Where the rungs stand: the further apart, the less one says about the other. How far those that train stand from the
+one that does not is learned (``Kernel.apart``)."""
 _COLLAPSE = 0.5
 """Of the accuracy's scale: networks below the best by more than this are all equally useless."""
-_GRID = {"linear": (0.5, 1.0, 2.0), "smooth": (0.1, 0.3, 0.6, 1.0), "length": (0.7, 1.4, 2.8), "hyper": (0.1, 0.3, 0.6)}
+_GRID = {
+    "linear": (0.5, 1.0, 2.0), "smooth": (0.1, 0.3, 0.6, 1.0), "length": (0.7, 1.4, 2.8),
+    # Never less: settings that no trial has varied yet would look as if they did not matter, and never be tried.
+    "hyper": (0.3, 0.6), "apart": (0.35, 0.7, 1.4, 2.8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,18 +157,19 @@ def _shares(damages: Array) -> Array:
     return np.clip(np.sqrt(damages / damages.mean()), 0.5, 2.0)
 
 
-def _agreement() -> tuple[Array, Array]:
-    """How well rungs agree, for the linear and the smooth part: neighbours well, the lowest with the rest little."""
-    distance = np.abs(np.subtract.outer(_PLACES, _PLACES))
-    return np.exp(-distance / 1.5), np.exp(-distance / 1.2)
-
-
 @dataclass(frozen=True, slots=True)
 class Kernel:
     linear: float
     smooth: float
     length: float
     hyper: float
+    apart: float
+
+    def agreement(self) -> tuple[Array, Array]:
+        """How well rungs agree, for the linear and the smooth part, each of shape (rungs, rungs)."""
+        places = _PLACES + self.apart * (np.arange(len(RUNGS)) > 0)
+        distance = np.abs(np.subtract.outer(places, places))
+        return np.exp(-distance / 1.5), np.exp(-distance / 1.2)
 
     def near(self, a: Parts, b: Parts) -> Parts:
         """What does not depend on the rungs: products of the linear parts, nearness as networks and as fine-tunes."""
@@ -172,7 +178,7 @@ class Kernel:
         return a[0] @ b[0].T, close, tuned
 
     def __call__(self, near: Parts, i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         product, close, tuned = near
         if len(i) == 1:  # one rung asked of all: vectors do for matrices
             wide, alike, same, trained = wide[i[0], j], alike[i[0], j], i[0] == j, (i[0] > 0) & (j > 0)
@@ -189,7 +195,7 @@ class Kernel:
 
     def mean(self, a: Parts, b: Parts, i: int, j: NDArray[np.intp], alpha: Array) -> Array:
         """The kernel between ``a`` at rung i and ``b`` at rungs j, times alpha, without making its matrix."""
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         single = np.float32
         close = _nearness(a[1], b[1], self.length)
         found = a[0] @ (b[0].T @ (self.linear**2 * wide[i, j] * alpha)) + (alpha * (0.3 + 3.0 * (i == j))).sum()
@@ -202,7 +208,7 @@ class Kernel:
 
     def prior(self, a: Parts, i: int, j: int) -> Array:
         """Covariance of each policy's own values at two rungs, shape (n,)."""
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         tuned = self.hyper**2 * (i > 0 and j > 0) * bool(a[2].shape[1])
         own = self.linear**2 * (a[0] ** 2).sum(axis=1) * wide[i, j]
         return own + 0.3 + 3.0 * (i == j) + self.smooth**2 * alike[i, j] + tuned
@@ -248,7 +254,7 @@ class Surrogate:
 
     def _likeliest(self) -> Kernel:
         """Coordinate search for the largest marginal likelihood (Rasmussen and Williams 2006, eq. 2.30)."""
-        best = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+        best = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3, apart=0.7)
         score = self._likelihood(best)
         for _ in range(2):
             for name, values in _GRID.items():
