@@ -73,6 +73,8 @@ class Experience:
         if trial.state is optuna.trial.TrialState.COMPLETE:
             self._finished[trial.number] = entry
         long = extra.get(f"{LONG}{trial.number}")
+        if long is None and f"measured:{trial.number}" not in extra:
+            return entry
         measured = extra.get(f"measured:{trial.number}")
         costs = (measured["latency_ms"], entry["costs"][1]) if measured and entry["costs"] else entry["costs"]
         return {**entry, "costs": costs, "qualities": [*entry["qualities"], long] if long else entry["qualities"]}
