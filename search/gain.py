@@ -1,5 +1,6 @@
 """Expected gain in hypervolume of policies whose latency and size are known and whose accuracy is not."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,22 +18,23 @@ _WEIGHTS = _RAW / _RAW.sum()
 @dataclass(frozen=True, slots=True)
 class Target:
     """What is to be beaten: rows of ``front`` are (accuracy, latency_ms, size_bytes), as is ``corner``, beyond which a
-    point is worth nothing. Made by :func:`target`."""
+    point is worth nothing. Accuracy above ``top`` is worth nothing either. Made by :func:`target`."""
 
     front: Array
     corner: Array
+    top: float = math.inf
 
     def with_point(self, accuracy: float, costs: Array) -> "Target":
         """The same once one more point is known."""
-        return target(np.vstack([self.front, [accuracy, *costs]]), self.corner)
+        return target(np.vstack([self.front, [accuracy, *costs]]), self.corner, self.top)
 
 
-def target(points: Array, corner: Array) -> Target:
+def target(points: Array, corner: Array, top: float = math.inf) -> Target:
     """The non-dominated points inside the box, most accurate first; a long front is thinned."""
     inside = points[front_of(points, corner)]
     if len(inside) > MOST_FRONT:
         inside = inside[np.unique(np.linspace(0, len(inside) - 1, MOST_FRONT).round().astype(int))]
-    return Target(inside, corner)
+    return Target(inside, corner, top)
 
 
 def front_of(points: Array, corner: Array) -> NDArray[np.intp]:
@@ -53,11 +55,13 @@ def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target
     unit = target.corner[1:]
     priced = (costs / unit).astype(np.float32)  # latency and size as shares of the corner's
     kept = target.front
-    edges = np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]])
+    edges = np.minimum(np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]]), target.top)
     draws = scale.down(mean[:, None] + spread[:, None] * _NODES)  # (n, nodes)
     gains = np.zeros(len(mean))
     for level in range(len(kept) + 1):
         above, below = edges[level], edges[level + 1]
+        if above <= below:
+            continue
         height = (np.clip(draws, below, above) - below) @ _WEIGHTS
         gains += height * _free_area(priced, (kept[:level, 1:] / unit).astype(np.float32))
     return gains / max(scale.ceiling - target.corner[0], 1e-9)

@@ -162,12 +162,18 @@ class NightpressSampler(PolicySampler):
 
     def _aim(self, surrogate: Surrogate, reference: tuple[float, float, float]) -> tuple[Target, Array]:
         """What is to be beaten, each known policy at the accuracy that it will probably have in the end; and the
-        rows of those policies that stand on that front, or of all while they are few."""
+        rows of those policies that stand on that front, or of all while they are few.
+
+        The uncompressed network is among them, and hardly anything will be more accurate than the best of them.
+        Without that bound, hopes above the top pay best of all, since they are multiplied by whatever latency and
+        size a policy saves: trials would go to large networks that the noise flatters.
+        """
         rows, corner = self.experience.rows, np.array([-reference[0], *reference[1:]])
         expected = surrogate.scale.down(surrogate.mean(rows))
         points = np.column_stack([expected, self.experience.costs])
         front = front_of(points, corner)
-        return target(points[front], corner), rows[front] if len(front) >= LEAST_FRONT else rows
+        parents = rows[front] if len(front) >= LEAST_FRONT else rows
+        return target(points[front], corner, top=float(expected.max())), parents
 
     def _bred(self, surrogate: Surrogate, aim: Target, best: Array, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""

@@ -1,5 +1,6 @@
 """What proposals rest on: rows, quick costs, the surrogate of accuracies, the expected gain, the stopping rule."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,18 @@ def test_the_gain_of_a_certain_accuracy_is_the_hypervolume_that_it_adds(
     losses = [(-a, b, c) for a, b, c in front]
     added = hypervolume([*losses, (-point[0], *point[1:])], (0.0, 1.0, 1.0)) - hypervolume(losses, (0.0, 1.0, 1.0))
     assert gain == pytest.approx(added, abs=1e-5)
+
+
+def test_accuracy_above_the_top_is_worth_nothing() -> None:
+    scale, corner = Scale(ceiling=1.0, floor=0.0), np.array([0.0, 1.0, 1.0])
+    front = np.array([[0.8, 0.6, 0.6], [0.5, 0.2, 0.2]])
+
+    def gain(accuracy: float, cost: float, top: float) -> float:
+        aim, known = target(front, corner, top), scale.up(np.array([accuracy]))
+        return float(expected_gain(known, np.zeros(1), scale, np.array([[cost, cost]]), aim)[0])
+
+    assert gain(0.9, 0.7, top=0.8) == 0.0 < gain(0.9, 0.7, top=math.inf)
+    assert 0 < gain(0.9, 0.5, top=0.8) == pytest.approx(gain(0.8, 0.5, top=math.inf))
 
 
 def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space) -> None:
