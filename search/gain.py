@@ -10,7 +10,7 @@ from .pareto import non_dominated
 from .surrogate import Scale
 
 Array = NDArray[np.float64]
-MOST_FRONT = 20
+MOST_FRONT, ROUGH_FRONT = 60, 20
 _NODES, _RAW = np.polynomial.hermite_e.hermegauss(7)
 _WEIGHTS = _RAW / _RAW.sum()
 
@@ -24,6 +24,10 @@ class Target:
     corner: Array
     top: float = math.inf
 
+    def rough(self) -> "Target":
+        """The same of fewer points, to look at a whole population."""
+        return Target(_thinned(self.front, ROUGH_FRONT), self.corner, self.top)
+
     def with_point(self, accuracy: float, costs: Array) -> "Target":
         """The same once one more point is known."""
         return target(np.vstack([self.front, [accuracy, *costs]]), self.corner, self.top)
@@ -31,10 +35,13 @@ class Target:
 
 def target(points: Array, corner: Array, top: float = math.inf) -> Target:
     """The non-dominated points inside the box, most accurate first; a long front is thinned."""
-    inside = points[front_of(points, corner)]
-    if len(inside) > MOST_FRONT:
-        inside = inside[np.unique(np.linspace(0, len(inside) - 1, MOST_FRONT).round().astype(int))]
-    return Target(inside, corner, top)
+    return Target(_thinned(points[front_of(points, corner)], MOST_FRONT), corner, top)
+
+
+def _thinned(front: Array, most: int) -> Array:
+    if len(front) <= most:
+        return front
+    return front[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))]
 
 
 def front_of(points: Array, corner: Array) -> NDArray[np.intp]:
@@ -72,9 +79,5 @@ def _free_area(points: NDArray[np.float32], covering: NDArray[np.float32]) -> ND
     order = covering[np.argsort(covering[:, 0], kind="stable")]
     edges = np.concatenate([[-np.inf], order[:, 0], [1.0]]).astype(points.dtype)
     ceiling = np.concatenate([[1.0], np.minimum(np.minimum.accumulate(order[:, 1]), 1.0)]).astype(points.dtype)
-    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
-    area = np.zeros_like(x)
-    for j in range(len(ceiling)):
-        width = np.maximum(edges[j + 1] - np.maximum(edges[j], x), 0)
-        area += width * np.maximum(ceiling[j] - y, 0)
-    return area
+    width = np.maximum(edges[1:] - np.maximum(edges[:-1], points[:, :1]), 0)
+    return np.einsum("nj,nj->n", width, np.maximum(ceiling - points[:, 1:], 0))

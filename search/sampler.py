@@ -186,7 +186,7 @@ class NightpressSampler(PolicySampler):
         """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
         costs = self._costs(rows)
         mean = surrogate.mean(rows)
-        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim.rough())
         best = np.argsort(-rough, kind="stable")[:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
