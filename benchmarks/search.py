@@ -206,10 +206,11 @@ def _losses(trial: TrialRecord, level: float) -> tuple[float, float]:
 def print_overhead(cache: Path, counts: list[int], samplers: list[str]) -> None:
     """A table of proposals on resumed studies: each line is a process of its own, as a resumed night is one."""
     space = space_of(anatomy_of(NETWORK, cache))
-    print(f"{NETWORK}, {space.dimensions} dimensions; milliseconds a proposal with its record: the first after "
-          f"the study was opened, then median and worst of the next {ASKED}")  # fmt: skip
-    print(f"{'sampler':12} {'trials':>6} {'open s':>7} {'first':>7} {'median':>7} {'worst':>7} {'memory MB':>9} "
-          "of these before the study was opened")  # fmt: skip
+    print(
+        f"{NETWORK}, {space.dimensions} dimensions; processor (wall) time of a proposal with its record: the first "
+        f"after the study was opened, then median and worst of the next {ASKED}; memory beside the driver's own"
+    )
+    print(f"{'sampler':12} {'trials':>6} {'open s':>13} {'first ms':>13} {'median ms':>13} {'worst ms':>13} {'MB':>6}")
     profile = profile_of(cache)
     ours, theirs = (_filler(cache / f"study-{name}", space, profile) for name in ("ours", "theirs"))
     for count in sorted(counts):
@@ -221,9 +222,11 @@ def print_overhead(cache: Path, counts: list[int], samplers: list[str]) -> None:
                 words = [__file__, "resume", copy, "--sampler", name, "--cache", str(cache)]
                 done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name:12} {found['trials']:6d} {found['open_seconds']:7.2f} {found['first_ms']:7.0f} "
-                  f"{found['median_ms']:7.0f} {found['worst_ms']:7.0f} {found['peak_mb']:9.0f} "
-                  f"{found['before_mb']:.0f}", flush=True)  # fmt: skip
+            pairs = [f"{found['open_cpu']:.2f} ({found['open_wall']:.2f})"]
+            pairs += [f"{found[f'{which}_cpu']:.0f} ({found[f'{which}_wall']:.0f})"
+                      for which in ("first", "median", "worst")]  # fmt: skip
+            columns = " ".join(f"{pair:>13}" for pair in pairs)
+            print(f"{name:12} {found['trials']:6d} {columns} {found['more_mb']:6.0f}", flush=True)
 
 
 def profile_of(cache: Path) -> Profile:
@@ -244,28 +247,33 @@ def print_resume(folder: Path, name: str, cache: Path) -> None:
     if isinstance(sampler, NightpressSampler):
         sampler.reference = (-0.5, profile.reference_ms, float(4 * space.anatomy.params))
         sampler.memory = Memory(folder)
-    before_mb = _peak_mb()
-    start = time.perf_counter()
+    before_mb, start = _memory_mb(), _clocks()
     store = Store(open_storage(folder, None), sampler)
     store.repair()
-    trials = len(store.trials())
-    opened = time.perf_counter() - start
-    first, *rest = [_ask(store, space) for _ in range(1 + ASKED)]
-    print(json.dumps({
-        "trials": trials, "open_seconds": opened, "first_ms": first, "median_ms": statistics.median(rest),
-        "worst_ms": max(rest), "before_mb": before_mb, "peak_mb": _peak_mb(),
-    }))  # fmt: skip
+    found: dict[str, float] = {"trials": len(store.trials())}
+    found |= {f"open_{clock}": now - then for (clock, now), then in zip(_clocks().items(), start.values(), strict=True)}
+    asked = [_ask(store, space) for _ in range(1 + ASKED)]
+    for clock in ("cpu", "wall"):
+        first, *rest = [1000 * spent[clock] for spent in asked]
+        found |= {f"first_{clock}": first, f"median_{clock}": statistics.median(rest), f"worst_{clock}": max(rest)}
+    print(json.dumps(found | {"more_mb": _memory_mb() - before_mb}))
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _clocks() -> dict[str, float]:
+    return {"cpu": time.process_time(), "wall": time.perf_counter()}
 
 
-def _ask(store: Store, space: Space) -> float:
-    start = time.perf_counter()
+def _memory_mb() -> float:
+    """What the process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _ask(store: Store, space: Space) -> dict[str, float]:
+    """Seconds by clock."""
+    start = _clocks()
     trial = store.ask()
     policy = space.sample(TrialSuggest(trial))
-    spent = 1000 * (time.perf_counter() - start)
+    spent = {clock: now - start[clock] for clock, now in _clocks().items()}
     store.begin(trial, policy, 0.0)
     store.finish(trial.number, TrialState.FAILED, finished=1.0)
     return spent

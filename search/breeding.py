@@ -20,7 +20,7 @@ def breed(
     """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children
     of the parents, shape (n, columns), and with random rows."""
     pool = np.vstack(
-        [encoder.random(POPULATION // 5, generator), encoder.children(parents, POPULATION, generator)]
+        [encoder.random(POPULATION // 10, generator), encoder.children(parents, POPULATION, generator)]
     )  # fmt: skip
     worths = worth(pool)
     for _ in range(GENERATIONS - 1):
