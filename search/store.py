@@ -33,7 +33,9 @@ SCHEMA = 2
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
-_LATER = ("measured:", "verified:")
+MEASURED = "measured:"
+"""Study attribute with a trial's latency as it was measured after the trial had ended."""
+_LATER = (MEASURED, "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
-from ..spaces.policy import Policy
 from .encoding import Encoder
 from .proposals import Sensitivity
 from .records import Rung
@@ -342,15 +341,3 @@ def _useful(observations: Sequence[Observation]) -> list[Observation]:
     taken = set(dear)
     latest = [i for i in range(len(observations) - 1, -1, -1) if i not in taken]
     return [observations[i] for i in sorted(dear + latest[: MOST_OBSERVATIONS - len(dear)])]
-
-
-def observed(
-    encoder: Encoder, policy: Policy, qualities: Sequence[tuple[str, float, float | None]]
-) -> list[Observation]:
-    """Observations of one policy from its (rung, accuracy, standard error)."""
-    row = encoder.row(policy)
-    return [
-        Observation(row=row, rung=RUNGS.index(rung), accuracy=accuracy, se=se or 0.0)
-        for rung, accuracy, se in qualities
-        if rung in RUNGS
-    ]
