@@ -9,8 +9,8 @@ from ..spaces.policy import Policy, digest
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 3
-POPULATION = 3400
+GENERATIONS = 6
+POPULATION = 1700
 PARENTS = 200
 
 

@@ -32,7 +32,7 @@ from .surrogate import RUNGS, Describer, Kernel, Surrogate
 LEAST_TRIALS = 6
 SHORT = RUNGS.index(Rung.SHORT)
 """How far a trial of the search goes."""
-SCREENED = 400
+SCREENED = 250
 """Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""

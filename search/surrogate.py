@@ -239,7 +239,7 @@ class Surrogate:
         self._rows = describer(np.stack([o.row for o in used]))
         self.rung = _target_rung(self._rungs)
         values = self.scale.up(accuracy)
-        self._noise = np.minimum(self.scale.error(accuracy, se), 1.0) ** 2 + _NOISE_FLOOR**2
+        self._noise = _noise_by_rung(self.scale.error(accuracy, se), self._rungs)
         self._mean = float(values[self._rungs == self.rung].mean())
         self._values = values - self._mean
         self.kernel = kernel or self._likeliest()
@@ -324,6 +324,13 @@ class Surrogate:
         """Median and the ends of a 90 % interval of the accuracy after the highest rung, each of shape (n,)."""
         mean, spread = self.predict(rows)
         return self.scale.down(mean), self.scale.down(mean - 1.645 * spread), self.scale.down(mean + 1.645 * spread)
+
+
+def _noise_by_rung(errors: Array, rungs: NDArray[np.intp]) -> Array:
+    """Variance of each observation: that of its rung's typical error. By its own, which shrinks as the accuracy that
+    was seen nears the top, what luck raised would weigh several times what bad luck lowered."""
+    typical = {rung: float(np.median(errors[rungs == rung])) for rung in set(rungs.tolist())}
+    return np.array([min(typical[rung], 1.0) ** 2 + _NOISE_FLOOR**2 for rung in rungs.tolist()])
 
 
 def _target_rung(rungs: NDArray[np.intp]) -> int:
