@@ -16,7 +16,7 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
-from .disk import find_room, free_disk, is_full
+from .disk import drop_below, find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
@@ -246,7 +246,7 @@ def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     the data. Simulated activations make a step half as dear again.
     """
     spent = {q.rung: q.seconds for q in trial.qualities}
-    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.SHORT, 0.0)
+    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
     a_step = max(short - low, 0.3 * short) / session.state["rungs"]["short_steps"]
     return 4 * low, a_step * (1.5 if trial.policy["bits"] else 1.0)
 
@@ -285,8 +285,7 @@ def verify(session: Session) -> None:
         if verified.struck_out:
             log.info("trial %d struck out: %s", number, verified.struck_out)
     for number in outcomes:
-        for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
-            (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
+        drop_below(session.folder, number, Rung.LONG)  # its checkpoint is all that an export needs
     session.update(reference_ms=reference_ms)
 
 

@@ -19,7 +19,9 @@ STAGED = replace(HARSH, prune={"one.conv1": 0.7, "two.conv1": 0.5}, finetune=Fin
 POLICIES = {
     "plain": replace(LIGHT, finetune=FineTune(learning_rate=0.05)),
     "in stages": STAGED,
-    "in stages, few bits and zeros": replace(STAGED, sparsity={"head": 0.5}, bits={"widen.0": LayerBits(weights=4, activations=8)}),
+    "in stages, few bits and zeros": replace(
+        STAGED, sparsity={"head": 0.5}, bits={"widen.0": LayerBits(weights=4, activations=8)}
+    ),
     "inner tensors and learned scales": replace(
         LIGHT, distill=Distill(method="logit+feature"), bits={"widen.0": INT8, "head": INT8}, scales="learned"
     ),
