@@ -138,7 +138,7 @@ def choose(seen: Sequence[TrialRecord], looks: Sequence[int], short_steps: int) 
     ]  # fmt: skip
     best = max(usable, key=lambda i: known[i])
     taken = next(i for i in usable if i == best or np.nanquantile(drawn[:, i] - drawn[:, best], COVERED[1]) >= 0)
-    bn = not taken or 0 not in usable or interval(drawn[:, 0])[0] > 0
+    bn = not taken or (0 in usable and interval(drawn[:, 0])[0] > 0)
     return found, (0, *looks)[taken], bn
 
 
