@@ -91,14 +91,14 @@ class Trials:
         """The paused trial to go on with now; those that have become hopeless meanwhile are stopped."""
         if not self.paused:
             return None
-        judge = self._judge()
+        judge = self.judge()
         for number, record in list(self.paused.items()):
             if self._hopeless(record, judge):
                 del self.paused[number]
             elif number in self._spared:
                 return number
         waiting = list(self.paused.values())
-        worths = self._worth(waiting, judge)
+        worths = self.worths(waiting, judge)
         return promoted([(t.number, w) for t, w in zip(waiting, worths, strict=True)], list(self._worths), new=new)
 
     def _adopt(self, record: TrialRecord) -> None:
@@ -193,7 +193,7 @@ class Trials:
         """End the trials that wait, or the ``most`` that promise least."""
         waiting = list(self.paused.values())
         if most is not None:
-            worths = self._worth(waiting, self._judge())
+            worths = self.worths(waiting, self.judge())
             rates = {t.number: math.inf if w is None else w.rate for t, w in zip(waiting, worths, strict=True)}
             waiting = sorted(waiting, key=lambda t: (rates[t.number], -t.number))[:most]
         for record in waiting:
@@ -245,7 +245,7 @@ class Trials:
         elif record.role != "search" or "rungs" in config.search.without or self._studied:
             self._go_on(record)
         else:
-            judge = self._judge()
+            judge = self.judge()
             if record.quality is not None and record.quality.rung == rungs_of(rungs)[0]:
                 self._note_worth(record, judge)
             if self._hopeless(record, judge):
@@ -269,12 +269,13 @@ class Trials:
         """Whether trials are looked at for the study of the rungs, and therefore never stopped."""
         return not self.straight and studying(self.session.state["rungs"])
 
-    def _judge(self) -> Judge:
+    def judge(self) -> Judge:
+        """By what trials of this night are judged, as it stands."""
         session = self.session
         return Judge(session.store.tally().judges(), session.config.limits.min_accuracy,
                      session.state["rungs"].get("part_steps"))  # fmt: skip
 
-    def _worth(self, records: Sequence[TrialRecord], judge: Judge) -> list[Worth | None]:
+    def worths(self, records: Sequence[TrialRecord], judge: Judge) -> list[Worth | None]:
         """What it is worth to go on with trials that have come to a rung."""
         if not records:
             return []
@@ -292,7 +293,7 @@ class Trials:
         return found
 
     def _note_worth(self, record: TrialRecord, judge: Judge) -> None:
-        [worth] = self._worth([record], judge)
+        [worth] = self.worths([record], judge)
         if worth is not None:
             self.session.store.note(record.number, worth=worth)
             self._worths.append(worth)

@@ -89,12 +89,13 @@ UNCOMPRESSED = plan(SPACE.anatomy, Policy(model=SPACE.anatomy.digest))
 
 
 def begun(
-    folder: Path, rungs: dict[str, Any], *, most: int = 16, workers: int = 1, record: BaseStorage | None = None
+    folder: Path, rungs: dict[str, Any], *, most: int = 16, workers: int = 1, record: BaseStorage | None = None,
+    **keys: Any,
 ) -> Trials:  # fmt: skip
     """A night at the moment when its search begins, or goes on from what is on record. The record is in memory: what
     a disk makes of it has tests of its own."""
     search = SearchConfig(sampler="random", max_trials=most, workers=workers)
-    config = RunConfig(task="t", base=None, out=folder, search=search)
+    config = RunConfig(task="t", base=None, out=folder, search=search, **keys)
     (folder / "config.yaml").write_text("{task: t}")
     clock = Clock(Times().wall() + 86_400)
     session = Priced(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
@@ -228,7 +229,7 @@ def test_half_of_those_who_wait_give_their_room_first(tmp_path: Path) -> None:
     while len(trials.paused) < 4:
         trials.fill(1)
         trials.collect(0.0)
-    worths = dict(zip(trials.paused, trials._worth(list(trials.paused.values()), trials._judge()), strict=True))
+    worths = dict(zip(trials.paused, trials.worths(list(trials.paused.values()), trials.judge()), strict=True))
 
     trials.close_paused(2)
 
@@ -236,6 +237,33 @@ def test_half_of_those_who_wait_give_their_room_first(tmp_path: Path) -> None:
     gone = [worth for number, worth in worths.items() if number not in trials.paused]
     assert len(kept) == len(gone) == 2
     assert all(a is None or (b is not None and b.rate <= a.rate) for a in kept for b in gone)
+
+
+def test_a_full_disk_takes_those_who_wait_before_it_stops_the_night(tmp_path: Path) -> None:
+    trials = begun(tmp_path, PLANNED, most=60, max_disk_bytes=6_000_000)
+    while len(trials.paused) < 4:
+        trials.fill(1)
+        trials.collect(0.0)
+    trials.drain()
+    for number in trials.paused:
+        folder = trials.session.folder.artifacts(number)
+        folder.mkdir(parents=True)
+        (folder / "part.safetensors").write_bytes(b"x" * 1_000_000)
+
+    assert trials.make_room()
+
+    assert len(trials.paused) == 2
+    assert len(list(tmp_path.rglob("part.safetensors"))) == 2
+    reasons = [t.reason for t in trials.session.store.trials() if t.state is TrialState.STOPPED]
+    assert reasons.count(NOT_CONTINUED) == 2
+
+
+def test_a_night_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path) -> None:
+    trials = begun(tmp_path, {"short_steps": SHORT})
+    run(trials)
+    assert {job.rung for _, job in asked(trials)} == {"bn", "short"}
+    assert not any(job.looks for _, job in asked(trials))
+    assert any(t.state is TrialState.COMPLETE for t in trials.session.store.trials())
 
 
 # Which of them
