@@ -115,7 +115,10 @@ class Trials:
         trial = store.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
         mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
-        if not mine and self._known(digest(policy), trial.number) is None:  # another driver is at it
+        begun = {t.digest for t in self.paused.values()} | {digest(job.policy) for job in self.running.values()}
+        if "given" not in trial.user_attrs and digest(policy) in begun:
+            mine = False
+        if not mine and self._known(digest(policy), trial.number) is None:  # somebody is at it already
             store.drop(trial)
             self.repeats += 1
             return

@@ -26,7 +26,7 @@ from nightpress.search.promotion import Worth, promoted, reservation_rate
 from nightpress.search.records import NOT_CONTINUED, TrialRecord, TrialState
 from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
-from nightpress.search.store import Store
+from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import Trials, enqueue
 from nightpress.search.worker import Failure
 from nightpress.spaces.plan import plan
@@ -237,6 +237,22 @@ def test_half_of_those_who_wait_give_their_room_first(tmp_path: Path) -> None:
     gone = [worth for number, worth in worths.items() if number not in trials.paused]
     assert len(kept) == len(gone) == 2
     assert all(a is None or (b is not None and b.rate <= a.rate) for a in kept for b in gone)
+
+
+def test_a_policy_that_waits_is_not_begun_again(tmp_path: Path) -> None:
+    trials = begun(tmp_path, PLANNED, most=60)
+    while not trials.paused:
+        trials.fill(1)
+        trials.collect(0.0)
+    store, [waiting] = trials.session.store, list(trials.paused.values())
+    again = policy_of(waiting)
+    store.study.enqueue_trial(SPACE.params(again))
+
+    trials.begin()
+
+    assert trials.repeats == 1
+    assert not trials.running
+    assert [t.digest for t in store.trials()].count(waiting.digest) == 1
 
 
 def test_a_full_disk_takes_those_who_wait_before_it_stops_the_night(tmp_path: Path) -> None:
