@@ -1,6 +1,7 @@
 """What proposals rest on: rows, quick costs, the surrogate of accuracies, the expected gain, the stopping rule."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from nightpress.search.proposals import (
 from nightpress.search.records import Latency, Quality, TrialRecord, TrialState
 from nightpress.search.stopping import Judge, spared, upper_bound, wrongly
 from nightpress.search.store import Store, open_storage, policy_of
-from nightpress.search.surrogate import RUNGS, Describer, Observation, Scale, Surrogate
+from nightpress.search.surrogate import RUNGS, Describer, Kernel, Observation, Scale, Surrogate
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy, digest, policy_to_json
@@ -124,6 +125,13 @@ def test_what_a_policy_showed_at_a_cheap_rung_counts_for_the_long_one(encoder: E
     )
 
     assert good > bad + 0.02
+
+
+def test_a_part_of_the_fine_tune_says_more_than_re_estimation_and_less_than_the_whole(encoder: Encoder) -> None:
+    parts = Describer(encoder, Sensitivity())(encoder.random(5, np.random.default_rng(3)))
+    kernel = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+    shared = [kernel.prior(parts, rung, LONG) for rung in (BN, PART, SHORT, LONG)]
+    assert all((low < high).all() for low, high in pairwise(shared))
 
 
 def test_an_evaluation_of_what_is_known_promises_less_than_one_of_what_is_not(encoder: Encoder) -> None:
