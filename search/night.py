@@ -26,6 +26,7 @@ from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
+from .process import WorkerProcess
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
@@ -54,12 +55,13 @@ def run_night(
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
+    ahead: WorkerProcess | None = None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
     the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
-    :func:`search`.
+    :func:`search`. ``ahead`` is a worker of this machine that has been started.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
@@ -72,6 +74,7 @@ def run_night(
         state = read_state(folder) if (folder.path / STATE).is_file() else {}
         clock = _clock(config, deadline, state, resume)
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
+        session.provide(ahead=ahead)
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
