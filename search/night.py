@@ -17,7 +17,7 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
-from .clock import Clock, Deadline
+from .clock import Clock, Deadline, length
 from .config import RunConfig
 from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
@@ -33,7 +33,8 @@ from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
-from .store import Store, open_storage, policy_of
+from .storages import close, open_storage
+from .store import Store, policy_of
 from .trials import Trials, enqueue
 from .why import record_why
 
@@ -120,6 +121,7 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
 
 def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
+        _check_storage(session.config)
         prepare.prepare(session)
         prepare.size_rungs(session)
         own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
@@ -164,6 +166,12 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
         finalists.train_long(session)
+
+
+def _check_storage(config: RunConfig) -> None:
+    """Raises InputError when the database does not answer: now, and not after the target was calibrated."""
+    if config.search.storage is not None:
+        close(open_storage(config.out, config.search.storage))
 
 
 def _open_study(session: Session) -> Trials:
@@ -357,7 +365,8 @@ def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], 
     if deadline is None:
         deadline = Deadline(now + DEFAULT_BUDGET_SECONDS, fixed=False)
     if deadline.epoch <= now:
-        raise InputError("The deadline must lie in the future.")
+        late = length(now - deadline.epoch)
+        raise InputError(f"The deadline passed {late} ago, while the night was starting; give it more time.")
     state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
     clock = Clock(deadline.epoch, deadline.fixed)
     state["shares"] = clock.shares()
