@@ -125,7 +125,7 @@ class ImportedDriver:
     def errors(self) -> str:
         """What it wrote, once it has ended."""
         self.process.join()
-        return self.file.read_text()
+        return self.file.read_text() if self.file.is_file() else ""  # it may have ended before it could write
 
 
 def drive_imported(words: Sequence[str], errors: Path) -> None:
