@@ -17,7 +17,7 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
-from .clock import Clock, Deadline
+from .clock import Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
@@ -25,6 +25,7 @@ from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
+from .process import WorkerProcess
 from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
@@ -32,7 +33,8 @@ from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
-from .store import Store, open_storage, policy_of
+from .storages import close, open_storage
+from .store import Store, policy_of
 from .study import end_study, studying
 from .trials import Trials, enqueue
 from .why import record_why
@@ -55,12 +57,13 @@ def run_night(
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
+    ahead: WorkerProcess | None = None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
     the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
-    :func:`search`.
+    :func:`search`. ``ahead`` is a worker of this machine that has been started.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
@@ -73,6 +76,7 @@ def run_night(
         state = read_state(folder) if (folder.path / STATE).is_file() else {}
         clock = _clock(config, deadline, state, resume)
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
+        session.provide(ahead=ahead)
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
@@ -118,6 +122,7 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
 
 def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
+        _check_storage(session.config)
         prepare.prepare(session)
         prepare.size_rungs(session)
         own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
@@ -162,6 +167,12 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
         finalists.train_long(session)
+
+
+def _check_storage(config: RunConfig) -> None:
+    """Raises InputError when the database does not answer: now, and not after the target was calibrated."""
+    if config.search.storage is not None:
+        close(open_storage(config.out, config.search.storage))
 
 
 def _open_study(session: Session) -> Trials:
@@ -353,7 +364,8 @@ def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], 
     if deadline is None:
         deadline = Deadline(now + DEFAULT_BUDGET_SECONDS, fixed=False)
     if deadline.epoch <= now:
-        raise InputError("The deadline must lie in the future.")
+        late = length(now - deadline.epoch)
+        raise InputError(f"The deadline passed {late} ago, while the night was starting; give it more time.")
     state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
     clock = Clock(deadline.epoch, deadline.fixed)
     state["shares"] = clock.shares()
