@@ -75,9 +75,7 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         )  # fmt: skip
         profile = measure_target(session, [p.policy for p in profile.points])
     matcher = Matcher(session.prepared.anatomy)
-    points: list[Point] = [
-        point_of(policies[key], timings[key], sizes[key], matcher, profile.reference_ms) for key in policies
-    ]
+    points: list[Point] = [point_of(policies[key], timings[key], sizes[key], matcher) for key in policies]
     before = profile.predictor.heldout
     profile = profile.with_points(points)
     after = profile.predictor.heldout

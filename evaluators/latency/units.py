@@ -25,8 +25,8 @@ STREAM_MB = (0.5, 2.0, 8.0, 32.0)
 LAYER_VARIANTS = ("int8", "blocked", "plain", "stored")
 WITH_SUM, NO_LAYER = 4, 8
 """Added to a layer's code (its variant's number) where it adds a second tensor; the code where there is no layer."""
-OTHER_VARIANTS = ("int8", "blocked", "split", "fp32")
-NO_OTHER = 4
+OTHER_VARIANTS = ("int8", "blocked", "split", "fp32", "early", "last")
+NO_OTHER = len(OTHER_VARIANTS)
 DEQUANTISE = "weights.dequantise"
 _WEIGHT_BYTES = np.array([1.0, 4, 4, 5, 1, 4, 4, 5, 0])  # in memory, by code: stored ones are there twice
 _MILLION = 1e6
@@ -183,6 +183,8 @@ class Worker:
         codes = np.full((len(self.others), plans.count), 3, np.int8)
         codes[of(made.blocked)] = 1
         codes[of(made.split)] = 2
+        codes[of(made.early)] = 4
+        codes[of(made.last)] = 5
         codes[of(plans.int8)] = 0
         codes[~of(plans.alive) | of(made.absorbed)] = NO_OTHER
         return codes
