@@ -33,6 +33,7 @@ COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
 _LEAST_MS = 1e-6
+_LEVELLINGS = 2
 _SPREAD = 1.4826
 """Standard deviations in a median absolute deviation of normal errors."""
 
@@ -52,7 +53,8 @@ class HeldOut:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
-    None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn."""
+    None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn;
+    -1 where that tells nothing."""
 
     worker: Worker
     work: Work
@@ -167,15 +169,17 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
 
 def _of_one_level(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) -> Measured:
     """The latencies as if all had been timed in a session of the middle level."""
-    if len(np.unique(measured.sessions)) == 1:
-        return measured
-    if profiled.sum() >= LEAST_POINTS:
-        expected = _out_of_fold_units(measured, profiled, folds)[0]
-    else:
-        terms = _aggregate(measured.work, _columns(measured.work))
-        expected = _out_of_fold(_physical, terms, measured.latency_ms, folds)
-    levels = session_levels(np.log(measured.latency_ms / expected), measured.sessions)
-    return replace(measured, latency_ms=measured.latency_ms * np.exp(-levels))
+    found = measured
+    if len(np.unique(measured.sessions)) > 1:
+        for _ in range(_LEVELLINGS):  # what is expected was learned from sessions of all levels
+            if profiled.sum() >= LEAST_POINTS:
+                expected = _out_of_fold_units(found, profiled, folds)[0]
+            else:
+                terms = _aggregate(found.work, _columns(found.work))
+                expected = _out_of_fold(_physical, terms, found.latency_ms, folds)
+            levels = session_levels(np.log(measured.latency_ms / expected), measured.sessions)
+            found = replace(measured, latency_ms=measured.latency_ms * np.exp(-levels))
+    return found
 
 
 def session_levels(left: Array, sessions: NDArray[np.int64]) -> Array:
@@ -188,11 +192,12 @@ def session_levels(left: Array, sessions: NDArray[np.int64]) -> Array:
     """
     left = left - np.median(left)
     names, place, counts = np.unique(sessions, return_inverse=True, return_counts=True)
-    medians = np.array([np.median(left[sessions == name]) for name in names])
+    medians = np.array([np.median(left[sessions == name]) if name >= 0 else 0.0 for name in names])
     within = _SPREAD * float(np.median(np.abs(left - medians[place])))
     by_chance = math.pi / 2 * within**2 / counts
     between = max(0.0, float(np.average(medians**2 - by_chance, weights=counts)))
-    return (medians * between / (between + by_chance + 1e-12))[place]
+    levels = (medians * between / (between + by_chance + 1e-12))[place]
+    return np.where(sessions >= 0, levels - np.median(levels[sessions >= 0]), 0.0)
 
 
 # Units

@@ -30,15 +30,15 @@ CHUNK = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A policy that was measured on the target. ``halves_ms`` are two independent measurements of it, ``reference_ms``
-    what the uncompressed model took in the same session."""
+    """A policy that was measured on the target. ``halves_ms`` are two independent measurements of it. Points of one
+    ``session`` were drawn at random and timed in turn; it is empty where they were chosen."""
 
     policy: Policy
     latency_ms: float
     halves_ms: tuple[float, float]
     repeat_error: float
     size_bytes: int
-    reference_ms: float | None = None
+    session: str = ""
     timed: Timed | None = None
     """The runtime's times of its nodes, where they were taken."""
 
@@ -123,7 +123,7 @@ def profile_of(
         model=anatomy.digest,
         target=target,
         device=device or fingerprint(target),
-        reference_ms=_median_reference(points) or reference.latency_ms,
+        reference_ms=_median_reference(timings.values()) or reference.latency_ms,
         reference_repeat_error=reference.repeat_error,
         points=points,
         predictor=predictor,
@@ -134,10 +134,10 @@ def profile_of(
     )
 
 
-def _median_reference(points: Iterable[Point]) -> float | None:
-    """The uncompressed model's latency in ms over the sessions that the points were timed in."""
-    found = {point.reference_ms for point in points if point.reference_ms is not None}
-    return float(np.median(list(found))) if found else None
+def _median_reference(timings: Iterable[Timing]) -> float | None:
+    """The uncompressed model's latency in ms over the sessions that the models were timed in."""
+    found = {timing.session: timing.reference_ms for timing in timings if timing.reference_ms is not None}
+    return float(np.median(list(found.values()))) if found else None
 
 
 def drift(profile: Profile, reference: Timing) -> float:
@@ -150,7 +150,7 @@ def point_of(policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher) 
     nodes: NodeTimes = {name: (kernel.op_type, kernel.ms) for name, kernel in timing.kernels.items()}
     return Point(
         policy=policy, latency_ms=timing.latency_ms, halves_ms=timing.halves_ms(), repeat_error=timing.repeat_error,
-        size_bytes=size_bytes, reference_ms=timing.reference_ms, timed=matcher.match(nodes) if nodes else None,
+        size_bytes=size_bytes, session=timing.session, timed=matcher.match(nodes) if nodes else None,
     )  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
             {
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
                 "halves_ms": list(p.halves_ms), "repeat_error": p.repeat_error, "size_bytes": p.size_bytes,
-                "reference_ms": p.reference_ms, "predicted_ms": float(held), "held_out": True,
+                "session": p.session, "predicted_ms": float(held), "held_out": True,
                 "nodes_us": None if p.timed is None else timed_to_dict(p.timed),
                 "low_ms": float(held * np.exp(-profile.predictor.log_margin)),
                 "high_ms": float(held * np.exp(profile.predictor.log_margin)),
@@ -223,7 +223,7 @@ def _profile_from_dict(
         Point(
             policy=policy_from_dict(p["policy"], str(path)), latency_ms=float(p["measured_ms"]),
             halves_ms=(float(p["halves_ms"][0]), float(p["halves_ms"][1])),
-            repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]), reference_ms=p.get("reference_ms"),
+            repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]), session=str(p.get("session", "")),
             timed=None if p["nodes_us"] is None else timed_from_dict(p["nodes_us"], len(anatomy.ops)),
         )
         for p in data["points"]
@@ -274,9 +274,9 @@ def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
 
 
 def _sessions(points: Sequence[Point]) -> NDArray[np.int64]:
-    """Numbers of the sessions that points were timed in: those of one share the uncompressed model's latency."""
-    numbers: dict[float | None, int] = {}
-    return np.array([numbers.setdefault(point.reference_ms, len(numbers)) for point in points], np.int64)
+    """Numbers of the sessions that points were timed in, -1 where they have none."""
+    numbers = {"": -1}
+    return np.array([numbers.setdefault(point.session, len(numbers) - 1) for point in points], np.int64)
 
 
 def _overheads(anatomy: Anatomy, points: Sequence[Point]) -> NDArray[np.float64]:
