@@ -303,7 +303,8 @@ def measure_kit(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{target['runtime']} is not installed here: pip install {target['runtime'].split('-')[0]}")
     if target["threads"] > cores():
         raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
-    for entry in models.values():
+    probes = kit.get("probes", {})
+    for entry in [*models.values(), *probes.values()]:
         if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
     began = time.perf_counter()
@@ -320,6 +321,11 @@ def measure_kit(folder: Path) -> dict[str, Any]:
         results["sessions"].update(dict.fromkeys(chosen, answer["session"]))
         results["kernels"].update(answer["kernels"])
         results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
+    if probes:
+        sys.stderr.write(f"measuring {len(probes)} single layers\n")
+        start, paths = time.perf_counter(), {key: str(folder / entry["file"]) for key, entry in probes.items()}
+        answer = measure({**kit["probe_request"], **target, "models": paths})
+        results["probes"] = {**answer, "seconds": time.perf_counter() - start}
     return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
