@@ -24,8 +24,8 @@ from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, tar
 from .units import Worker
 
 VERSION = 2
-CHUNK = 2000
-"""Policies predicted at once: their arrays stay in the cache of a core."""
+CHUNK = 10_000
+"""Policies predicted at once, to bound memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
