@@ -77,14 +77,12 @@ def reservation_rate(seen: Sequence[Worth]) -> float:
 
 def promoted(paused: Sequence[tuple[int, Worth | None]], seen: Sequence[Worth], *, new: bool) -> int | None:
     """The trial to go on with, by its number; None where a new one is better, if there may be one. Who cannot be judged
-    yet comes first: the search learns most from it."""
+    yet comes first: the search learns most from it. Of equals the newest, which more was known for; so where nothing
+    promises anything, trials go through as they are begun, and the front's next surprise is found at the top."""
     for number, worth in paused:
         if worth is None:
             return number
-    ranked = sorted(((-worth.rate, number) for number, worth in paused if worth is not None))
-    if not ranked:
+    best = max(((worth.rate, number) for number, worth in paused if worth is not None), default=None)
+    if best is None or (new and best[0] < reservation_rate(seen)):
         return None
-    rate = -ranked[0][0]
-    if new and (rate <= 0 or rate < reservation_rate(seen)):
-        return None
-    return ranked[0][1]
+    return best[1]

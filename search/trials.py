@@ -198,7 +198,7 @@ class Trials:
         if most is not None:
             worths = self.worths(waiting, self.judge())
             rates = {t.number: math.inf if w is None else w.rate for t, w in zip(waiting, worths, strict=True)}
-            waiting = sorted(waiting, key=lambda t: (rates[t.number], -t.number))[:most]
+            waiting = sorted(waiting, key=lambda t: (rates[t.number], t.number))[:most]
         for record in waiting:
             del self.paused[record.number]
             self._finish(record.number, TrialState.STOPPED, NOT_CONTINUED)

@@ -295,12 +295,14 @@ def test_a_paused_trial_goes_on_while_it_promises_more_for_its_cost_than_a_new_o
     assert promoted([(7, Worth(2.0, 5.0, 2.0))], seen, new=True) == 7  # at a later rung half of the cost is paid
 
 
-def test_who_cannot_be_judged_goes_first_and_of_equals_the_oldest() -> None:
+def test_who_cannot_be_judged_goes_first_and_of_equals_the_newest() -> None:
     some = Worth(1.0, 1.0, 1.0)
     assert promoted([(1, some), (2, None)], [some], new=True) == 2
-    assert promoted([(4, some), (3, some)], [some], new=True) == 3
+    assert promoted([(4, some), (3, some)], [some], new=True) == 4
     assert promoted([], [some], new=True) is None
-    assert promoted([(1, Worth(0.0, 1.0, 1.0))], [], new=True) is None
+    nothing = Worth(0.0, 1.0, 1.0)
+    assert promoted([(1, nothing)], [nothing], new=True) == 1
+    assert promoted([(1, nothing)], [nothing, some], new=True) is None
 
 
 @given(st.lists(st.builds(Worth, gain=st.floats(0, 1), rest=st.floats(0.1, 10), first=st.floats(0.1, 10)), min_size=1))
