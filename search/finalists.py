@@ -196,9 +196,10 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         return
     one = _expected_seconds(session, trials) / len(trials) * session.workers
     done = 0
+    session.update(activity=f"{done} of {len(jobs)} long fine-tunes")
     for number, result in session.run_all(jobs, end + one):
         done += 1
-        session.update(activity=f"long fine-tune {done} of {len(jobs)}")
+        session.update(activity=f"{done} of {len(jobs)} long fine-tunes")
         if is_full(result):
             free_disk(session, jobs)
         if isinstance(result, Failure):
@@ -206,6 +207,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         else:
             _save(outcome_file(session, number), result)
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
+    session.update(activity=None)
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
 
