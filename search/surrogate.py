@@ -24,7 +24,7 @@ RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
-_PLACES = np.array([{"bn": 0.0, "short": 0.3, "long": 0.7}.get(rung, 0.0) for rung in RUNGS])
+_PLACES = np.array([0.0, 0.0, 0.3, 0.7])
 """Where the rungs stand: the further apart, the less one says about the other. How far those that train stand from the
 one that does not is learned (``Kernel.apart``)."""
 _COLLAPSE = 0.5

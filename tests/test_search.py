@@ -59,7 +59,7 @@ def batch_costs_of(anatomy: Anatomy) -> ManyCosts:
     order = [worker.planner.layer_of[int(i)] for i in worker.layers]
 
     def costs(choices: Choices) -> NDArray[np.float64]:
-        state = worker.state(choices)
+        [state] = worker.states(choices, len(choices))
         there = state.weights * (state.layer_codes != NO_LAYER)
         bits = choices.bits.T[order]
         int8, small = (np.array(kind)[bits] for kind in

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...spaces.plan import Plan
-from ...spaces.plans import Choices, unpack
+from ...spaces.plans import Choices, Plans, unpack
 from ...spaces.policy import LayerBits
-from .units import NO_LAYER, State, Worker
+from .units import Worker
 
 Array = NDArray[np.float64]
 
@@ -51,28 +51,31 @@ def structure(plan: Plan) -> Array:
 def batch_bytes(worker: Worker, choices: Choices, overheads: Array) -> Array:
     """Bytes of the files of a batch, shape (n,): what the two above say of each plan, with ``overheads`` for the
     counts."""
-    state, planner = worker.state(choices), worker.planner
-    there = state.layer_codes != NO_LAYER
+    planner, count = worker.planner, len(choices)
+    plans = planner.plans(choices)
+    alive = unpack(plans.alive, count)
+    there = alive[worker.layers]
     bits = choices.bits.T[[planner.layer_of[int(position)] for position in worker.layers]]
     each, channel = np.array([_bytes(pair) for pair in choices.pairs], np.float64).T
     stored, int8 = (np.array(kind)[bits] & there for kind in
                     zip(*((pair.weights <= 8, pair.int8) for pair in choices.pairs), strict=True))  # fmt: skip
-    weights = state.weights * each[bits] + worker.channels(state) * channel[bits]
-    alive = unpack(state.plans.alive, state.count)
-    quantised = unpack([a & b for a, b in zip(state.plans.quantised, state.plans.alive, strict=True)], state.count)
-    counts = [np.ones(state.count), *(part.sum(axis=0) for part in (alive, stored, int8, quantised))]
-    payload = np.einsum("ln,ln->n", weights, there) + _unweighted(worker, state, alive)
+    weights = worker.weights(plans.axes) * each[bits] + worker.channels(plans.axes) * channel[bits]
+    quantised = unpack([a & b for a, b in zip(plans.quantised, plans.alive, strict=True)], count)
+    counts = [np.ones(count), *(part.sum(axis=0) for part in (alive, stored, int8, quantised))]
+    payload = np.einsum("ln,ln->n", weights, there) + _unweighted(worker, plans, alive)
     return payload + np.round(np.stack(counts, axis=1) @ overheads)
 
 
-def _unweighted(worker: Worker, state: State, alive: NDArray[np.bool_]) -> Array:
+def _unweighted(worker: Worker, plans: Plans, alive: NDArray[np.bool_]) -> Array:
     """Bytes of parameters that are no layer's and of norms of their own, shape (n,)."""
-    found = np.zeros(state.count)
+    found = np.zeros(plans.count)
     for position, op in enumerate(worker.anatomy.ops):
+        rows = worker.planner.axis_of[position]
         if op.kind == "param":
-            found += 4 * state.elements[position] * alive[position]
+            sizes = [size if row is None else plans.axes[row] for size, row in zip(op.shape, rows, strict=True)]
+            found += 4 * math.prod(sizes) * alive[position]
         if op.kind in _NORM_VECTORS:
-            row = worker.planner.axis_of[position][op.channel_axis]
-            channels = op.shape[op.channel_axis] if row is None else state.axes[row]
+            row = rows[op.channel_axis]
+            channels = op.shape[op.channel_axis] if row is None else plans.axes[row]
             found += 4 * _NORM_VECTORS[op.kind] * channels * alive[position]
     return found
