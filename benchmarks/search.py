@@ -10,6 +10,7 @@ nights of a task share one calibration, which ``nights`` measures first, so that
 """
 
 import argparse
+import importlib
 import json
 import math
 import resource
@@ -240,8 +241,7 @@ def profile_of(cache: Path) -> Profile:
 
 def print_resume(folder: Path, name: str, cache: Path) -> None:
     """Open a study as a driver that goes on with it does, and ask for proposals; one JSON object."""
-    import nightpress.search.night  # noqa: F401  what a driver holds in memory anyway, torch among it
-
+    importlib.import_module("nightpress.search.night")  # what a driver holds in memory anyway, torch among it
     space, profile = space_of(anatomy_of(NETWORK, cache)), profile_of(cache)
     sampler = make_sampler(name, 1, 0, space, profile.costs)
     if isinstance(sampler, NightpressSampler):

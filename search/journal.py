@@ -19,7 +19,7 @@ from typing import Any
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend
-from optuna.storages.journal._storage import JournalStorageReplayResult
+from optuna.storages.journal._storage import JournalStorageReplayResult  # pyright: ignore[reportPrivateUsage]
 from optuna.trial import FrozenTrial, TrialState
 
 from ..spaces.errors import InputError

@@ -70,10 +70,11 @@ def one_trial(study: optuna.Study, value: float) -> None:
 
 
 def test_a_driver_reads_the_same_trials_as_optuna_does(path: Path) -> None:
-    study = optuna.create_study(storage=OneWriterJournal(JournalFile(path)), study_name="night")
+    storage = OneWriterJournal(JournalFile(path))
+    study = optuna.create_study(storage=storage, study_name="night")
     ranges = {"x": FloatDistribution(0, 1), "bits": CategoricalDistribution(["8", "32"])}
     whole = optuna.trial.create_trial(state=TrialState.RUNNING, params={"x": 0.5, "bits": "8"}, distributions=ranges)
-    study._storage.create_new_trial(study._study_id, whole)
+    storage.create_new_trial(storage.get_study_id_from_name("night"), whole)
     study.enqueue_trial({"x": 0.25})
     for number in range(3):
         trial = study.ask()
