@@ -64,7 +64,7 @@ class World:
         self._rate = rng.uniform(*np.log(np.array(LEARNING_RATE) * [2, 0.7]))
         self._alpha, self._inner = rng.uniform(0.2, 0.9), rng.uniform(-0.2, 0.6)
         ranking = rng.lognormal(0, 0.2, len(IMPORTANCES)) if truth != "widths" else np.ones(len(IMPORTANCES))
-        self._ranking = dict(zip(IMPORTANCES, ranking / ranking.min(), strict=True))
+        self._ranking: dict[str, float] = dict(zip(IMPORTANCES, ranking / ranking.min(), strict=True))
         self._errors = rng.normal(size=999)
         self._macs = plan(anatomy, Policy(model=anatomy.digest)).macs
         self.corner = np.array([-0.8975, profile.reference_ms, float(4 * anatomy.params)])

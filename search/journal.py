@@ -86,12 +86,13 @@ class OneWriterJournal(JournalStorage):
     proposal to find that none does."""
 
     def __init__(self, backend: BaseJournalBackend) -> None:
+        self._replay: _Replay | None = None
         super().__init__(backend)
         self._may_wait = True
 
     def _sync_with_backend(self) -> None:
-        if not isinstance(self._replay_result, _Replay):
-            self._replay_result = _Replay(self._worker_id_prefix)
+        if self._replay is None:  # before anything is read, in the middle of Optuna's own beginning
+            self._replay = self._replay_result = _Replay(self._worker_id_prefix)
         super()._sync_with_backend()
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:

@@ -14,7 +14,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
@@ -72,7 +72,7 @@ def one_trial(study: optuna.Study, value: float) -> None:
 def test_a_driver_reads_the_same_trials_as_optuna_does(path: Path) -> None:
     storage = OneWriterJournal(JournalFile(path))
     study = optuna.create_study(storage=storage, study_name="night")
-    ranges = {"x": FloatDistribution(0, 1), "bits": CategoricalDistribution(["8", "32"])}
+    ranges: dict[str, BaseDistribution] = {"x": FloatDistribution(0, 1), "bits": CategoricalDistribution(["8", "32"])}
     whole = optuna.trial.create_trial(state=TrialState.RUNNING, params={"x": 0.5, "bits": "8"}, distributions=ranges)
     storage.create_new_trial(storage.get_study_id_from_name("night"), whole)
     study.enqueue_trial({"x": 0.25})

@@ -113,7 +113,7 @@ def begun(
 
 
 def sampler_of(name: str, seed: int, trials: int) -> BaseSampler:
-    return make_sampler(name, seed, trials, SPACE, lambda policy: (1.0, 1))
+    return make_sampler(name, seed, trials, SPACE, lambda choices: np.ones((len(choices), 2)))
 
 
 def run(trials: Trials, jobs: int = 10_000) -> bool:
