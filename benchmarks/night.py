@@ -1,11 +1,12 @@
 """What a night promises, measured: nothing lost by kills, done by the deadline, little time spent on itself.
 
-    python benchmarks/night.py kills --kills 100 --seed 0       # the whole: some 20 minutes
+    python benchmarks/night.py kills --kills 100 --seed 0 [--imported]     # the whole: some 20 minutes
     python benchmarks/night.py deadline --budget 10m --runs 10 [--load]    # 100 minutes, and 100 more under load
 
 Needs the test extra: the tiny task of the tests is what is killed. ``kills`` ends the driver with SIGKILL at random
 moments of a night, resumes it, and compares what comes out with an undisturbed night of the same seed and steps. The
-device's profile is made by a formula, so that latencies, and with them the sampler's proposals, are the same.
+device's profile is made by a formula, so that latencies, and with them the sampler's proposals, are the same. With
+``--imported`` drivers begin with their libraries imported, so that most kills fall on the work; workers import theirs.
 ``deadline`` runs nights of the built-in example and says by how much they miss their deadline and how much of their
 time went into neither training nor evaluation nor measurement.
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import multiprocessing.process
 import os
 import random
 import signal
@@ -21,20 +23,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
+from nightpress.cli import main as cli
 from nightpress.search.folder import read_run
 from nightpress.search.pareto import losses, non_dominated
 from nightpress.search.records import TrialRecord, TrialState
 
 TRIALS = 24
-LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 3.0
+LONGEST_SECONDS, IMPORTED_LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 9.0, 3.0
 """Half of the drivers live at most so long, much of it their start; the others so long beyond their first result."""
+IMPORTED = ("__main__", "nightpress.cli.main", "nightpress.reports", "nightpress.search.night", "torch._dynamo")
 LAST_BREATH_SECONDS = 1.5
 """Workers notice within a second that their driver was killed; what they still write is nobody's resumption."""
 Finished = dict[int, tuple[Any, ...]]
@@ -46,6 +53,7 @@ def main() -> None:
     killing = commands.add_parser("kills")
     killing.add_argument("--kills", type=int, default=100)
     killing.add_argument("--seed", type=int, default=0)
+    killing.add_argument("--imported", action="store_true", help="drivers begin with their libraries imported")
     ending = commands.add_parser("deadline")
     ending.add_argument("--budget", default="10m")
     ending.add_argument("--runs", type=int, default=10)
@@ -53,12 +61,83 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-night-") as folder:
         if arguments.command == "kills":
-            kills(Path(folder), arguments.kills, arguments.seed)
+            start = Imported(Path(folder)) if arguments.imported else Fresh()
+            kills(Path(folder), arguments.kills, arguments.seed, start)
         else:
             deadline(Path(folder), arguments.budget, arguments.runs, load=arguments.load)
 
 
-def kills(folder: Path, wanted: int, seed: int) -> None:
+class Fresh:
+    """Drivers as a user starts them."""
+
+    longest_seconds = LONGEST_SECONDS
+
+    def __call__(self, words: Sequence[str]) -> "FreshDriver":
+        return FreshDriver(subprocess.Popen(tiny.command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+
+
+@dataclass(frozen=True, slots=True)
+class FreshDriver:
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def code(self) -> int | None:
+        """How it ended, None while it runs."""
+        return self.process.poll()
+
+    def errors(self) -> str:
+        """What it wrote, once it has ended."""
+        return self.process.communicate()[1].decode()
+
+
+class Imported:
+    """Drivers that are forked from a process which has imported their libraries."""
+
+    longest_seconds = IMPORTED_LONGEST_SECONDS
+
+    def __init__(self, folder: Path) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(IMPORTED))
+        self._errors = folder / "errors.txt"
+
+    def __call__(self, words: Sequence[str]) -> "ImportedDriver":
+        process = self._context.Process(target=drive_imported, args=(words, self._errors))
+        process.start()
+        return ImportedDriver(process, self._errors)
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedDriver:
+    process: multiprocessing.process.BaseProcess
+    file: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
+    def code(self) -> int | None:
+        """How it ended, None while it runs."""
+        return self.process.exitcode
+
+    def errors(self) -> str:
+        """What it wrote, once it has ended."""
+        self.process.join()
+        return self.file.read_text() if self.file.is_file() else ""  # it may have ended before it could write
+
+
+def drive_imported(words: Sequence[str], errors: Path) -> None:
+    """The command line in a forked process."""
+    sys.modules["__main__"] = ModuleType("__main__")  # or its workers would import this file
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = ["nightpress", *words]
+    sys.exit(cli())
+
+
+def kills(folder: Path, wanted: int, seed: int, start: Fresh | Imported) -> None:
     """Nights one after another until so many kills were dealt; each is compared with the undisturbed one."""
     task = tiny.write_task(folder)
     profile = tiny.write_profile(folder / "profile.json", tiny.anatomy_of(task))
@@ -79,10 +158,10 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
             before, stamps = finished(run), written(run)
             alive, beyond = math.inf, math.inf
             if dealt < wanted and chance.random() < 0.5:
-                alive = chance.uniform(0, LONGEST_SECONDS)
+                alive = chance.uniform(0, start.longest_seconds)
             elif dealt < wanted:
                 beyond = chance.uniform(0, BEYOND_SECONDS)
-            first = drive(config, run, alive, beyond)
+            first = drive(start, config, run, alive, beyond)
             if first is not None and before:
                 resumed.append(first)
             after, now = finished(run), written(run)
@@ -103,7 +182,8 @@ def kills(folder: Path, wanted: int, seed: int) -> None:
     print(f"{dealt} kills in {nights} nights of {len(expected)} trials: {lost} lost, {repeated} repeated")
     if not resumed:
         return
-    print("resume to the first new evaluation's result, process start included: "
+    included = "imports of the driver apart" if isinstance(start, Imported) else "process start included"
+    print(f"resume to the first new evaluation's result, {included}: "
           f"median {resumed[len(resumed) // 2]:.1f} s, longest {resumed[-1]:.1f} s (n={len(resumed)})")  # fmt: skip
 
 
@@ -115,21 +195,21 @@ def begin_like(run: Path, truth: Path) -> None:
     (run / "state.json").write_text(json.dumps(begun))
 
 
-def drive(config: Path, run: Path, alive: float, beyond: float) -> float | None:
+def drive(start: Fresh | Imported, config: Path, run: Path, alive: float, beyond: float) -> float | None:
     """One driver, killed after ``alive`` seconds or ``beyond`` its first new result. Returns when that was there."""
     words = ["run", str(config), *(["--resume"] if (run / "config.yaml").is_file() else [])]
     begin, wall = time.monotonic(), time.time()
-    process = subprocess.Popen(tiny.command(*words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    driver = start(words)
     first = None
-    while process.poll() is None and time.monotonic() - begin < min(alive, (first or math.inf) + beyond):
+    while driver.code() is None and time.monotonic() - begin < min(alive, (first or math.inf) + beyond):
         if first is None and any(stamp / 1e9 > wall + LAST_BREATH_SECONDS for stamp in written(run).values()):
             first = time.monotonic() - begin
         time.sleep(0.03)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
-    elif process.returncode:
-        sys.exit(f"a driver failed: {process.stderr.read()[-2000:] if process.stderr else ''}")
-    process.communicate()
+    if driver.code() is None:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.errors()
+    elif driver.code():
+        sys.exit(f"a driver failed: {driver.errors()[-2000:]}")
     return first
 
 

@@ -55,6 +55,7 @@ from nightpress.search.worker import Failure
 from ray_nodes import two_nodes
 
 DAY_SECONDS = 86_400.0
+BUSY = "count the driver's CPU time, because others use the machine; what it waits for the disk is left out"
 SHORT_SHARE = 0.1
 """Of a simulated trial's time; the first rung takes the rest, so that a trial which is stopped takes as long."""
 
@@ -65,12 +66,13 @@ def main() -> None:
     driving = commands.add_parser("driver")
     driving.add_argument("--trials", type=int, default=5000)
     driving.add_argument("--sampler", default="random")
+    driving.add_argument("--cpu", action="store_true", help=BUSY)
     simulating = commands.add_parser("simulate")
     simulating.add_argument("--workers", type=int, default=1000)
     simulating.add_argument("--trials", type=int, default=100_000)
     simulating.add_argument("--seconds", type=float, default=30.0)
     simulating.add_argument("--sampler", default="random")
-    simulating.add_argument("--cpu", action="store_true", help="count the driver's CPU time: others use the machine")
+    simulating.add_argument("--cpu", action="store_true", help=BUSY)
     working = commands.add_parser("workers")
     working.add_argument("--runner", choices=RUNNERS, default="ray")
     working.add_argument("--jobs", type=int, default=16)
@@ -79,15 +81,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-scale-") as name:
         folder = Path(name)
+        now = time.process_time if getattr(arguments, "cpu", False) else time.perf_counter
         if arguments.command == "driver":
-            driver(folder, arguments.trials, arguments.sampler)
+            driver(folder, arguments.trials, arguments.sampler, now)
         elif arguments.command == "workers":
             workers(folder, arguments.runner, arguments.jobs, arguments.steps)
         elif arguments.command == "node":
             node(folder)
         else:
-            driving_time = time.process_time if arguments.cpu else time.perf_counter
-            simulated = Simulation(arguments.workers, arguments.seconds, driving_time)
+            simulated = Simulation(arguments.workers, arguments.seconds, now)
             simulate(folder, simulated, arguments.trials, arguments.sampler)
 
 
@@ -100,7 +102,10 @@ def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
     config.out.mkdir()
     clock = Clock(times.wall() + 1000 * DAY_SECONDS, times=times)
     session = Session(config=config, folder=RunFolder(config.out), clock=clock, watch=lambda session: None)
-    session.state |= {"rungs": {"short_steps": 3}, "phase": "search"}
+    session.state |= {
+        "rungs": {"part_steps": 1, "short_steps": 3}, "phase": "search",
+        "reference": {"accuracy": 0.6, "latency_ms": 1.0, "size_bytes": 1e6},
+    }  # fmt: skip
     loaded = load_task(f"{task}:build")
     session.provide(
         prepared=Prepared(task=loaded, anatomy=anatomy, space=space_of(anatomy, config), train_items=180, step_ms=15.0),
@@ -144,15 +149,15 @@ class Instant:
         self._done.clear()
 
 
-def driver(folder: Path, count: int, sampler: str) -> None:
+def driver(folder: Path, count: int, sampler: str, now: Callable[[], float]) -> None:
     """Milliseconds of a trial, by where in the night it stands."""
     trials = begun(folder, Instant(), Times(), sampler)
-    marks: list[float] = [time.perf_counter()]
+    marks: list[float] = [now()]
     while trials.finished < count:
         trials.fill(1)
         trials.collect(0.0)
         while len(marks) <= trials.finished:
-            marks.append(time.perf_counter())
+            marks.append(now())
     spans = [1000 * (b - a) for a, b in itertools.pairwise(marks)]
     part = max(1, count // 10)
     print(f"{count} trials, sampler {sampler}: {statistics.mean(spans):.1f} ms a trial")
@@ -183,7 +188,7 @@ class Simulation:
         return self.driver() + self.skipped
 
     def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
-        share = SHORT_SHARE if job.rung == "short" else 1 - SHORT_SHARE
+        share = {"bn": 1 - SHORT_SHARE, "part": SHORT_SHARE / 3, "short": SHORT_SHARE * 2 / 3}[job.rung]
         span = self.seconds * share * (0.8 + 0.4 * (key * 0.618034 % 1))  # they do not all end together
         self.worked += span
         heapq.heappush(self._queue, (self.now() + span, key, job))

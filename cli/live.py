@@ -43,7 +43,7 @@ class View:
 
     def update(self, session: "Session") -> None:
         """Copy what is shown; the study is read at most twice a second."""
-        from ..search.session import glance
+        from ..search.glance import glance
 
         self.state = dict(session.state)
         if time.monotonic() - self._read < _REFRESH_SECONDS:

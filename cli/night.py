@@ -13,6 +13,9 @@ from .options import ForceProfile, Json, RunDir
 from .output import emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
+    from ..search.clock import Deadline
+    from ..search.config import RunConfig
+    from ..search.process import WorkerProcess
     from ..search.records import RunRecord
 
 T = TypeVar("T")
@@ -30,21 +33,30 @@ def run(
     json: Json = False,
 ) -> int:
     """One night: search, verify, report. Example: nightpress run config.yaml --until 07:00"""
+    from ..search.ahead import started_ahead
+    from .config import deadline_of, load_config
+
+    settings = replace(load_config(config, out), force=force)
+    deadline = deadline_of(settings, until, budget)
+    with started_ahead(settings, resume=resume) as worker:  # before what the driver itself imports
+        return _night(settings, deadline, resume=resume, ahead=worker, json=json)
+
+
+def _night(
+    settings: "RunConfig", deadline: "Deadline | None", *, resume: bool, ahead: "WorkerProcess | None", json: bool
+) -> int:
     from ..reports import summary
     from ..search.folder import read_run
     from ..search.night import run_night
     from ..search.notify import notify
-    from .config import deadline_of, load_config
     from .live import watching
 
-    settings = replace(load_config(config, out), force=force)
-    deadline = deadline_of(settings, until, budget)
     live = sys.stderr.isatty()
     if not live:
         log_to_stderr()
     try:
         with watching(live) as watch:
-            state = run_night(settings, deadline, resume=resume, watch=watch)
+            state = run_night(settings, deadline, resume=resume, watch=watch, ahead=ahead)
         start = time.monotonic()
         page = _write_report(settings.out, settings.out / "report.html")
         _add_seconds(settings.out, "report", time.monotonic() - start)

@@ -1,7 +1,7 @@
 """A Ray cluster to work on: one of our own on this machine, or one that is there already.
 
-Ray is imported here only. It listens on all interfaces whatever it is told, so a cluster of our own asks everybody for
-a token that only this user can read.
+Ray is imported here only. A cluster of our own listens on 127.0.0.1 alone and asks everybody for a token that only this
+user can read.
 """
 
 import atexit
@@ -31,6 +31,9 @@ OBJECT_STORE_BYTES = 80 << 20
 """Of a cluster of our own: what travels are policies and results."""
 ANSWER_SECONDS = 5.0
 NODES_SECONDS = 2.0
+ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch, on every system, between clusters that others may join and those that stay on the loopback address;
+any other address that it is given, 127.0.0.2 included, it takes for the name of a node that listens everywhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,8 @@ def connect(address: str | None, cpus: int) -> Cluster:
         _knock(address)
     secret = make_token() if address is None and "RAY_AUTH_MODE" not in os.environ else None
     imported = "ray" in sys.modules
+    if address is None:
+        os.environ[ONE_MACHINE] = "0"
     ray = _ray()
     if ray.is_initialized():
         return Cluster(ray, owned=False)
@@ -106,6 +111,7 @@ def connect(address: str | None, cpus: int) -> Cluster:
         ray._raylet.Config.initialize("")
     settings: dict[str, Any] = {"address": address}
     if address is None:
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False  # where it had read the environment before
         settings = {"address": "local", "num_cpus": cpus, "include_dashboard": False,
                     "object_store_memory": OBJECT_STORE_BYTES}  # fmt: skip
     before = signal.getsignal(signal.SIGTERM)

@@ -20,8 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ..spaces.errors import InputError
 
-FOLLOWED = frozenset({"digest", "started", "role", "predicted", "size_bytes", "macs", "reason", "finished"})
-"""Attributes of a trial; ``policy``, ``params`` and ``state`` come after them."""
+FOLLOWED = frozenset({
+    "digest", "started", "role", "predicted", "measured", "size_bytes", "macs", "params", "reused_from", "reason",
+    "finished",
+})  # fmt: skip
+"""Attributes of a trial; ``policy``, ``qualities`` or ``state`` comes after each."""
 
 
 class OneWriterJournal(JournalStorage):
@@ -129,9 +132,12 @@ class ReadJournal(JournalFile):
 
 
 def _followed(log: Mapping[str, Any]) -> bool:
-    """Whether the entry needs no flush of its own: a trial's single parameters, of which there are dozens and which its
-    policy attribute repeats, and attributes that are always followed by one whose flush takes them along."""
-    return "param_name" in log or not FOLLOWED.isdisjoint(log.get("user_attr", ()))
+    """Whether the entry needs no flush of its own: a trial that was asked for, because its policy follows; its single
+    parameters, of which there are dozens and which its policy repeats; attributes that are always followed by one whose
+    flush takes them along; and what the sampler was told, because after a power cut it is told again."""
+    if "trial_id" in log:
+        return "user_attr" not in log or not FOLLOWED.isdisjoint(log["user_attr"])
+    return "datetime_start" in log and "state" not in log
 
 
 def _append(file: int, data: bytes, *, durable: bool) -> None:

@@ -17,22 +17,25 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
-from .clock import Clock, Deadline
+from .clock import Clock, Deadline, length
 from .config import RunConfig
-from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
+from .process import WorkerProcess
+from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
-from .store import Store, open_storage, policy_of
+from .storages import close, open_storage
+from .store import Store, policy_of
+from .study import end_study, studying
 from .trials import Trials, enqueue
 from .why import record_why
 
@@ -54,12 +57,13 @@ def run_night(
     resume: bool,
     watch: Callable[[Session], None] = lambda session: None,
     search_by: Callable[[Session, Trials], None] | None = None,
+    ahead: WorkerProcess | None = None,
 ) -> str:
     """Run the phases up to verification; returns the final state: ``done``, ``interrupted``, or ``failed`` where
     the target device was lost before the verification.
 
     ``deadline`` None takes the run's own when it resumes, else eight hours. ``search_by`` takes the place of
-    :func:`search`.
+    :func:`search`. ``ahead`` is a worker of this machine that has been started.
     Raises InputError for anything that the user can mend, before anything is trained.
     """
     folder = _open_folder(config, resume)
@@ -72,6 +76,7 @@ def run_night(
         state = read_state(folder) if (folder.path / STATE).is_file() else {}
         clock = _clock(config, deadline, state, resume)
         session = Session(config=config, folder=folder, clock=clock, watch=watch, state=state)
+        session.provide(ahead=ahead)
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
@@ -117,6 +122,7 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
 
 def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
     with session.phase("inspect"):
+        _check_storage(session.config)
         prepare.prepare(session)
         prepare.size_rungs(session)
         own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
@@ -163,6 +169,12 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         finalists.train_long(session)
 
 
+def _check_storage(config: RunConfig) -> None:
+    """Raises InputError when the database does not answer: now, and not after the target was calibrated."""
+    if config.search.storage is not None:
+        close(open_storage(config.out, config.search.storage))
+
+
 def _open_study(session: Session) -> Trials:
     config, space = session.config, session.prepared.space
     shared = config.search.storage is not None
@@ -194,13 +206,8 @@ def _aim(session: Session) -> None:
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
         sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
-        reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
-        sampler.reference = losses(
-            max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
-            min(reference["latency_ms"], limits.max_latency_ms or math.inf),
-            min(reference["size_bytes"], limits.max_size_bytes or math.inf),
-        )
+        sampler.reference = losses(*corner_of(session.state["reference"], session.config.limits))
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
@@ -218,7 +225,7 @@ def _run_baselines(session: Session, trials: Trials) -> None:
 
 def _run_enqueued(session: Session, trials: Trials) -> None:
     while session.store.waiting("baseline"):
-        trials.fill(1)
+        trials.fill(1, go_on=False)
         trials.collect()
     trials.drain()
 
@@ -289,13 +296,16 @@ def search(session: Session, trials: Trials) -> None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
             planning.plan_finalists(session)
-            find_room(session, trials.running)
+            trials.make_room()
             continue
         most = session.config.search.max_trials
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
+    trials.close_paused()
     session.folder.decide("search", "ended the search", reason)
+    if studying(session.state["rungs"]):
+        end_study(session)
     judge_stopping(session)
 
 
@@ -304,11 +314,11 @@ def enough(session: Session, trials: Trials) -> str | None:
     most = session.config.search.max_trials
     if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
         return "the time for it is used up"
-    if most is not None and session.store.tally().begun >= most:
+    if most is not None and session.store.tally().begun >= most and not trials.unfinished:
         return f"max_trials {most} is reached"
     if session.state.get("disk_full"):
         return "the disk is full"
-    if trials.dry:
+    if trials.dry and not trials.unfinished:
         return "the sampler proposes only policies that are known"
     if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None
@@ -354,7 +364,8 @@ def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], 
     if deadline is None:
         deadline = Deadline(now + DEFAULT_BUDGET_SECONDS, fixed=False)
     if deadline.epoch <= now:
-        raise InputError("The deadline must lie in the future.")
+        late = length(now - deadline.epoch)
+        raise InputError(f"The deadline passed {late} ago, while the night was starting; give it more time.")
     state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
     clock = Clock(deadline.epoch, deadline.fixed)
     state["shares"] = clock.shares()

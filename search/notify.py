@@ -8,6 +8,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +48,7 @@ def _post(url: str, told: Mapping[str, Any]) -> None:
     try:
         with opener.open(request, timeout=WEBHOOK_SECONDS):
             pass
-    except (OSError, ValueError) as error:  # HTTPError and URLError among them
+    except (OSError, ValueError, HTTPException) as error:  # HTTPError and URLError among them
         reason = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else type(error).__name__
         log.warning("notify.webhook: %s does not take the message (%s)", host, reason)
 

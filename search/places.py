@@ -9,6 +9,7 @@ from ..evaluators.latency.target import Fingerprint, Target, check_target, finge
 from ..spaces.errors import InputError
 from .cluster import Cluster, Needs, connect
 from .config import AUTO, RAY, SearchConfig
+from .process import WorkerProcess
 from .ray_runner import RayRunner, check_nodes
 from .runner import MEMORY_SHARE, LocalRunner, Runner, machine_bytes
 from .target_node import NodeTimer
@@ -29,12 +30,12 @@ class Places:
     target_node: bool = False
     """Whether the target device is a node of the cluster; otherwise it is this machine, and all night long."""
 
-    def start(self, make: Factory, run: Path) -> Runner:
-        """The runner; ``run`` is the run's folder."""
+    def start(self, make: Factory, run: Path, ahead: WorkerProcess | None = None) -> Runner:
+        """The runner; ``run`` is the run's folder, ``ahead`` a worker of this machine that has been started."""
         if self.cluster is not None:
             share = int(MEMORY_SHARE * machine_bytes() / self.workers) if self.alone else None
             return RayRunner(self.cluster, make, self.needs, self.most, run, self.needs.memory_bytes or share)
-        return LocalRunner(make, self.workers, self.needs.memory_bytes)
+        return LocalRunner(make, self.workers, self.needs.memory_bytes, ahead)
 
     def timer(self, target: Target, listener: Listener) -> Timer:
         """Times models on the target device, whose timings the listener hears; on this machine nothing of ours may

@@ -29,12 +29,13 @@ from ..spaces.space import Space
 from .clock import Clock, length
 from .config import RunConfig
 from .folder import STATE, TARGET, RunFolder
+from .glance import minute_line
 from .jobs import Jobs
 from .notify import notify
-from .pareto import losses, non_dominated
 from .places import Places
+from .process import WorkerProcess
 from .proposals import Sensitivity
-from .records import Latency, Quality, TrialState, row
+from .records import Latency, Quality
 from .runner import Runner
 from .store import Store
 from .worker import Factory, Failure
@@ -107,6 +108,11 @@ class Session:
         return self._parts["make"]
 
     @property
+    def ahead(self) -> WorkerProcess | None:
+        """A worker of this machine that was started before anything was known of its work."""
+        return self._parts.get("ahead")
+
+    @property
     def jobs(self) -> Jobs:
         return self._parts["jobs"]
 
@@ -160,7 +166,7 @@ class Session:
         OverdueError when it runs into the time of its followers."""
         start = time.monotonic()
         self.followers = followers
-        self.update(phase=name)
+        self.update(phase=name, activity=None)
         log.info("phase %s", name)
         try:
             yield
@@ -377,29 +383,3 @@ def graceful(session: Session) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def minute_line(session: Session) -> str:
-    """How the night stands, in one line for the log."""
-    counts, best, _ = glance(session, 1000)
-    words = [f"{count} {name.lower()}" for name, count in counts.items() if count]
-    parts = [f"{session.state.get('phase')}, {length(session.clock.left_seconds)} left"]
-    parts.append(", ".join(words) or "no trial yet")
-    if best:
-        fastest = min(best, key=lambda r: r["latency_ms"])
-        parts.append(f"most accurate {best[0]['accuracy']:.4f} in {best[0]['latency_ms']:.3f} ms")
-        parts.append(f"fastest {fastest['latency_ms']:.3f} ms with {fastest['accuracy']:.4f}")
-    return "; ".join(parts)
-
-
-def glance(session: Session, most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:
-    """For a live view: trials by state, the best points so far as rows, and the current fine-tune's progress."""
-    if not session.begun:
-        return {}, [], 0.0
-    trials = session.store.trials()
-    counts = {str(state): sum(t.state is state for t in trials) for state in TrialState}
-    known = [t for t in trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
-    points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in known
-              if t.quality and t.latency and t.size_bytes]  # fmt: skip
-    front = sorted((known[i] for i in non_dominated(points)), key=lambda t: -t.quality.accuracy if t.quality else 0)
-    return counts, [row(t) for t in front[:most]], session.runner.progress

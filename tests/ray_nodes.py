@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nightpress.search.cluster import OBJECT_STORE_BYTES, TARGET, Cluster, connect, make_token
 
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}
+"""127.0.0.1 as ``/proc/net/tcp`` and ``tcp6`` write it."""
+LISTEN = "0A"
 # How soon a node that has fallen silent counts as lost; Ray's own settings take twice as long.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "500",
@@ -47,3 +50,27 @@ def two_nodes() -> Generator[tuple[Cluster, list[Any], Any]]:
         nodes.shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+def listening(root: int) -> dict[str, set[str]]:
+    """Addresses, as :data:`LOOPBACK` writes them, on which a process and what it started listen, each with the names
+    of the processes."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = {root}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    owners: dict[str, int] = {}
+    for process in family:
+        with suppress(OSError):
+            owners |= {file.readlink().name: process for file in Path(f"/proc/{process}/fd").iterdir()}
+    found: dict[str, set[str]] = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and (owner := owners.get(f"socket:[{fields[9]}]")):
+                name = Path(f"/proc/{owner}/comm").read_text().strip()
+                found.setdefault(fields[1].partition(":")[0], set()).add(name)
+    return found

@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tiny
+from nightpress.cli.config import load_config
+from nightpress.search.clock import Deadline
 from nightpress.search.folder import RunFolder
+from nightpress.search.night import run_night
+from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import Policy
 
 Cli = tiny.Cli
@@ -107,6 +112,26 @@ def test_a_run_that_another_driver_holds(cli: Cli, place: tiny.Place, tmp_path: 
         driver.release()
     assert re.fullmatch(rf"{driver.path}: only one driver may work on a run, but pid {os.getpid()} on \S+ holds it\.",
                         sentence)  # fmt: skip
+
+
+def test_a_storage_that_does_not_answer_is_refused_before_anything_is_measured(
+    cli: Cli, place: tiny.Place, tmp_path: Path
+) -> None:
+    storage = "postgresql://night:s3cret@127.0.0.1:1/studies"
+    result = cli("run", tiny.config_for(place, tmp_path, search={"storage": storage}), "--json")
+    sentence = tiny.refused(result)
+    assert sentence == "search.storage: postgresql://night@127.0.0.1:1/studies does not answer (OperationalError)."
+    assert "s3cret" not in result.err
+    assert "phase inspect" in result.err
+    assert "calibrate" not in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_deadline_that_passes_while_the_night_starts(place: tiny.Place, tmp_path: Path) -> None:
+    config = load_config(tiny.config_for(place, tmp_path))
+    with pytest.raises(InputError, match=r"The deadline passed 5 s ago, while the night was starting; give it more"):
+        run_night(config, Deadline(time.time() - 5, fixed=False), resume=False)
+    assert not config.out.exists()
 
 
 # Trials and exports

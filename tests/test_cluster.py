@@ -1,5 +1,6 @@
 """Where evaluations run: what is refused in a sentence, and a cluster of several nodes of which one is lost."""
 
+import ast
 import os
 import socket
 import stat
@@ -20,7 +21,7 @@ from nightpress.search.places import find_places
 from nightpress.search.ray_runner import RayRunner, check_nodes
 from nightpress.search.target_node import NodeTimer
 from nightpress.spaces.errors import InputError
-from ray_nodes import two_nodes
+from ray_nodes import LOOPBACK, two_nodes
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -74,8 +75,11 @@ def test_an_address_where_no_cluster_answers_is_refused_at_once(tmp_path: Path) 
 OWN_CLUSTER = """
 import os, stat, sys
 from nightpress.search.cluster import connect
+from ray_nodes import listening
 
 cluster = connect(None, cpus=1)
+cluster.ray.get(cluster.ray.remote(lambda: None).remote())  # now there is a worker
+print(listening(os.getpid()), file=sys.stderr)
 path = os.environ["RAY_AUTH_TOKEN_PATH"]
 modes = [oct(stat.S_IMODE(os.stat(place).st_mode)) for place in (path, os.path.dirname(path))]
 print(*modes, file=sys.stderr)
@@ -95,11 +99,15 @@ print(path, file=sys.stderr)
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_cluster_of_our_own_asks_for_a_token_that_only_we_can_read() -> None:
-    done = subprocess.run([sys.executable, "-c", OWN_CLUSTER], capture_output=True, text=True, check=False)
+def test_a_cluster_of_our_own_stays_on_loopback_and_asks_for_a_token_that_only_we_can_read() -> None:
+    where = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", OWN_CLUSTER], env=where, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
-    modes, refused, last = done.stderr.splitlines()[-3:]
+    listeners, modes, refused, last = done.stderr.splitlines()[-4:]
+    found = ast.literal_eval(listeners)
+    assert set(found) <= LOOPBACK, found
+    assert {"raylet", "gcs_server"} <= set.union(*found.values())
     assert modes == f"{oct(stat.S_IRUSR | stat.S_IWUSR)} {oct(stat.S_IRWXU)}"
     assert refused.startswith("1 ")
     assert "InputError: search.address: the Ray cluster at" in refused

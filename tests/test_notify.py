@@ -3,6 +3,7 @@
 import http.server
 import json
 import logging
+import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -60,6 +61,21 @@ def test_a_webhook_that_fails_is_logged_without_its_secret(status: int, caplog: 
 def test_a_webhook_where_nobody_listens_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     notify(Notify(webhook="http://127.0.0.1:1/s3cret"), RUN, "done", "x")
     assert caplog.messages == ["notify.webhook: 127.0.0.1 does not take the message (URLError)"]
+
+
+def test_a_webhook_that_does_not_speak_http_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1 << 16)
+            connection.sendall(b"220 mail.example ESMTP\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        notify(Notify(webhook=f"http://127.0.0.1:{server.getsockname()[1]}/s3cret"), RUN, "done", "x")
+        thread.join()
+    assert caplog.messages == ["notify.webhook: 127.0.0.1 does not take the message (BadStatusLine)"]
 
 
 def test_a_command_is_told_by_its_environment_and_no_text_becomes_a_command(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nightpress.search.clock import SHARES, Clock
 from nightpress.search.config import FineTuneConfig, RunConfig
 from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
+from nightpress.search.glance import minute_line
 from nightpress.search.planning import plan_finalists
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.session import OverdueError, Prepared, Session
@@ -139,3 +140,13 @@ def test_a_machine_that_slept_is_told_and_planned_for(tmp_path: Path, machine: M
     assert decision["reason"] == "the machine slept for 33 min 20 s"
     assert decision["decision"] == "planned anew: what is left"
     assert session.clock.share_seconds("finalists") == pytest.approx(SHARES["finalists"] * 2000)
+
+
+def test_the_line_of_the_log_says_what_the_night_is_busy_with(tmp_path: Path, machine: Machine) -> None:
+    session = night(tmp_path, machine, seconds=1000, short_seconds=1)
+    with session.phase("finalists"):
+        session.update(activity="2 of 4 long fine-tunes")
+        line = minute_line(session)
+    assert line.startswith("finalists, 16 min 40 s left; 2 of 4 long fine-tunes; 4 complete; most accurate 0.9000 in ")
+    with session.phase("verify"):
+        assert "fine-tunes" not in minute_line(session)

@@ -4,14 +4,19 @@ import os
 import signal
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fakes_jobs import Acting, job
 from nightpress.evaluators.evaluate import Outcome
+from nightpress.search.ahead import started_ahead
 from nightpress.search.cluster import Cluster, Needs, connect
+from nightpress.search.config import RAY, RunConfig, SearchConfig
+from nightpress.search.folder import TARGET
 from nightpress.search.jobs import MOST_LOST, Jobs
+from nightpress.search.process import WorkerProcess
 from nightpress.search.ray_runner import RayRunner
 from nightpress.search.runner import LocalRunner, Runner
 from nightpress.search.worker import HUNG, OUT_OF_MEMORY, WORKER_LOST, Failure
@@ -245,3 +250,47 @@ def test_out_of_memory_is_tried_once_with_half_the_batch(
     [(what, why)] = told
     assert what == "trial 4: rung short is run again with batches of 32"
     assert why.startswith("out of memory: ")
+
+
+# A worker that is started before its work is known
+
+
+def test_a_worker_started_ahead_takes_the_first_job(tmp_path: Path) -> None:
+    ahead = WorkerProcess()
+    runner = LocalRunner(Acting(tmp_path), 1, MEMORY_BYTES, ahead)
+    try:
+        runner.submit(0, job("sleep 0", tmp_path))
+        assert pid(all_of(runner, 1)[0]) == ahead.process.pid
+    finally:
+        runner.close()
+    assert ahead.buried
+
+
+def test_a_worker_that_died_before_it_had_work_is_replaced(tmp_path: Path) -> None:
+    ahead = WorkerProcess()
+    ahead.process.kill()
+    ahead.process.join()
+    runner = LocalRunner(Acting(tmp_path), 1, MEMORY_BYTES, ahead)
+    try:
+        runner.submit(0, job("sleep 0", tmp_path))
+        assert isinstance(all_of(runner, 1)[0], Outcome)
+    finally:
+        runner.close()
+    assert ahead.buried
+
+
+def test_only_a_night_that_goes_on_where_it_trains_has_a_worker_ahead(tmp_path: Path) -> None:
+    run = RunConfig(task="t.py:build", base=None, out=tmp_path)
+    with started_ahead(run, resume=True) as before_calibration:
+        assert before_calibration is None
+    (tmp_path / TARGET).write_text("{}")
+    with started_ahead(run, resume=False) as new:
+        assert new is None
+    with started_ahead(replace(run, search=SearchConfig(runner=RAY)), resume=True) as elsewhere:
+        assert elsewhere is None
+    with started_ahead(run, resume=True) as worker:
+        assert worker is not None
+        number = worker.process.pid
+        assert number is not None
+        assert alive(number)
+    assert not alive(number)

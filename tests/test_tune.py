@@ -1,5 +1,6 @@
 """A night with Ray Tune in place of its search phase leaves the same run folder."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nightpress.search.config import RAY
 from nightpress.search.folder import read_run
 from nightpress.search.records import TrialState
 from nightpress.spaces.errors import InputError
+from ray_nodes import LOOPBACK, listening
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what ray.tune imports
@@ -37,14 +39,16 @@ def test_a_search_by_tune_leaves_the_run_folder_of_a_night(
     profile = tiny.write_profile(tmp_path / "profile.json", tiny.anatomy_of(task))
     settings = {"max_trials": 4, "runner": RAY, "workers": 2}
     path = tiny.write_config(tmp_path, target=str(profile), search=settings)
-    seen: list[TuneSearch] = []
+    addresses: set[str] = set()
 
     def make(search: TuneSearch) -> tune.Tuner:
-        seen.append(search)
+        addresses.update(listening(os.getpid()))
         return tuner(search, tmp_path / "tune")
 
     assert run_tune_night(load_config(path), None, make) == "done"
 
+    assert addresses
+    assert addresses <= LOOPBACK
     run = read_run(tmp_path / "run")
     trials = [t for t in run.trials if t.role != "baseline"]
     assert len(trials) == 4

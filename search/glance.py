@@ -1,0 +1,38 @@
+"""How a night stands, for those who look on while it goes on."""
+
+from typing import TYPE_CHECKING, Any
+
+from .clock import length
+from .pareto import losses, non_dominated
+from .records import TrialState, row
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def minute_line(session: "Session") -> str:
+    """How the night stands, in one line for the log."""
+    counts, best, _ = glance(session, 1000)
+    words = [f"{count} {name.lower()}" for name, count in counts.items() if count]
+    parts = [f"{session.state.get('phase')}, {length(session.clock.left_seconds)} left"]
+    if activity := session.state.get("activity"):
+        parts.append(activity)
+    parts.append(", ".join(words) or "no trial yet")
+    if best:
+        fastest = min(best, key=lambda r: r["latency_ms"])
+        parts.append(f"most accurate {best[0]['accuracy']:.4f} in {best[0]['latency_ms']:.3f} ms")
+        parts.append(f"fastest {fastest['latency_ms']:.3f} ms with {fastest['accuracy']:.4f}")
+    return "; ".join(parts)
+
+
+def glance(session: "Session", most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:
+    """For a live view: trials by state, the best points so far as rows, and the current fine-tune's progress."""
+    if not session.begun:
+        return {}, [], 0.0
+    trials = session.store.trials()
+    counts = {str(state): sum(t.state is state for t in trials) for state in TrialState}
+    known = [t for t in trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
+    points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in known
+              if t.quality and t.latency and t.size_bytes]  # fmt: skip
+    front = sorted((known[i] for i in non_dominated(points)), key=lambda t: -t.quality.accuracy if t.quality else 0)
+    return counts, [row(t) for t in front[:most]], session.runner.progress
