@@ -34,7 +34,7 @@ from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import REFERENCE, Timer, write_random
 from nightpress.evaluators.latency.predictor import spearman
 from nightpress.evaluators.latency.profile import Profile, load_profile, profile_to_dict
-from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.latency.target import Target, fingerprint, fingerprint_from_dict
 from nightpress.search.proposals import baselines
 from nightpress.spaces.anatomy import Anatomy, Layer, Op, anatomy_from_json, anatomy_to_json
 from nightpress.spaces.plan import Plan, PlannedOp, plan
@@ -261,7 +261,7 @@ def evaluate(name: str, target: Target, cache: Path) -> dict[str, Any]:
         path = Path(folder) / "profile.json"
         path.write_text(text)
         start = time.perf_counter()
-        profile = load_profile(path, anatomy)
+        profile = load_profile(path, anatomy, here=fingerprint_from_dict(made["profile"]["device"]))
         refit = time.perf_counter() - start
     kept = [i for i, policy in enumerate(policies) if _predictable(profile, policy)]
     refused, policies, windows = len(policies) - len(kept), [policies[i] for i in kept], windows[kept]

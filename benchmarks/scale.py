@@ -102,7 +102,10 @@ def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
     config.out.mkdir()
     clock = Clock(times.wall() + 1000 * DAY_SECONDS, times=times)
     session = Session(config=config, folder=RunFolder(config.out), clock=clock, watch=lambda session: None)
-    session.state |= {"rungs": {"short_steps": 3}, "phase": "search"}
+    session.state |= {
+        "rungs": {"part_steps": 1, "short_steps": 3}, "phase": "search",
+        "reference": {"accuracy": 0.6, "latency_ms": 1.0, "size_bytes": 1e6},
+    }  # fmt: skip
     loaded = load_task(f"{task}:build")
     session.provide(
         prepared=Prepared(task=loaded, anatomy=anatomy, space=space_of(anatomy, config), train_items=180, step_ms=15.0),
@@ -185,7 +188,7 @@ class Simulation:
         return self.driver() + self.skipped
 
     def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
-        share = SHORT_SHARE if job.rung == "short" else 1 - SHORT_SHARE
+        share = {"bn": 1 - SHORT_SHARE, "part": SHORT_SHARE / 3, "short": SHORT_SHARE * 2 / 3}[job.rung]
         span = self.seconds * share * (0.8 + 0.4 * (key * 0.618034 % 1))  # they do not all end together
         self.worked += span
         heapq.heappush(self._queue, (self.now() + span, key, job))

@@ -237,6 +237,9 @@ def _check_values(file: FileConfig, where: str) -> None:
     for name in ("short_steps", "long_steps", "finalists"):
         value = getattr(file.finetune, name)
         rules.append((f"finetune.{name}", value, value is None or value >= 1, "at least 1"))
+    part, short = file.finetune.part_steps, file.finetune.short_steps
+    fits = part is None or 0 <= part < (short or part + 1)
+    rules.append(("finetune.part_steps", part, fits, "at least 0 and less than short_steps"))
     if file.search.max_trials is not None:
         rules.append(("search.max_trials", file.search.max_trials, file.search.max_trials >= 1, "at least 1"))
     webhook = file.notify.webhook

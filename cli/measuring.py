@@ -17,11 +17,12 @@ from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
-from ..evaluators.latency.capabilities import beside_profile, capabilities
+from ..evaluators.latency.capabilities import beside_profile, capabilities, probes
 from ..evaluators.latency.kit import read_results, write_kit
 from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing, noise_warnings
 from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
+from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.latency.units import Worker
 from ..evaluators.task import Task
 from ..search.config import RunConfig
@@ -57,20 +58,24 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
     """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
     _check_folder(out)
     found = read_results(results, anatomy)
+    # Its channel steps stay those that the kit's policies were drawn on.
+    integers = found.capabilities is None or found.capabilities.integer_kernels
     profile = profile_of(
-        anatomy, found.target, found.policies, found.timings, found.sizes, seconds=lambda: found.seconds,
-        device=found.device,
+        anatomy, replace(found.target, integer_kernels=integers), found.policies, found.timings, found.sizes,
+        seconds=lambda: found.seconds, device=found.device,
     )  # fmt: skip
-    told = _write_profile(replace(profile, remote=True, date=found.date), out)
+    able = beside_profile(found.capabilities) if found.capabilities is not None else None
+    told = _write_profile(replace(profile, remote=True, date=found.date), out, able)
     return {**told, "stages": [], "stopped": "all that the kit held"}
 
 
 def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
-    """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit."""
+    """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit; with the probes of
+    what the device can do, where the runtime's times of nodes tell the kernels."""
     draw, always = _drawing(anatomy, target, seed, task)
     policies = covering(Worker(anatomy), [*always, *draw(count)], draw(CANDIDATES))
     try:
-        return write_kit(anatomy, policies, target, out)
+        return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
 

@@ -8,14 +8,14 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import fx, nn
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
 
 from ..spaces.anatomy import Anatomy
 from ..spaces.plan import Plan
@@ -28,14 +28,17 @@ from .data import Arrays, materialise, split_search
 from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
+from .pausing import Place, read_place, read_weights
 from .quality import Score, judge, outputs_of, score
 from .runtime import check_bits, open_session
 from .sparsity import sparsify
-from .staged import cut_further
+from .staged import cut_further, widened
 from .task import Task, load_task, picked
 from .training import Trainer
 
-RUNGS = ("bn", "short", "long")
+RUNGS = ("bn", "part", "short", "long")
+_BEFORE = {"part": "bn", "short": "bn", "long": "short"}
+"""The rung whose weights a fine-tune begins with."""
 GIVEN, SENSITIVITY = "given", "sensitivity"
 SENSITIVITY_ITEMS = 256
 BN_ITEMS = 400
@@ -60,6 +63,9 @@ class Recipe:
 class Job:
     """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length.
 
+    The rung ``part`` is the short fine-tune up to its step ``stop``; the short one goes on from there. ``looks`` are
+    steps of a short fine-tune at which it is judged on its way, ascending.
+
     ``rung`` is one of :data:`RUNGS`, ``given`` (the given weights on both splits) or ``sensitivity``
     (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's). ``batch_size`` takes the
     place of the recipe's where that was too large for the memory; evaluations then run in batches as small.
@@ -71,16 +77,20 @@ class Job:
     steps: int
     folder: Path
     batch_size: int | None = None
+    stop: int | None = None
+    looks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a job. ``divergence`` is the mean KL divergence from the uncompressed model in nats
-    (sensitivity only); what follows it are the finalists' own: test split, export and parity."""
+    """What came of a job. ``looks`` are pairs of a step and the accuracy there. ``divergence`` is the mean KL
+    divergence from the uncompressed model in nats (sensitivity only); what follows it are the finalists' own: test
+    split, export and parity."""
 
     search: Score
     losses: tuple[float, ...] = ()
     seconds: float = 0.0
+    looks: tuple[tuple[int, float], ...] = ()
     divergence: float | None = None
     simulated: Score | None = None
     exported: Score | None = None
@@ -88,6 +98,30 @@ class Outcome:
     max_abs_diff: float | None = None
     bits_used: dict[str, str] | None = None
     size_bytes: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Course:
+    """A fine-tune under way: the module at the ``number``-th of its policy's stages, and what it was made by."""
+
+    stages: tuple[Policy, ...]
+    number: int
+    compressed: Compressor
+    module: fx.GraphModule
+    plan: Plan
+    place: Place = field(default_factory=Place)
+
+    def ends(self, steps: int) -> tuple[int, int]:
+        """The steps between which the present stage lies."""
+        return _step_at(self.number, self.stages, steps), _step_at(self.number + 1, self.stages, steps)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        return self.number / len(self.stages), (self.number + 1) / len(self.stages)
+
+    @property
+    def last(self) -> bool:
+        return self.number == len(self.stages) - 1
 
 
 class Evaluator:
@@ -132,8 +166,10 @@ class Evaluator:
             return Outcome(search=search, exported=test, seconds=time.perf_counter() - start)
         if job.rung == SENSITIVITY:
             return replace(self.sensitivity(self.prepare(job)[0]), seconds=time.perf_counter() - start)
-        module, plan, losses = (*self.prepare(job), ()) if job.rung == "bn" else self.train(job, progress)
-        save_checkpoint(module, checkpoint(job.folder, job.rung))
+        if job.looks:
+            return replace(self._looked(job, progress), seconds=time.perf_counter() - start)
+        module, plan, losses, kept = (*self.prepare(job), (), {}) if job.rung == "bn" else self._trained(job, progress)
+        save_checkpoint(module, checkpoint(job.folder, job.rung), kept)
         # The lowest rung only sorts out the hopeless: fewer examples will do, and its standard error says so.
         split = self.search.take(torch.arange(min(len(self.search), BN_ITEMS))) if job.rung == "bn" else self.search
         found = judge(module, split, self.task, self.compute)
@@ -142,10 +178,16 @@ class Evaluator:
             outcome = self.export(job, module, plan, outcome)
         return replace(outcome, seconds=time.perf_counter() - start)
 
+    def _looked(self, job: Job, progress: Callable[[float], None] | None) -> Outcome:
+        """A short fine-tune that is judged on its way; what it is at its end is not changed by that."""
+        parts = [self(replace(job, rung="part", stop=step, looks=()), progress) for step in job.looks]
+        outcome = self(replace(job, looks=()), progress)
+        looks = tuple((step, part.search.accuracy) for step, part in zip(job.looks, parts, strict=True))
+        return replace(outcome, looks=looks, losses=sum((p.losses for p in parts), ()) + outcome.losses)
+
     def prepare(self, job: Job) -> tuple[fx.GraphModule, Plan]:
         """The module as the rung before left it; from the policy where there is no such checkpoint."""
-        rung = RUNGS.index(job.rung) if job.rung in RUNGS else 0
-        before = RUNGS[rung - 1] if rung else None
+        before = _BEFORE.get(job.rung)
         if before is not None and checkpoint(job.folder, before).is_file():
             return self.load(job.policy, checkpoint(job.folder, before))
         module, plan = self.compressor.apply(job.policy)
@@ -166,37 +208,73 @@ class Evaluator:
     ) -> tuple[fx.GraphModule, Plan, tuple[float, ...]]:
         """The fine-tune of a rung, with the losses of its parts. The first fine-tune of a policy prunes in stages
         where the policy says so, each with an equal share of the steps."""
-        stages = stage_policies(job.policy, self.recipe.anatomy)
+        return self._trained(job, progress)[:3]
+
+    def _trained(
+        self, job: Job, progress: Callable[[float], None] | None
+    ) -> tuple[fx.GraphModule, Plan, tuple[float, ...], Mapping[str, Tensor]]:
+        """The fine-tune of a rung, with what its checkpoint needs beside the weights."""
+        course = self._course(job)
+        stop = job.steps if job.stop is None else job.stop
+        losses = self._fit(course, job, stop, progress)
+        while not course.last and course.ends(job.steps)[1] < stop:
+            self._next_stage(course)
+            losses += self._fit(course, job, stop, progress)
+        if job.rung != "part":
+            return course.module, course.plan, losses, {}
+        course.place.step = stop
+        if course.last:
+            return course.module, course.plan, losses, course.place.tensors()
+        # What is judged is the policy: what its last stage would cut is cut now, beside the fine-tune.
+        course.place.stage = course.module.state_dict()
+        course.place.wide = dict(course.compressed.network.state) if course.number else {}
+        _, module, plan = cut_further(course.compressed, course.module, course.stages[course.number], job.policy)
+        self._settle(module, job.policy)
+        return module, plan, losses, course.place.tensors()
+
+    def _course(self, job: Job) -> _Course:
+        """Where a rung's fine-tune begins: where a part of it ended, else at its policy's first stage."""
+        stages, path = stage_policies(job.policy, self.recipe.anatomy), checkpoint(job.folder, "part")
         if job.rung == "long" and checkpoint(job.folder, "short").is_file():
             stages = stages[-1:]
+        place = read_place(path) if job.rung != "long" else None
+        if place is not None and place.step <= (job.steps if job.stop is None else job.stop):
+            return self._resumed(job, stages, place)
         if len(stages) == 1:
             module, plan = self.prepare(job)
-            return module, plan, self._fit(module, job, job.policy, (0.0, 1.0), progress)
-        compressed, losses = self.compressor, ()
-        module, plan = compressed.apply(stages[0])
-        for number, (before, stage) in enumerate(zip((stages[0], *stages), stages, strict=False)):
-            if number:
-                compressed, module, plan = cut_further(compressed, module, before, stage)
-            self._settle(module, stage)
-            span = number / len(stages), (number + 1) / len(stages)
-            losses += self._fit(module, job, stage, span, progress)
-        return module, plan, losses
+        else:
+            module, plan = self.compressor.apply(stages[0])
+            self._settle(module, stages[0])
+        return _Course(stages=stages, number=0, compressed=self.compressor, module=module, plan=plan)
 
-    def _fit(
-        self, module: fx.GraphModule, job: Job, policy: Policy, span: tuple[float, float],
-        progress: Callable[[float], None] | None,
-    ) -> tuple[float, ...]:  # fmt: skip
-        begin, end = (round(job.steps * share) for share in span)
+    def _resumed(self, job: Job, stages: tuple[Policy, ...], place: Place) -> _Course:
+        """The course as a part of it left it."""
+        number = next(k for k in range(len(stages)) if place.step <= _step_at(k + 1, stages, job.steps))
+        compressed = widened(self.compressor, place.wide) if place.wide else self.compressor
+        module, plan = compressed.shell(stages[number])
+        module.load_state_dict(place.stage or read_weights(checkpoint(job.folder, "part")))
+        place.step -= _step_at(number, stages, job.steps)
+        return _Course(stages=stages, number=number, compressed=compressed, module=module, plan=plan, place=place)
+
+    def _next_stage(self, course: _Course) -> None:
+        before, after = course.stages[course.number : course.number + 2]
+        course.compressed, course.module, course.plan = cut_further(course.compressed, course.module, before, after)
+        self._settle(course.module, after)
+        course.number, course.place = course.number + 1, Place()
+
+    def _fit(self, course: _Course, job: Job, stop: int, progress: Callable[[float], None] | None) -> tuple[float, ...]:
+        """The steps of the present stage up to ``stop`` of the whole fine-tune."""
+        (begin, end), span = course.ends(job.steps), course.span
         told = None if progress is None else lambda done: progress(span[0] + (span[1] - span[0]) * done)
         return self.trainer.fit(
-            module, policy, steps=end - begin, seed=job.seed + begin, simulate=job.rung == "long", span=span,
-            progress=told,
+            course.module, course.stages[course.number], steps=end - begin, seed=job.seed + begin,
+            simulate=job.rung == "long", span=span, progress=told, place=course.place, stop=min(stop, end) - begin,
         )  # fmt: skip
 
     def load(self, policy: Policy, path: Path) -> tuple[fx.GraphModule, Plan]:
         """A policy's module with the weights of a checkpoint."""
         module, plan = self.compressor.shell(policy)
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(read_weights(path))
         return module, plan
 
     def sensitivity(self, module: fx.GraphModule) -> Outcome:
@@ -256,17 +334,23 @@ def checkpoint(folder: Path, rung: str) -> Path:
     return folder / f"{rung}.safetensors"
 
 
+def _step_at(number: int, stages: tuple[Policy, ...], steps: int) -> int:
+    """The step at which a stage begins: each has an equal share."""
+    return round(steps * (number / len(stages)))
+
+
 def _give_back_memory() -> None:
     """What the trial before has freed: glibc keeps it in pieces, and a process grew by 8 % over 200 trials."""
     with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def save_checkpoint(module: nn.Module, path: Path) -> None:
-    """State dict as safetensors, whole or not at all."""
+def save_checkpoint(module: nn.Module, path: Path, kept: Mapping[str, Tensor] | None = None) -> None:
+    """State dict as safetensors, whole or not at all; ``kept`` is what a fine-tune needs to go on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, partial)
+    weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file({**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}, partial)
     partial.replace(path)
 
 

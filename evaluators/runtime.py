@@ -81,7 +81,7 @@ def bits_used(path: Path, plan: Plan, disabled_optimizers: tuple[str, ...]) -> d
     owners = _owners(plan)
     found: dict[str, str] = {}
     for node in graph.node:
-        kind = _KERNELS.get(node.op_type)
+        kind = KERNELS.get(node.op_type)
         if kind is None:
             continue
         # Integer kernels keep the names of their weights; fp32 weights are reordered under new names,
@@ -116,7 +116,7 @@ def check_bits(used: dict[str, str], plan: Plan) -> None:
             raise ValueError(f"layer {name} was to run in {intended}, but the runtime runs it in {used[name]}")
 
 
-_KERNELS = {
+KERNELS = {
     "QLinearConv": "int8",
     "QGemm": "int8",
     "MatMulIntegerToFloat": "int8",

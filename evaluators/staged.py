@@ -1,8 +1,9 @@
 """Cutting a network that has been pruned and trained already: the next stage of staged pruning."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..spaces.plan import Plan
 from ..spaces.policy import Policy
@@ -19,7 +20,11 @@ def cut_further(
     compressor of that full-width model too, which the stage after this one starts from.
     """
     trained = {name: value.detach().cpu() for name, value in module.state_dict().items()}
-    network = compressor.network
-    wide = spread_state(trained, compressor.removed(before), network.state, compressor.anatomy)
-    following = replace(compressor, network=replace(network, state=wide), orders={})
+    wide = spread_state(trained, compressor.removed(before), compressor.network.state, compressor.anatomy)
+    following = widened(compressor, wide)
     return following, *following.apply(after)
+
+
+def widened(compressor: Compressor, wide: Mapping[str, Tensor]) -> Compressor:
+    """The compressor of a model with the same anatomy and the full-width state ``wide``."""
+    return replace(compressor, network=replace(compressor.network, state=wide), orders={})

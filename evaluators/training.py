@@ -18,6 +18,7 @@ from ..spaces.policy import Distill, Policy
 from .compute import EVALUATION_BATCH, Compute
 from .data import Arrays
 from .distill import Hints, Pairs, blended_loss, pair
+from .pausing import Parameters, Place
 from .quality import DivergedError
 from .quantise import ActivationQuantiser, end_observation, quantisers
 from .sparsity import hold, masks
@@ -34,8 +35,6 @@ _PROBE_STEPS = 2
 _CLIP_NORM = 1.0
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
-Parameters = tuple[list[nn.Parameter], list[nn.Parameter]]
-"""The student's that are trained, and those of the regressors."""
 Batch = tuple[Tensor, Tensor, Tensor | None]
 """Inputs, targets and the teacher's answers (None where they are not distilled or not kept)."""
 
@@ -105,6 +104,7 @@ class Trainer:
     def fit(
         self, module: nn.Module, policy: Policy, *, steps: int, seed: int, simulate: bool = True,
         span: tuple[float, float] = (0.0, 1.0), progress: Callable[[float], None] | None = None,
+        place: Place | None = None, stop: int | None = None,
     ) -> tuple[float, ...]:  # fmt: skip
         """Train in place for ``steps`` steps; returns the mean loss over each tenth of them.
 
@@ -112,11 +112,12 @@ class Trainer:
         trains with quantised activations; without it they are left alone, which is much quicker, and their ranges
         are taken afterwards (weights are always on their grid: few bits need the training). Weights that the
         policy's sparsity takes out stay zero. ``span`` is the part of the whole fine-tune that this is, for what
-        changes on the way. Raises DivergedError when the loss is no longer finite.
+        changes on the way. With ``place`` it goes on from there, and with ``stop`` it ends after so many of the steps;
+        both change nothing of what the remaining steps do. Raises DivergedError when the loss is no longer finite.
         """
         self.compute.module(module).train()
         with bypassed(() if simulate else quantisers(module).values()), self._lesson(module, policy, seed) as lesson:
-            losses = self._loop(lesson, steps, seed, span, progress)
+            losses = self._loop(lesson, steps, seed, span, progress, place or Place(), steps if stop is None else stop)
         if not simulate:
             self.observe(module)
         module.eval()
@@ -124,19 +125,20 @@ class Trainer:
 
     def _loop(
         self, lesson: "_Lesson", steps: int, seed: int, span: tuple[float, float],
-        progress: Callable[[float], None] | None,
+        progress: Callable[[float], None] | None, place: Place, stop: int,
     ) -> tuple[float, ...]:  # fmt: skip
         parameters = lesson.parameters()
         optimiser = sgd(parameters, lesson.policy.finetune.learning_rate)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _warm_cosine(step, steps))
+        place.recall(optimiser, parameters)
         means: list[float] = []
         running = torch.zeros((), device=self.compute.device)
         part, counted = max(1, math.ceil(steps / _LOSS_PARTS)), 0
-        for step, batch in enumerate(self._batches(lesson.policy.distill, steps, seed)):
+        for step, batch in self._batches(lesson.policy.distill, place.step, stop, seed):
+            for group in optimiser.param_groups:
+                group["lr"] = lesson.policy.finetune.learning_rate * _warm_cosine(step, steps)
             running += lesson.step(optimiser, parameters, batch, span[0] + (span[1] - span[0]) * step / steps)
-            schedule.step()
             counted += 1
-            if counted == part or step == steps - 1:  # one look at the loss a tenth: no host sync a step
+            if counted == part or step == stop - 1:  # one look at the loss a tenth: no host sync a step
                 means.append(float(running) / counted)
                 if not math.isfinite(means[-1]):
                     raise DivergedError(f"the training loss became {means[-1]} by step {step + 1} of {steps}")
@@ -144,6 +146,7 @@ class Trainer:
                 counted = 0
                 if progress is not None:
                     progress((step + 1) / steps)
+        place.remember(optimiser, parameters, stop)
         return tuple(means)
 
     @contextmanager
@@ -179,25 +182,31 @@ class Trainer:
             self._featured = self.uncompressed()
         return self.compute.module(self._featured).eval()
 
-    def _batches(self, distill: Distill, steps: int, seed: int) -> Iterator[Batch]:
+    def _batches(self, distill: Distill, first: int, stop: int, seed: int) -> Iterator[tuple[int, Batch]]:
+        """Steps from ``first`` up to ``stop``, with the batches that they always have."""
         generator = torch.Generator().manual_seed(seed)
         count, size = len(self.train.targets), min(self.batch_size, len(self.train.targets))
         targets = self.train.targets.to(self.compute.device)
         # A teacher that is asked for features in each step gives its logits with them.
         asked = distill.logit and distill.inner is None
-        done, epoch = 0, 0
-        while done < steps:
-            view = epoch % self._view_count()
+        step, epoch = 0, 0
+        while step < stop:
+            order = torch.randperm(count, generator=generator).to(self.compute.device)
+            view, last = epoch % self._view_count(), step + count // size
+            epoch += 1
+            if last <= first:
+                step = last
+                continue
             inputs = self._view(view)
             answers = self._answers(view) if asked else None
-            order = torch.randperm(count, generator=generator).to(self.compute.device)
             for start in range(0, count - size + 1, size):
-                if done == steps:
+                if step == stop:
                     return
-                index = order[start : start + size]
-                yield self._cast(inputs[index]), targets[index], answers[index] if answers is not None else None
-                done += 1
-            epoch += 1
+                if step >= first:
+                    index = order[start : start + size]
+                    answered = answers[index] if answers is not None else None
+                    yield step, (self._cast(inputs[index]), targets[index], answered)
+                step += 1
 
     def _view_count(self) -> int:
         size = self.train.inputs.numel() * self.train.inputs.element_size()

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from ..search.records import Rung, RunRecord, TrialRecord, TrialState
+from ..search.records import NOT_CONTINUED, Rung, RunRecord, TrialRecord, TrialState
 from .figure_base import AMBER, BLUE, GREEN, GREY, RED, blank, no_markup
 from .importances import LEAST_TRIALS, Importances
 from .text import counted, percent
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 MOST_PARAMETERS = 12
 RUNG_WORDS: Mapping[str, str] = {
     Rung.BN: "batch-norm re-estimation",
+    Rung.PART: "first part of the short fine-tune",
     Rung.SHORT: "short fine-tune",
     Rung.LONG: "long fine-tune",
 }
@@ -23,6 +24,7 @@ ENDS = {
     "known already": GREY,
     "beyond the limits": GREY,
     "stopped": AMBER,
+    "not continued": GREY,
     "failed": RED,
     "struck out": RED,
 }
@@ -49,12 +51,21 @@ class Trust(NamedTuple):
     high: float
 
 
+class Study(NamedTuple):
+    """What the study at the start of the night found: each cheap rung's trust, against the whole short fine-tune, and
+    the steps of the part that became a rung (0: none)."""
+
+    rungs: tuple[tuple[int, Trust], ...]
+    part_steps: int
+
+
 class RungsInfo(NamedTuple):
     """The stages in order; ``standing`` of the verified were not struck out."""
 
     stages: tuple[Stage, ...]
     standing: int
     trust: tuple[Trust, ...] = ()
+    study: Study | None = None
 
 
 def rungs_info(run: RunRecord) -> RungsInfo:
@@ -67,26 +78,43 @@ def rungs_info(run: RunRecord) -> RungsInfo:
     rungs.sort(key=lambda rung: known.index(rung) if rung in known else len(known))
     stages = [_stage("proposed", trials, None)]
     for i, rung in enumerate(rungs):
-        came = [t for t in trials if t.reused_from is None and any(q.rung == rung for q in t.qualities)]
+        came = [t for t in trials if t.reused_from is None and _came_to(t, rung)]
         stages.append(_stage(RUNG_WORDS.get(rung, rung), came, rungs[i + 1] if i + 1 < len(rungs) else ""))
     verified = [t for t in trials if t.verified is not None]
     standing = sum(t.verified is not None and t.verified.struck_out is None for t in verified)
     ends = {"went on": standing, "struck out": len(verified) - standing}
     stages.append(Stage("exported and re-measured", tuple((end, n) for end, n in ends.items() if n)))
-    return RungsInfo(tuple(stages), standing, _trust(run))
+    return RungsInfo(tuple(stages), standing, _trust(run), _study(run))
+
+
+def _came_to(trial: TrialRecord, rung: str) -> bool:
+    """Trials of the study were looked at on their way, without a pause."""
+    return any(q.rung == rung for q in trial.qualities) or (rung == Rung.PART and bool(trial.looks))
 
 
 def _trust(run: RunRecord) -> tuple[Trust, ...]:
     """From the decisions of the finalists' phase that hold it as evidence; nights of earlier versions have none."""
+    evidence = [entry.get("evidence") for entry in run.decisions if entry.get("phase") == "finalists"]
+    return tuple(trust for found in evidence if (trust := _trusted(found)) is not None)
+
+
+def _trusted(found: object) -> Trust | None:
     kinds: tuple[type, ...] = (str, int, float, float, float)
-    found: list[Trust] = []
+    if not isinstance(found, Mapping):
+        return None
+    values = [cast("Mapping[str, Any]", found).get(field) for field in Trust._fields]
+    known = all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
+    return Trust._make(values) if known else None
+
+
+def _study(run: RunRecord) -> Study | None:
+    """From the decision that ended it."""
     for entry in run.decisions:
-        evidence = entry.get("evidence")
-        if entry.get("phase") == "finalists" and isinstance(evidence, Mapping):
-            values = [cast("Mapping[str, Any]", evidence).get(field) for field in Trust._fields]
-            if all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True)):
-                found.append(Trust._make(values))
-    return tuple(found)
+        evidence: Any = entry.get("evidence")
+        if isinstance(evidence, Mapping) and isinstance(evidence.get("study"), list):
+            found = [(c.get("steps", 0), _trusted(c)) for c in evidence["study"] if isinstance(c, Mapping)]
+            return Study(tuple((s, t) for s, t in found if t is not None), int(evidence.get("part_steps") or 0))
+    return None
 
 
 def _stage(name: str, came: list[TrialRecord], following: str | None) -> Stage:
@@ -104,6 +132,8 @@ def _end(trial: TrialRecord, following: str | None) -> str:
         went_on = trial.state is TrialState.COMPLETE or any(q.rung == following for q in trial.qualities)
     if went_on:
         return "went on"
+    if trial.reason == NOT_CONTINUED:
+        return "not continued"
     ends = {TrialState.INFEASIBLE: "beyond the limits", TrialState.STOPPED: "stopped"}
     return ends.get(trial.state, "failed")
 
@@ -118,12 +148,28 @@ def rungs_text(info: RungsInfo) -> str:
     last = others[-1]
     said.append(f"{counted(last.number, 'trial')} of the search {'was' if last.number == 1 else 'were'} {last.name}; ")
     said[-1] += f"{info.standing} of them stood."
+    said += _study_text(info.study) if info.study is not None else []
     said += [
         f"The {RUNG_WORDS.get(trust.rung, trust.rung)} ranked {trust.pairs} policies as the long fine-tune did with a "
         f"rank correlation of {trust.rank_correlation:.2f} (90 %: {trust.low:.2f} to {trust.high:.2f})."
         for trust in info.trust
     ]
     return " ".join(said)
+
+
+def _study_text(study: Study) -> list[str]:
+    """How the rungs of this night were chosen."""
+    if not study.rungs:
+        return ["Too few policies went through the study of the rungs, or they were too alike, to choose by it."]
+    told = [
+        f"{f'{steps} of its steps' if trust.rung == Rung.PART else RUNG_WORDS.get(trust.rung, trust.rung)} with "
+        f"{trust.rank_correlation:.2f} (90 %: {trust.low:.2f} to {trust.high:.2f})"
+        for steps, trust in study.rungs
+    ]
+    chosen = f"a rung after {study.part_steps} steps" if study.part_steps else "no rung on the way"
+    pairs = study.rungs[0][1].pairs
+    said = f"At first {pairs} policies went through the whole short fine-tune, to see what ranks policies as it does: "
+    return [f"{said}{', '.join(told)}; so it got {chosen}."]
 
 
 def _lost(stage: Stage) -> str:

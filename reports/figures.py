@@ -28,8 +28,8 @@ HOW = {
     "the third one.",
     "hypervolume": "How much of the space between the reference point and a perfect, free model is dominated by what "
     "was found so far. A flat end means that more time would hardly have helped.",
-    "rungs": "Each bar is a stage of the search; a trial goes on only when even a hopeful guess of its end is "
-    "not dominated, so that time goes to those that may matter.",
+    "rungs": "Each bar is a stage of the search; a trial is stopped when even a hopeful guess of its end is "
+    "dominated, and waits while others promise more, so that time goes to those that may matter.",
     "latency": "On the diagonal the prediction is right; the band is ± 10 %. Models that were held out and trials "
     "of this night are the honest test, since the predictor had not seen them.",
     "sensitivity": "Darker hurts more: the mean divergence of the outputs (nats) when this part alone is compressed, "

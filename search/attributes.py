@@ -29,6 +29,7 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
         finished=attrs.get("finished"),
         verified=_verified(extra.get(f"verified:{number}")),
         driver=attrs.get("driver"),
+        looks=tuple((int(step), float(accuracy)) for step, accuracy in attrs.get("looks", ())),
     )
 
 

@@ -71,8 +71,10 @@ class SearchConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FineTuneConfig:
-    """Lengths in optimiser steps; None lets the agent choose them from the budget."""
+    """Lengths in optimiser steps; None lets the agent choose them, from the budget and a study. ``part_steps`` of the
+    short fine-tune are a rung of their own, 0 is for none."""
 
+    part_steps: int | None = None
     short_steps: int | None = None
     long_steps: int | None = None
     batch_size: int = 64

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +93,24 @@ def free_disk(session: Session, running: Iterable[int]) -> int:
     return freed
 
 
-def find_room(session: Session, running: Iterable[int]) -> bool:
-    """Make room where it lacks, and wait some time for others to make it; whether the night can go on."""
+def drop_below(folder: RunFolder, number: int, rung: str) -> None:
+    """Delete a trial's checkpoints of the rungs below one that is on record: it goes on from the highest."""
+    order = list(Rung)
+    for lower in order[: order.index(Rung(rung))]:
+        (folder.artifacts(number) / f"{lower}{SUFFIX}").unlink(missing_ok=True)
+
+
+def find_room(session: Session, running: Iterable[int], give_up: Callable[[], bool] = lambda: False) -> bool:
+    """Make room where it lacks, and wait some time for others to make it; whether the night can go on. ``give_up``
+    does without something that could still be of use, and says whether there was anything."""
     short = _shortage(session)
     if short is None:
         return True
     free_disk(session, running)
     short = _shortage(session)
+    while short is not None and give_up():
+        free_disk(session, running)
+        short = _shortage(session)
     if short is None:
         return True
     if session.state.get("disk_full"):  # it was waited for already

@@ -1,6 +1,7 @@
 """What the night measures goes back into the latency profile; a target that has drifted is calibrated again."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -75,8 +76,9 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         )  # fmt: skip
         profile = measure_target(session, [p.policy for p in profile.points])
     matcher = Matcher(session.prepared.anatomy)
+    # Chosen by what was predicted of them, so what they leave is not the level of their session.
     points: list[Point] = [
-        point_of(policies[key], timings[key], sizes[key], matcher, profile.reference_ms) for key in policies
+        replace(point_of(policies[key], timings[key], sizes[key], matcher), session="") for key in policies
     ]
     before = profile.predictor.heldout
     profile = profile.with_points(points)

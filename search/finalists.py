@@ -16,7 +16,7 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
-from .disk import find_room, free_disk, is_full
+from .disk import drop_below, find_room, free_disk, is_full
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
@@ -196,9 +196,10 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         return
     one = _expected_seconds(session, trials) / len(trials) * session.workers
     done = 0
+    session.update(activity=f"{done} of {len(jobs)} long fine-tunes")
     for number, result in session.run_all(jobs, end + one):
         done += 1
-        session.update(activity=f"long fine-tune {done} of {len(jobs)}")
+        session.update(activity=f"{done} of {len(jobs)} long fine-tunes")
         if is_full(result):
             free_disk(session, jobs)
         if isinstance(result, Failure):
@@ -206,6 +207,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         else:
             _save(outcome_file(session, number), result)
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
+    session.update(activity=None)
     if done < len(jobs):
         session.folder.decide("finalists", f"{len(jobs) - done} long fine-tunes left out", "the deadline")
 
@@ -246,7 +248,7 @@ def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
     the data. Simulated activations make a step half as dear again.
     """
     spent = {q.rung: q.seconds for q in trial.qualities}
-    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.SHORT, 0.0)
+    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
     a_step = max(short - low, 0.3 * short) / session.state["rungs"]["short_steps"]
     return 4 * low, a_step * (1.5 if trial.policy["bits"] else 1.0)
 
@@ -285,8 +287,7 @@ def verify(session: Session) -> None:
         if verified.struck_out:
             log.info("trial %d struck out: %s", number, verified.struck_out)
     for number in outcomes:
-        for rung in ("bn", "short"):  # the long fine-tune's checkpoint is all that an export needs
-            (session.folder.artifacts(number) / f"{rung}.safetensors").unlink(missing_ok=True)
+        drop_below(session.folder, number, Rung.LONG)  # its checkpoint is all that an export needs
     session.update(reference_ms=reference_ms)
 
 

@@ -46,17 +46,23 @@ def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target
     covers. The expectation over the accuracy is a Gauss–Hermite sum. ``mean`` and ``spread`` are of u, see
     :class:`~nightpress.search.surrogate.Scale`.
     """
+    draws = scale.down(mean[:, None] + spread[:, None] * _NODES)  # (n, nodes)
+    return mean_gain(draws, _WEIGHTS, costs, target) / max(scale.ceiling - target.corner[0], 1e-9)
+
+
+def mean_gain(draws: Array, weights: Array, costs: Array, target: Target) -> Array:
+    """Mean hypervolume that points add, shape (n,), from draws of their accuracy, shape (n, m), that weigh ``weights``,
+    shape (m,); latency and size, shape (n, 2), count as shares of the corner's."""
     unit = target.corner[1:]
     priced = (costs / unit).astype(np.float32)  # latency and size as shares of the corner's
     kept = target.front
     edges = np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]])
-    draws = scale.down(mean[:, None] + spread[:, None] * _NODES)  # (n, nodes)
-    gains = np.zeros(len(mean))
+    gains = np.zeros(len(draws))
     for level in range(len(kept) + 1):
         above, below = edges[level], edges[level + 1]
-        height = (np.clip(draws, below, above) - below) @ _WEIGHTS
+        height = (np.clip(draws, below, above) - below) @ weights
         gains += height * _free_area(priced, (kept[:level, 1:] / unit).astype(np.float32))
-    return gains / max(scale.ceiling - target.corner[0], 1e-9)
+    return gains
 
 
 def _free_area(points: NDArray[np.float32], covering: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -15,6 +15,8 @@ def minute_line(session: "Session") -> str:
     counts, best, _ = glance(session, 1000)
     words = [f"{count} {name.lower()}" for name, count in counts.items() if count]
     parts = [f"{session.state.get('phase')}, {length(session.clock.left_seconds)} left"]
+    if activity := session.state.get("activity"):
+        parts.append(activity)
     parts.append(", ".join(words) or "no trial yet")
     if best:
         fastest = min(best, key=lambda r: r["latency_ms"])

@@ -19,7 +19,6 @@ from ..spaces.policy import INT8, Policy, digest
 from . import finalists, planning, prepare
 from .clock import Clock, Deadline, length
 from .config import RunConfig
-from .disk import find_room
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .mark import mark
@@ -27,6 +26,7 @@ from .memory import Memory
 from .pareto import losses, non_dominated
 from .plateau import stalled
 from .process import WorkerProcess
+from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
 from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
@@ -35,6 +35,7 @@ from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
 from .storages import close, open_storage
 from .store import Store, policy_of
+from .study import end_study, studying
 from .trials import Trials, enqueue
 from .why import record_why
 
@@ -205,13 +206,8 @@ def _aim(session: Session) -> None:
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
         sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
-        reference, limits = session.state["reference"], session.config.limits
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
-        sampler.reference = losses(
-            max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
-            min(reference["latency_ms"], limits.max_latency_ms or math.inf),
-            min(reference["size_bytes"], limits.max_size_bytes or math.inf),
-        )
+        sampler.reference = losses(*corner_of(session.state["reference"], session.config.limits))
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
@@ -236,7 +232,7 @@ def worthwhile(session: Session, rules: Mapping[str, Policy]) -> dict[str, Polic
 
 def _run_enqueued(session: Session, trials: Trials) -> None:
     while session.store.waiting("baseline"):
-        trials.fill(1)
+        trials.fill(1, go_on=False)
         trials.collect()
     trials.drain()
 
@@ -307,13 +303,16 @@ def search(session: Session, trials: Trials) -> None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
             planning.plan_finalists(session)
-            find_room(session, trials.running)
+            trials.make_room()
             continue
         most = session.config.search.max_trials
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
     trials.drain()
+    trials.close_paused()
     session.folder.decide("search", "ended the search", reason)
+    if studying(session.state["rungs"]):
+        end_study(session)
     judge_stopping(session)
 
 
@@ -322,11 +321,11 @@ def enough(session: Session, trials: Trials) -> str | None:
     most = session.config.search.max_trials
     if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
         return "the time for it is used up"
-    if most is not None and session.store.tally().begun >= most:
+    if most is not None and session.store.tally().begun >= most and not trials.unfinished:
         return f"max_trials {most} is reached"
     if session.state.get("disk_full"):
         return "the disk is full"
-    if trials.dry:
+    if trials.dry and not trials.unfinished:
         return "the sampler proposes only policies that are known"
     if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None

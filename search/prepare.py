@@ -31,6 +31,7 @@ from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Distill, LayerBits, Policy
 from ..spaces.space import Offer, Space, canonical, uniform
+from . import study
 from .config import RunConfig
 from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
@@ -222,7 +223,20 @@ def size_rungs(session: Session) -> None:
         f"a step takes {step_ms:.0f} ms and an epoch has {epoch} steps; the budget should pay for about "
         f"{TRIALS_WANTED} trials and {finalists + count} long fine-tunes",
     )  # fmt: skip
-    session.update(rungs={"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch})
+    # Compressed networks train in about half the time of the original, here too.
+    rungs = study.planned(
+        session.config, short_steps=short, train_items=session.prepared.train_items, rules=count,
+        payable=search_ms / (0.6 * short * step_ms),
+    )  # fmt: skip
+    if "study" in rungs:
+        session.folder.decide(
+            "inspect", f"study the rungs on {rungs['study']} policies",
+            f"{study.WANTED} are wanted, and at most the {count} rules and {study.SHARE:.0%} of the trials that there "
+            f"is time for; each is judged after {', '.join(map(str, rungs['looks']))} of {short} steps",
+            **rungs,
+        )  # fmt: skip
+    rungs |= {"short_steps": short, "long_steps": long, "finalists": finalists, "epoch_steps": epoch}
+    session.update(rungs=rungs)
 
 
 def rules_of(session: Session) -> dict[str, Policy]:

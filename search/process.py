@@ -80,8 +80,7 @@ def _serve(pipe: Connection, progress: Any, work: "tuple[Factory, int] | None") 
     try:
         if work is None:
             importlib.import_module(DYNAMO)
-            work = pipe.recv()
-        make, memory_bytes = work
+        make, memory_bytes = work or pipe.recv()
         settle(memory_bytes)
         worker = Worker(make)
         while True:

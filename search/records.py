@@ -23,10 +23,15 @@ class TrialState(StrEnum):
     FAILED = "FAILED"
 
 
+NOT_CONTINUED = "paused when the search ended, and not continued"
+"""Why a STOPPED trial ended that no rule had given up."""
+
+
 class Rung(StrEnum):
-    """The fidelities: BN re-estimation only, the short fine-tune, the finalist's long one."""
+    """The fidelities: BN re-estimation only, part of the short fine-tune, all of it, the finalist's long one."""
 
     BN = "bn"
+    PART = "part"
     SHORT = "short"
     LONG = "long"
 
@@ -111,6 +116,8 @@ class TrialRecord:
     verified: Verified | None = None
     driver: str | None = None
     """The run that evaluates it, where several share a study."""
+    looks: tuple[tuple[int, float], ...] = ()
+    """Steps of the short fine-tune at which it was judged on its way, ascending, with the accuracies there."""
 
     @property
     def quality(self) -> Quality | None:

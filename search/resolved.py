@@ -40,8 +40,10 @@ def check_same(before: Any, now: dict[str, Any], config: RunConfig, path: Path) 
         if key == "max_disk_bytes":
             continue
         was = before.get(key, default[key])
+        if isinstance(was, dict) and isinstance(default[key], dict):
+            was = {**default[key], **was}
         if key == "search":
-            was, value = _what({**default[key], **was} if isinstance(was, dict) else was), _what(value)
+            was, value = _what(was), _what(value)
         if was != value:
             raise InputError(
                 f"{path / CONFIG}: a run is resumed with the config it began with, but {key} was {was!r} and is now "

@@ -166,7 +166,7 @@ class Session:
         OverdueError when it runs into the time of its followers."""
         start = time.monotonic()
         self.followers = followers
-        self.update(phase=name)
+        self.update(phase=name, activity=None)
         log.info("phase %s", name)
         try:
             yield

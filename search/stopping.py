@@ -8,15 +8,18 @@ gain most. So the gain is taken from what trials of this night gained that compr
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .pareto import dominated_by, losses
-from .records import Quality, TrialRecord, TrialState
+from .records import NOT_CONTINUED, Rung, TrialRecord, TrialState
 
 Array = NDArray[np.float64]
 GAIN_QUANTILE = 0.9
+PROSPECTS = (np.arange(10) + 0.5) / 10
+"""Quantiles of the gains that stand for all of them."""
 LEAST_ALIKE = 4.0
 """Effective number of alike trials below which nobody knows what a trial may gain."""
 COMPRESSION_REACH = 0.5
@@ -34,44 +37,92 @@ class Verdict:
     hope: float
 
 
-def verdict(record: TrialRecord, trials: Sequence[TrialRecord], min_accuracy: float | None) -> Verdict | None:
-    """Whether a trial of the search is hopeless at the rung that it has reached; None while it is not, or while too
-    little is known. ``trials`` are all of the night."""
-    if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
+class Judge:
+    """Judges trials at a cheap rung by what those of the night gained that went to the top.
+
+    ``trials`` are all of the night, or enough of it; ``part_steps`` is the length of the part of the short fine-tune
+    that is a rung, where there is one.
+    """
+
+    def __init__(
+        self, trials: Sequence[TrialRecord], min_accuracy: float | None = None, part_steps: int | None = None
+    ) -> None:
+        self._full = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
+        self._least, self._part_steps = min_accuracy, part_steps
+        self._gains: dict[str, _Gains] = {}
+        self.points = np.array(
+            [(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
+             for t in self._full if t.quality and t.latency and t.size_bytes], dtype=np.float64,
+        ).reshape(-1, 3)  # fmt: skip
+        """Accuracy, latency in ms and size in bytes of the trials that went to the top, shape (n, 3)."""
+        self._losses = self.points * np.array([-1.0, 1.0, 1.0])
+
+    def verdict(self, record: TrialRecord) -> Verdict | None:
+        """Whether a trial of the search is hopeless at the rung that it has reached; None while it is not, or while
+        too little is known."""
+        if record.role != "search" or record.quality is None or record.latency is None or record.size_bytes is None:
+            return None
+        gain = self.likely_gain(record)
+        if gain is None:
+            return None
+        hope = record.quality.accuracy + gain + (record.quality.accuracy_se or 0.0)
+        if self._least is not None and hope < self._least:
+            return Verdict(reason=f"even {hope:.4f} would be below min_accuracy {self._least}", hope=hope)
+        if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), self._losses):
+            return Verdict(reason=f"even {hope:.4f} would be dominated", hope=hope)
         return None
-    full = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
-    gain = likely_gain(record, full)
-    if gain is None:
-        return None
-    hope = record.quality.accuracy + gain + (record.quality.accuracy_se or 0.0)
-    if min_accuracy is not None and hope < min_accuracy:
-        return Verdict(reason=f"even {hope:.4f} would be below min_accuracy {min_accuracy}", hope=hope)
-    front = np.array(
-        [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
-         for t in full if t.quality and t.latency and t.size_bytes]
-    )  # fmt: skip
-    if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), front):
-        return Verdict(reason=f"even {hope:.4f} would be dominated", hope=hope)
-    return None
+
+    def likely_gain(self, record: TrialRecord) -> float | None:
+        """The 90 % quantile of the gains from the record's rung to the top of trials that are alike, each counted by
+        how much it is; None where too few are."""
+        found = self._quantiles(record, np.array([GAIN_QUANTILE]))
+        return None if found is None else float(found[0])
+
+    def prospects(self, record: TrialRecord) -> Array | None:
+        """What the trial's accuracy may be at the top: equally likely values, shape (m,); None where nobody knows."""
+        found = self._quantiles(record, PROSPECTS)
+        return None if found is None or record.quality is None else record.quality.accuracy + found
+
+    def _quantiles(self, record: TrialRecord, shares: Array) -> Array | None:
+        if record.quality is None:
+            return None
+        rung = record.quality.rung
+        if rung not in self._gains:
+            self._gains[rung] = _gains_from(rung, self._full, self._part_steps)
+        known = self._gains[rung]
+        apart = ((known.places - _place(record)) ** 2).sum(axis=1) / COMPRESSION_REACH**2
+        apart += (known.there - record.quality.accuracy) ** 2 / ACCURACY_REACH**2
+        weights = np.exp(-apart / 2)
+        if weights.sum() < LEAST_ALIKE:
+            return None
+        return _quantiles(known.gains, weights, shares)
 
 
-def likely_gain(record: TrialRecord, full: Sequence[TrialRecord]) -> float | None:
-    """The 90 % quantile of the gains from the record's rung to the top of trials that are alike, each counted by how
-    much it is; None where too few are."""
-    rung = record.quality.rung if record.quality else ""
-    rows = [(_place(t), _at(t, rung), t.quality) for t in full]
-    known = [(place, at, top) for place, at, top in rows if at is not None and top is not None and top.rung != rung]
-    if not known or record.quality is None:
-        return None
-    places = np.array([place for place, _, _ in known])
-    there = np.array([at.accuracy for _, at, _ in known])
-    gains = np.array([top.accuracy - at.accuracy for _, at, top in known])
-    apart = ((places - _place(record)) ** 2).sum(axis=1) / COMPRESSION_REACH**2
-    apart += (there - record.quality.accuracy) ** 2 / ACCURACY_REACH**2
-    weights = np.exp(-apart / 2)
-    if weights.sum() < LEAST_ALIKE:
-        return None
-    return _quantile(gains, weights, GAIN_QUANTILE)
+class _Gains(NamedTuple):
+    """Of trials that went to the top: how hard they compress (n, 3), where they stood at a rung and what they gained
+    from there."""
+
+    places: Array
+    there: Array
+    gains: Array
+
+
+def _gains_from(rung: str, full: Sequence[TrialRecord], part_steps: int | None) -> _Gains:
+    known = [
+        (_place(t), at, t.quality.accuracy - at)
+        for t in full
+        if t.quality is not None and t.quality.rung != rung and (at := accuracy_at(t, rung, part_steps)) is not None
+    ]
+    places, there, gains = zip(*known, strict=True) if known else ((), (), ())
+    return _Gains(np.array(places).reshape(-1, 3), np.array(there), np.array(gains))
+
+
+def accuracy_at(trial: TrialRecord, rung: str, part_steps: int | None) -> float | None:
+    """What a trial showed at a rung. Trials of the study were looked at after so many steps without pausing there."""
+    seen = next((q.accuracy for q in trial.qualities if q.rung == rung), None)
+    if seen is None and rung == Rung.PART:
+        return next((accuracy for step, accuracy in trial.looks if step == part_steps), None)
+    return seen
 
 
 def spared(digest: str) -> bool:
@@ -85,7 +136,7 @@ def wrongly(trials: Sequence[TrialRecord], hopes: dict[int, float]) -> tuple[int
 
     ``hopes`` maps the number of a trial that was spared to the accuracy that was hoped for it.
     """
-    stopped = sum(t.state is TrialState.STOPPED for t in trials)
+    stopped = sum(t.state is TrialState.STOPPED and t.reason != NOT_CONTINUED for t in trials)
     ended = [t for t in trials if t.number in hopes and t.state is TrialState.COMPLETE]
     others = [
         losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
@@ -111,15 +162,13 @@ def upper_bound(wrong: int, of: int) -> float:
 
 
 def _place(trial: TrialRecord) -> Array:
-    """How hard a policy compresses: logarithms of what is left of work and weights."""
-    return np.log([max(trial.macs or 1, 1), max(trial.params or 1, 1)])
+    """How hard a policy compresses: logarithms of what is left of work and weights; and in how many stages, because a
+    part of a staged fine-tune shows a network whose last cut has just been made."""
+    stages = trial.policy.get("finetune", {}).get("stages", 1)
+    return np.array([math.log(max(trial.macs or 1, 1)), math.log(max(trial.params or 1, 1)), 0.5 * stages])
 
 
-def _at(trial: TrialRecord, rung: str) -> Quality | None:
-    return next((q for q in trial.qualities if q.rung == rung), None)
-
-
-def _quantile(values: Array, weights: Array, share: float) -> float:
+def _quantiles(values: Array, weights: Array, shares: Array) -> Array:
     order = np.argsort(values)
     total = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(total, share * total[-1], side="left").clip(max=len(values) - 1)])
+    return values[order][np.searchsorted(total, shares * total[-1], side="left").clip(max=len(values) - 1)]

@@ -25,7 +25,7 @@ RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
-_PLACES = np.array([0.0, 1.0, 1.4])
+_PLACES = np.array([0.0, 0.7, 1.0, 1.4])
 """Where the rungs stand: the further apart, the less one says about the other."""
 _COLLAPSE = 0.5
 """Of the accuracy's scale: networks below the best by more than this are all equally useless."""

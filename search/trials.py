@@ -1,20 +1,24 @@
-"""One trial after another: propose, look at the free objectives, train rung by rung, record."""
+"""Trials: propose, look at the free objectives, train rung by rung, pause where others promise more, record."""
 
 import logging
+import math
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .disk import find_room, is_full
+from .disk import drop_below, find_room, is_full
 from .policy_sampler import TrialSuggest
-from .records import Latency, Rung, TrialRecord, TrialState
+from .promotion import RECENT, Worth, corner_of, gains, promoted
+from .records import NOT_CONTINUED, Latency, Rung, TrialRecord, TrialState
 from .session import TICK_SECONDS, Session, quality_of
-from .stopping import spared, verdict
+from .stopping import Judge, spared
 from .store import policy_of
+from .study import end_study, first_steps, look_steps, next_rung, rungs_of, studying
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
@@ -28,7 +32,11 @@ class Trials:
 
     session: Session
     adopted: list[TrialRecord] = field(default_factory=list[TrialRecord])
+    straight: bool = False
+    """Whether a trial goes from its first rung to the top without a pause and without the rung in between."""
     running: dict[int, Job] = field(default_factory=dict[int, Job])
+    paused: dict[int, TrialRecord] = field(default_factory=dict[int, TrialRecord])
+    """Trials that wait at a rung; they may go on later."""
     repeats: int = 0
     """Proposals in a row that were known already: the sampler has run dry."""
     finished: int = 0
@@ -37,23 +45,40 @@ class Trials:
     held: dict[int, Job] = field(default_factory=dict[int, Job])
     """Jobs that found the disk full; they go on when there is room."""
     _points: dict[str, Point] = field(default_factory=dict[str, Point])
+    _spared: set[int] = field(default_factory=set[int])
+    _worths: deque[Worth] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """What the latest trials promised after their first rung."""
+
+    def __post_init__(self) -> None:
+        store = self.session.store  # an earlier driver knew more than what it left unfinished
+        self._spared.update(store.noted("spared"))
+        self._worths.extend(Worth(*worth) for _, worth in sorted(store.noted("worth").items()))
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is something to go on with although nothing new begins."""
+        return not self.straight and bool(self.running or self.paused)
 
     @property
     def dry(self) -> bool:
         """Whether the sampler has proposed nothing new for a while."""
         return self.repeats >= MOST_REPEATS
 
-    def fill(self, most: int) -> bool:
-        """Start trials until every worker is busy or ``most`` have begun; those left by a killed driver first.
+    def fill(self, most: int, *, go_on: bool = True) -> bool:
+        """Start work until every worker is busy or ``most`` trials have begun: first what a killed driver left, then
+        paused trials (if ``go_on``) or new ones, whichever promise more.
 
         Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
         """
         self._take_up_held()
         begun, end = 0, time.monotonic() + TICK_SECONDS
-        while len(self.running) < self.session.workers and not self.dry:
+        while len(self.running) < self.session.workers:
+            new = begun < most and not self.dry
             if self.adopted:
                 self._adopt(self.adopted.pop(0))
-            elif begun < most:
+            elif go_on and (number := self._promoted(new=new)) is not None:
+                self._go_on(self.paused.pop(number))
+            elif new:
                 self.begin()
                 begun += 1
             else:
@@ -62,11 +87,25 @@ class Trials:
                 return True
         return False
 
+    def _promoted(self, *, new: bool) -> int | None:
+        """The paused trial to go on with now; those that have become hopeless meanwhile are stopped."""
+        if not self.paused:
+            return None
+        judge = self.judge()
+        for number, record in list(self.paused.items()):
+            if self._hopeless(record, judge):
+                del self.paused[number]
+            elif number in self._spared:
+                return number
+        waiting = list(self.paused.values())
+        worths = self.worths(waiting, judge)
+        return promoted([(t.number, w) for t, w in zip(waiting, worths, strict=True)], list(self._worths), new=new)
+
     def _adopt(self, record: TrialRecord) -> None:
-        """Go on at the rung after the trial's last result; from its start where that was not yet on record."""
+        """Go on after the trial's last result; from its start where that was not yet on record."""
         log.info("trial %d is taken up again", record.number)
         if record.qualities and record.params is not None:
-            self._submit(record.number, policy_of(record), Rung.SHORT)
+            self._onward(record)
         else:
             self._start(record.number, policy_of(record), record.role)
 
@@ -76,7 +115,10 @@ class Trials:
         trial = store.ask()
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
         mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
-        if not mine and self._known(digest(policy), trial.number) is None:  # another driver is at it
+        begun = {t.digest for t in self.paused.values()} | {digest(job.policy) for job in self.running.values()}
+        if "given" not in trial.user_attrs and digest(policy) in begun:
+            mine = False
+        if not mine and self._known(digest(policy), trial.number) is None:  # somebody is at it already
             store.drop(trial)
             self.repeats += 1
             return
@@ -111,7 +153,7 @@ class Trials:
         if beyond and role != "baseline":
             self._finish(number, TrialState.INFEASIBLE, f"beyond {', '.join(beyond)}, not trained")
             return
-        self._submit(number, policy, Rung.BN)
+        self._submit(number, policy, self._next(None))
 
     def excess(self, latency_ms: float, size_bytes: int) -> dict[str, float]:
         """How far beyond the limits on free objectives, as shares of the limits. Latency counts by the low
@@ -145,15 +187,36 @@ class Trials:
         self._finish(number, state, reason)
 
     def drain(self) -> None:
-        """Wait for what is running and what was adopted; nothing new begins."""
+        """Wait for what is running and what was adopted; nothing new begins, and who pauses waits."""
         while self.running or self.adopted or self.held:
-            self.fill(0)
+            self.fill(0, go_on=False)
             self.collect()
+
+    def close_paused(self, most: int | None = None) -> None:
+        """End the trials that wait, or the ``most`` that promise least."""
+        waiting = list(self.paused.values())
+        if most is not None:
+            worths = self.worths(waiting, self.judge())
+            rates = {t.number: math.inf if w is None else w.rate for t, w in zip(waiting, worths, strict=True)}
+            waiting = sorted(waiting, key=lambda t: (rates[t.number], t.number))[:most]
+        for record in waiting:
+            del self.paused[record.number]
+            self._finish(record.number, TrialState.STOPPED, NOT_CONTINUED)
+
+    def make_room(self) -> bool:
+        """Room on the disk where it lacks, if need be by ending half of the trials that wait; whether there is any."""
+
+        def give_up() -> bool:
+            there = len(self.paused)
+            self.close_paused((there + 1) // 2)
+            return bool(there)
+
+        return find_room(self.session, [*self.running, *self.held], give_up)
 
     def _take_up_held(self) -> None:
         if not self.held:
             return
-        room = find_room(self.session, [*self.running, *self.held])
+        room = self.make_room()
         for number, job in self.held.items():
             if room:
                 self._submit(number, job.policy, Rung(job.rung))
@@ -167,34 +230,98 @@ class Trials:
             self._finish(number, TrialState.FAILED, reason)
         self.running.clear()
         self.held.clear()
+        self.close_paused()
 
     def _advance(self, number: int, job: Job, outcome: Outcome) -> None:
         store = self.session.store
+        if outcome.looks:
+            store.note(number, looks=outcome.looks)
         store.note_quality(number, quality_of(outcome.search, job.rung, "search", outcome.losses, outcome.seconds))
-        record = store.trial(number)
-        if job.rung == Rung.BN:
-            if self._hopeless(record):
+        drop_below(self.session.folder, number, job.rung)
+        self._onward(store.trial(number))
+
+    def _onward(self, record: TrialRecord) -> None:
+        """What comes after a rung: the end, the next rung at once, a pause, or a stop."""
+        rungs, config = self.session.state["rungs"], self.session.config
+        if record.quality is not None and record.quality.rung == Rung.SHORT:
+            self._complete(record, record.quality.accuracy)
+        elif record.role != "search" or "rungs" in config.search.without or self._studied:
+            self._go_on(record)
+        else:
+            judge = self.judge()
+            if record.quality is not None and record.quality.rung == rungs_of(rungs)[0]:
+                self._note_worth(record, judge)
+            if self._hopeless(record, judge):
                 return
-            self._submit(number, job.policy, Rung.SHORT)
-            return
+            if self.straight or record.number in self._spared:
+                self._go_on(record)
+            else:
+                self.paused[record.number] = record
+
+    def _complete(self, record: TrialRecord, accuracy: float) -> None:
         least = self.session.config.limits.min_accuracy
         if least is not None:
-            store.constrain(number, {"min_accuracy": least - outcome.search.accuracy})
-        self._finish(number, TrialState.COMPLETE, None)
+            self.session.store.constrain(record.number, {"min_accuracy": least - accuracy})
+        self._finish(record.number, TrialState.COMPLETE, None)
+        rungs = self.session.state["rungs"]
+        if studying(rungs) and len(self.session.store.noted("looks")) >= rungs["study"]:
+            end_study(self.session)
 
-    def _hopeless(self, record: TrialRecord) -> bool:
+    @property
+    def _studied(self) -> bool:
+        """Whether trials are looked at for the study of the rungs, and therefore never stopped."""
+        return not self.straight and studying(self.session.state["rungs"])
+
+    def judge(self) -> Judge:
+        """By what trials of this night are judged, as it stands."""
+        session = self.session
+        return Judge(session.store.tally().judges(), session.config.limits.min_accuracy,
+                     session.state["rungs"].get("part_steps"))  # fmt: skip
+
+    def worths(self, records: Sequence[TrialRecord], judge: Judge) -> list[Worth | None]:
+        """What it is worth to go on with trials that have come to a rung."""
+        if not records:
+            return []
+        prepared, rungs = self.session.prepared, self.session.state["rungs"]
+        items, batch = prepared.train_items, self.session.config.finetune.batch_size
+        first, look, part = first_steps(items, batch), look_steps(items, batch), rungs.get("part_steps") or 0
+        corner = corner_of(self.session.state["reference"], self.session.config.limits)
+        found: list[Worth | None] = []
+        for record, gain in zip(records, gains(records, judge, corner), strict=True):
+            effort = 0.3 + 0.7 * (record.macs or 0) / max(prepared.anatomy.macs, 1)
+            at_part = record.quality is not None and record.quality.rung == Rung.PART
+            rest = rungs["short_steps"] + look - part if at_part else rungs["short_steps"] + look + bool(part) * look
+            spent = first if rungs.get("bn", True) else part + look
+            found.append(None if gain is None else Worth(gain, effort * rest, effort * spent))
+        return found
+
+    def _note_worth(self, record: TrialRecord, judge: Judge) -> None:
+        [worth] = self.worths([record], judge)
+        if worth is not None:
+            self.session.store.note(record.number, worth=worth)
+            self._worths.append(worth)
+
+    def _hopeless(self, record: TrialRecord, judge: Judge) -> bool:
         """Stop a trial that the rule gives up, but for a sample that is finished to count the rule's errors."""
-        config = self.session.config
-        if "rungs" in config.search.without:
+        if record.number in self._spared:
             return False
-        found = verdict(record, self.session.store.tally().judges(), config.limits.min_accuracy)
+        found = judge.verdict(record)
         if found is None:
             return False
         if spared(record.digest):
             self.session.store.note(record.number, spared=asdict(found))
+            self._spared.add(record.number)
             return False
         self._finish(record.number, TrialState.STOPPED, found.reason)
         return True
+
+    def _next(self, reached: str | None) -> Rung:
+        rungs = self.session.state["rungs"]
+        return next_rung({**rungs, "part_steps": 0, "bn": True} if self.straight else rungs, reached)
+
+    def _go_on(self, record: TrialRecord) -> None:
+        reached = record.quality.rung if record.quality is not None else None
+        self._submit(record.number, policy_of(record), self._next(reached))
 
     def _policy(self, attrs: Mapping[str, object], suggest: TrialSuggest) -> Policy:
         given = attrs.get("given")
@@ -229,9 +356,12 @@ class Trials:
 
     def _submit(self, number: int, policy: Policy, rung: Rung) -> None:
         session = self.session
+        rungs = session.state["rungs"]
         job = Job(
             policy=policy, rung=rung.value, seed=session.config.seed, folder=session.folder.artifacts(number),
-            steps=session.state["rungs"]["short_steps"] if rung is Rung.SHORT else 0,
+            steps=0 if rung is Rung.BN else rungs["short_steps"],
+            stop=rungs["part_steps"] if rung is Rung.PART else None,
+            looks=tuple(rungs["looks"]) if rung is Rung.SHORT and self._studied else (),
         )  # fmt: skip
         self.running[number] = job
         session.state["current"] = {"trial": number, "rung": rung.value}

@@ -21,6 +21,8 @@ Limits:
 - Trials that need no training (known, or beyond a limit) never reach Tune, so it counts fewer than the run folder does.
 - An actor that dies fails its trial, unless ``RunConfig(failure_config=...)`` lets Tune try again; memory and time of a
   trial are bounded by Tune's resources alone, and a batch is not made smaller after an out-of-memory.
+- A trial goes from its first rung to the top: it does not pause for others that promise more, and is not judged on the
+  way.
 - The search ends when no further trial fits before the finalists; those that run then are waited for.
 """
 
@@ -66,7 +68,7 @@ def run_tune_night(
 
 
 def _search(tuner: "Callable[[TuneSearch], tune.Tuner]", session: Session, trials: Trials) -> None:
-    handed = _Handed(session.workers)
+    handed, trials.straight = _Handed(session.workers), True
     runner, session.jobs.runner = session.jobs.runner, handed
     ours = _QUIET not in os.environ
     os.environ.setdefault(_QUIET, "1")

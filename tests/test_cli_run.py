@@ -124,7 +124,7 @@ def test_its_artifacts_are_what_an_export_needs(night: tiny.Night) -> None:
             assert {path.name for path in folder.iterdir()} == {"long.json", "long.safetensors", "model.onnx"}
             assert (night.run / trial.verified.model_file).stat().st_size == trial.verified.size_bytes
         elif trial.state is TrialState.COMPLETE and trial.reused_from is None:
-            assert {path.name for path in folder.iterdir()} == {"bn.safetensors", "short.safetensors"}
+            assert {path.name for path in folder.iterdir()} == {"short.safetensors"}
 
 
 def test_its_tables_hold_every_trial(night: tiny.Night) -> None:

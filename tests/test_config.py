@@ -97,7 +97,7 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "study": "nightpress",
             "max_trials": None,
         },
-        "finetune": {"short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
+        "finetune": {"part_steps": None, "short_steps": None, "long_steps": None, "batch_size": 64, "finalists": None},
         "calibration_policies": None,
         "force": False,
         "warm_start": (),
@@ -137,7 +137,7 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
           storage: "sqlite:///a.db"
           study: plates
           max_trials: 9
-        finetune: {short_steps: 3, long_steps: 4, batch_size: 8, finalists: 2}
+        finetune: {part_steps: 1, short_steps: 3, long_steps: 4, batch_size: 8, finalists: 2}
         calibration_policies: 12
         warm_start: [runs/a, runs/b]
         seeds: [mine.json]
@@ -162,7 +162,8 @@ def test_every_key_can_be_set(load: Load, tmp_path: Path) -> None:
         "resources": {"cpu": 4, "gpu": 0.5, "memory_gb": 8.0}, "storage": f"sqlite:///{tmp_path.resolve()}/a.db",
         "study": "plates", "max_trials": 9,
     }  # fmt: skip
-    assert asdict(config.finetune) == {"short_steps": 3, "long_steps": 4, "batch_size": 8, "finalists": 2}
+    steps = {"part_steps": 1, "short_steps": 3, "long_steps": 4}
+    assert asdict(config.finetune) == {**steps, "batch_size": 8, "finalists": 2}
     assert config.calibration_policies == 12
     assert config.warm_start == (str(tmp_path.resolve() / "runs/a"), str(tmp_path.resolve() / "runs/b"))
     assert config.seeds == (str(tmp_path.resolve() / "mine.json"),)
@@ -279,6 +280,10 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
         ("task: a\nlimits: {max_latency_ms: .nan}", "limits.max_latency_ms must be above 0, but got nan"),
         ("task: a\nlimits: {max_size_bytes: 0}", "limits.max_size_bytes must be above 0, but got 0"),
         ("task: a\nfinetune: {short_steps: 0}", "finetune.short_steps must be at least 1, but got 0"),
+        (
+            "task: a\nfinetune: {part_steps: 9, short_steps: 9}",
+            "finetune.part_steps must be at least 0 and less than short_steps, but got 9",
+        ),
         ("task: a\nfinetune: {long_steps: 0}", "finetune.long_steps must be at least 1, but got 0"),
         ("task: a\nfinetune: {finalists: 0}", "finetune.finalists must be at least 1, but got 0"),
         ("task: a\nfinetune: {batch_size: 1}", "finetune.batch_size must be at least 2, but got 1"),

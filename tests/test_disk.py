@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from fakes_run import trial
-from nightpress.search.disk import collect, is_full, promising, shortage
+from nightpress.search.disk import collect, drop_below, is_full, promising, shortage
 from nightpress.search.folder import BALLAST, RunFolder, read_run
 from nightpress.search.records import TrialState
 from nightpress.search.worker import Failure
@@ -179,6 +179,17 @@ def test_what_may_still_be_a_finalist_a_baseline_or_a_running_trial_keeps_its_hi
     }  # fmt: skip
     assert freed == 1000 * (1 + 1 + 2 + 1 + 2 + 1 + 2) + 500
     assert collect(folder, trials, running=[4]) == 0
+
+
+def test_once_a_rung_is_on_record_those_below_it_are_not_needed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    checkpoints(folder, 0, "bn", "part", "short")
+    checkpoints(folder, 1, "bn", "part")
+
+    drop_below(folder, 0, "short")
+    drop_below(folder, 1, "part")
+
+    assert left(folder) == {"0/short.safetensors", "1/part.safetensors"}
 
 
 def test_only_what_is_surely_dominated_is_given_up() -> None:

@@ -15,6 +15,7 @@ import tiny
 from nightpress.cli.kit import measure_over_ssh
 from nightpress.cli.measuring import calibrate_from_results
 from nightpress.evaluators.latency import timer
+from nightpress.evaluators.latency.capabilities import beside_profile, capabilities_from_dict, probes
 from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
 from nightpress.evaluators.latency.measure import REFERENCE, settings
 from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
@@ -51,7 +52,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     generator = np.random.default_rng(0)
     policies = [space_of(ANATOMY).random(generator) for _ in range(14)]
     quick = settings(3, 3, window_ms=4, round_ms=20)
-    write_kit(ANATOMY, policies, Target(), folder / "kit", how=quick)
+    write_kit(ANATOMY, policies, Target(), folder / "kit", how=quick, probes=probes())
     found = Kit(folder / "kit", tiny.bare_python(folder / "bare"), policies)
     done = found.measure()
     assert done.returncode == 0, done.stderr
@@ -77,12 +78,32 @@ def test_what_another_device_measured_becomes_its_profile(kit: Kit, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Path) -> None:
+    found = read_results(kit.folder / timer.RESULTS, ANATOMY).capabilities
+    assert found is not None
+    assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
+        (32, 32): "fp32", (16, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+    }  # fmt: skip
+    assert all(ms > 0 for stair in found.stairs for _, ms in stair.points)
+
+    calibrate_from_results(ANATOMY, kit.folder / timer.RESULTS, tmp_path / "there.json")
+
+    data = json.loads((tmp_path / "there.json").read_text())
+    assert {key: data[key] for key in ("staircases", "capabilities")} == json.loads(json.dumps(beside_profile(found)))
+    assert capabilities_from_dict({**data["capabilities"], "staircases": data["staircases"]}) == found
+    target = load_profile(tmp_path / "there.json", ANATOMY).target
+    # The kit's policies were drawn on the steps that it was written with.
+    assert (target.integer_kernels, target.channel_steps) == (True, Target().channel_steps)
+
+
+@pytest.mark.slow
 def test_a_kit_is_files_and_the_script_that_measures_here_too(kit: Kit) -> None:
     assert (kit.folder / MEASURE).read_bytes() == Path(timer.__file__).read_bytes()
     description = json.loads((kit.folder / timer.KIT).read_text())
-    assert {f"models/{path.name}" for path in (kit.folder / "models").iterdir()} == {
-        entry["file"] for entry in description["models"].values()
-    }
+    for part in ("models", "probes"):
+        assert {f"{part}/{path.name}" for path in (kit.folder / part).iterdir()} == {
+            entry["file"] for entry in description[part].values()
+        }
 
 
 def results_with(kit: Kit, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -111,6 +132,8 @@ def renamed_model(data: dict[str, Any]) -> None:
         (set_window(0), r"must be positive numbers of milliseconds, but one is 0\.$"),
         (set_window("fast"), r"must be positive numbers of milliseconds, but one is 'fast'\.$"),
         (lambda d: d["windows_ms"].popitem(), r"windows_ms of model \w+ is missing: run measure\.py of the kit to its"),
+        (lambda d: d["probes"]["windows_ms"].update({"mixed": [-1]}), r"windows_ms of probe mixed must be positi"),
+        (lambda d: d.pop("probes"), r"these are not the whole results of a kit \(KeyError: 'probes'\); run measure"),
         (lambda d: d.pop("device"), r"these are not the whole results of a kit \(KeyError: 'device'\); run meas"),
         (lambda d: d["kit"]["target"].update(threads=2), r"the kit was changed after nightpress kit wrote it"),
         (renamed_model, r"the results are of another kit: it was made for model f{16}, the task's model is 0011"),

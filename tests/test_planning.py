@@ -14,6 +14,7 @@ from nightpress.search.clock import SHARES, Clock
 from nightpress.search.config import FineTuneConfig, RunConfig
 from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
+from nightpress.search.glance import minute_line
 from nightpress.search.night import worthwhile
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
@@ -153,3 +154,13 @@ def test_what_was_left_out_of_the_rules_stays_so_whatever_the_profile_says_later
     kept = worthwhile(session, rules)  # there is no profile to ask
 
     assert [name for name in rules if name not in kept] == ["uniform 50% fp32"]
+
+
+def test_the_line_of_the_log_says_what_the_night_is_busy_with(tmp_path: Path, machine: Machine) -> None:
+    session = night(tmp_path, machine, seconds=1000, short_seconds=1)
+    with session.phase("finalists"):
+        session.update(activity="2 of 4 long fine-tunes")
+        line = minute_line(session)
+    assert line.startswith("finalists, 16 min 40 s left; 2 of 4 long fine-tunes; 4 complete; most accurate 0.9000 in ")
+    with session.phase("verify"):
+        assert "fine-tunes" not in minute_line(session)

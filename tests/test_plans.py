@@ -1,5 +1,6 @@
 """Plans of batches say what the plan of each policy says, and the runtime makes the kernels that they foretell."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -7,18 +8,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import TensorDataset
 
+from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.kernels import CONVERSIONS, kernels
 from nightpress.evaluators.latency.measure import write_random
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.evaluators.latency.units import Worker
+from nightpress.evaluators.task import Task
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import Planner, choices_of, chunks, pack, pack_rows, unpack
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy
 from strategies import policies, space_of, tiny, toy_anatomy
 
 ANATOMIES = (tiny().anatomy, toy_anatomy())
@@ -93,8 +99,8 @@ def test_parts_of_a_batch_are_the_batch() -> None:
 # The runtime's own graph
 
 
-def optimised(policy: Policy, anatomy: Anatomy, folder: Path) -> list[tuple[str, str]]:
-    """Type and name of each node that the runtime executes."""
+def optimised(policy: Policy, anatomy: Anatomy, folder: Path) -> onnx.GraphProto:
+    """What the runtime executes."""
     path, made = folder / "model.onnx", folder / "optimised.onnx"
     write_random(plan(anatomy, policy), path)
     options = onnxruntime.SessionOptions()
@@ -104,7 +110,7 @@ def optimised(policy: Policy, anatomy: Anatomy, folder: Path) -> list[tuple[str,
         str(path), options, providers=["CPUExecutionProvider"],
         disabled_optimizers=list(Target().disabled_optimizers),
     )  # fmt: skip
-    return [(node.op_type, node.name) for node in onnx.load(str(made)).graph.node]
+    return onnx.load(str(made)).graph
 
 
 @pytest.mark.slow
@@ -116,7 +122,7 @@ def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path) -> Non
     made = kernels(worker.planner, worker.planner.plans(choices_of(anatomy, some)))
     work = worker.work(choices_of(anatomy, some))
     for column, policy in enumerate(some):
-        nodes = optimised(policy, anatomy, tmp_path)
+        nodes = [(node.op_type, node.name) for node in optimised(policy, anatomy, tmp_path).node]
         foretold = Counter(
             {name: sum(flags >> column & 1 for _, flags in made.conversions[name]) for name in CONVERSIONS}
         )
@@ -128,3 +134,24 @@ def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path) -> Non
         assert not timed.strangers
         expected = {int(u.site[i]) for u in work.units for i in np.nonzero(u.row == column)[0]}
         assert {i for i, ms in enumerate(timed.kernels) if not np.isnan(ms)} == expected
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product((FP32, INT8), repeat=2)))
+def test_a_maximum_behind_a_quantiser_is_a_kind_of_its_own(tmp_path: Path, before: LayerBits, after: LayerBits) -> None:
+    """On bytes that are not channels-last it runs on, and slowly."""
+    image = torch.zeros(1, 3, 8, 8)
+    data = TensorDataset(image.repeat(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 8, 3), nn.Flatten())
+    task = Task(name="pooled", model=net.eval(), example_input=image, train=data, test=data)
+    anatomy = inspect(task, step_of=Target().channel_step, cache=False, verify=False)[0]
+    names = [layer.name for layer in anatomy.layers]
+    policy = Policy(model=anatomy.digest, bits=dict(zip(names, (before, after), strict=True)))
+
+    graph = optimised(policy, anatomy, tmp_path)
+
+    maker = {name: node.op_type for node in graph.node for name in node.output}
+    [pool] = [node for node in graph.node if "MaxPool" in node.op_type]
+    kinds = {units.kind for units in Worker(anatomy).work(choices_of(anatomy, [policy])).units}
+    assert (
+        ("max_pool.early" in kinds) == (maker[pool.input[0]] == "QuantizeLinear") == (before == FP32 and after == INT8)
+    )

@@ -14,7 +14,7 @@ from nightpress.evaluators.latency.calibrate import BATCH, FIRST, SECONDS, Calib
 from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher, Timed, timed_from_dict, timed_to_dict
-from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit
+from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit, session_levels
 from nightpress.evaluators.latency.profile import Point, Profile, calibrate, drift
 from nightpress.evaluators.latency.tables import Tables, sums_of
 from nightpress.evaluators.latency.target import Target
@@ -58,8 +58,11 @@ def unit_ms(work: Work) -> tuple[Array, Array, dict[str, Array]]:
     return kernels, weights, {name: 0.001 * a[:, 0] + 0.2 * a[:, 1] for name, a in work.conversions.items()}
 
 
-def measured(some: Sequence[Policy], noise: float = 0.0, seed: int = 0, profiled: bool = True) -> Measured:
-    """What that device would be measured to do. A profiler takes a microsecond a node."""
+def measured(
+    some: Sequence[Policy], noise: float = 0.0, seed: int = 0, profiled: bool = True, levels: Sequence[float] = (1.0,)
+) -> Measured:
+    """What that device would be measured to do, in as many sessions as there are ``levels``, one after the other. A
+    profiler takes a microsecond a node."""
     work = WORKER.work(choices_of(ANATOMY, some))
     kernels, weights, conversions = unit_ms(work)
     total = np.nansum(kernels, axis=1) + np.nansum(weights, axis=1) + sum(conversions.values())
@@ -74,7 +77,11 @@ def measured(some: Sequence[Policy], noise: float = 0.0, seed: int = 0, profiled
         for i in range(work.count)
     ]  # fmt: skip
     nothing: list[Timed | None] = [None] * work.count
-    return Measured(worker=WORKER, work=work, latency_ms=total * scatter, timed=timed if profiled else nothing)
+    sessions = np.arange(work.count) * len(levels) // work.count
+    return Measured(
+        worker=WORKER, work=work, latency_ms=total * scatter * np.array(levels)[sessions], sessions=sessions,
+        timed=timed if profiled else nothing,
+    )  # fmt: skip
 
 
 @cache
@@ -114,6 +121,30 @@ def test_a_batch_is_predicted_as_its_policies_are(some: list[Policy]) -> None:
     np.testing.assert_allclose(together, alone, rtol=1e-5)
     assert (together[:, 1] <= together[:, 0]).all()
     assert (together[:, 0] <= together[:, 2]).all()
+
+
+@pytest.mark.parametrize("profiled", [True, False])
+def test_a_session_of_another_level_does_not_mislead(profiled: bool) -> None:
+    """A third of the policies took a quarter more time: the others' level is predicted, and the interval holds both."""
+    some, fresh = known_policies(60, 3), random_policies(100, 4)
+    disturbed = fit(measured(some, noise=0.01, levels=(1.0, 1.25, 1.0), profiled=profiled))
+    quiet = fit(measured(some, noise=0.01, profiled=profiled))
+
+    assert errors(disturbed, fresh).mean() < errors(quiet, fresh).mean() + 0.02
+    assert disturbed.log_margin > np.log(1.25) - 0.05
+
+
+def test_levels_of_sessions_are_told_from_chance() -> None:
+    generator = np.random.default_rng(0)
+    left, sessions = generator.normal(0, 0.04, 64), np.repeat([0, 1, 2, -1], 16)
+
+    by_chance = session_levels(left, sessions)
+    slow = session_levels(left + 0.2 * (sessions >= 1) * (sessions != 2) + 0.2 * (sessions == -1), sessions)
+
+    assert np.abs(by_chance).max() < 0.02
+    assert np.ptp(slow[sessions == 1]) == 0
+    assert slow[sessions == 1][0] - slow[sessions == 0][0] == pytest.approx(0.2, abs=0.04)
+    assert (slow[sessions == -1] == 0).all()  # chosen ones tell no level
 
 
 def test_looking_up_gives_what_working_out_gives() -> None:

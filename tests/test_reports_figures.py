@@ -41,14 +41,14 @@ from nightpress.reports.figure_night import (
     phases_info,
     phases_text,
 )
-from nightpress.reports.figure_search import Stage, importances_text, rungs_info, rungs_text, words_of
+from nightpress.reports.figure_search import Stage, importances_text, rungs_figure, rungs_info, rungs_text, words_of
 from nightpress.reports.figure_sensitivity import Cell, SensitivityInfo, sensitivity_info, sensitivity_text
 from nightpress.reports.figure_staircase import Stair, staircase_figure, staircase_info, staircase_text
 from nightpress.reports.figures import panels
 from nightpress.reports.front import HypervolumeStep, Limits
 from nightpress.reports.importances import Importances, divergence, flatten, importances
 from nightpress.reports.text import local_time
-from nightpress.search.records import RunRecord, TrialRecord, TrialState
+from nightpress.search.records import NOT_CONTINUED, RunRecord, TrialRecord, TrialState
 
 
 def layout(figure: Any) -> Any:
@@ -295,6 +295,41 @@ def test_how_far_a_cheap_rung_can_be_trusted_is_said_where_the_night_found_it() 
         "The short fine-tune ranked 9 policies as the long fine-tune did with a rank correlation of 0.81 "
         "(90 %: 0.50 to 0.96)."
     )
+
+
+def test_a_part_of_the_fine_tune_is_a_stage_and_who_was_not_continued_is_told_apart() -> None:
+    low, part, high = quality(0.5, rung="bn"), quality(0.6, rung="part"), quality(0.8)
+    records = [
+        original(),
+        trial(1, qualities=(low, part, high)),
+        trial(2, qualities=(low, high), looks=((4, 0.6), (8, 0.7))),  # looked at on its way, for the study
+        trial(3, state=TrialState.STOPPED, qualities=(low, part), reason="even 0.6100 would be dominated"),
+        trial(4, state=TrialState.STOPPED, qualities=(low, part), reason=NOT_CONTINUED),
+        trial(5, state=TrialState.STOPPED, qualities=(low,), reason=NOT_CONTINUED),
+    ]
+    info = rungs_info(run(records))
+    assert info.stages[1:4] == (
+        Stage("batch-norm re-estimation", (("went on", 4), ("not continued", 1))),
+        Stage("first part of the short fine-tune", (("went on", 2), ("stopped", 1), ("not continued", 1))),
+        Stage("short fine-tune", (("went on", 2),)),
+    )
+    assert "4 trials had the first part of the short fine-tune (1 stopped, 1 not continued)." in rungs_text(info)
+    data: Any = rungs_figure(info).data
+    assert {trace.name for trace in data} == {"went on", "stopped", "not continued"}
+
+
+def test_the_study_of_the_rungs_is_told_with_its_intervals() -> None:
+    numbers = {"pairs": 30, "rank_correlation": 0.5, "low": 0.3, "high": 0.7}
+    found = [{"rung": "bn", "steps": 0, **numbers}, {"rung": "part", "steps": 16, **numbers, "rank_correlation": 0.9}]
+    ended = {"phase": "search", "evidence": {"study": found, "part_steps": 16}}
+    text = rungs_text(rungs_info(run([trial(0)], decisions=(ended,))))
+    assert text.endswith(
+        "At first 30 policies went through the whole short fine-tune, to see what ranks policies as it does: "
+        "batch-norm re-estimation with 0.50 (90 %: 0.30 to 0.70), 16 of its steps with 0.90 (90 %: 0.30 to 0.70); so "
+        "it got a rung after 16 steps."
+    )
+    few = {"phase": "search", "evidence": {"study": [], "part_steps": 0}}
+    assert "Too few policies went through the study" in rungs_text(rungs_info(run([trial(0)], decisions=(few,))))
 
 
 @given(runs())

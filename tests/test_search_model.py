@@ -1,6 +1,7 @@
 """What proposals rest on: rows, quick costs, the surrogate of accuracies, the expected gain, the stopping rule."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from nightpress.search.proposals import (
     pointless,
 )
 from nightpress.search.records import Latency, Quality, TrialRecord, TrialState
-from nightpress.search.stopping import likely_gain, spared, upper_bound, verdict, wrongly
+from nightpress.search.stopping import Judge, spared, upper_bound, wrongly
 from nightpress.search.store import Store, open_storage, policy_of
-from nightpress.search.surrogate import RUNGS, Describer, Observation, Scale, Surrogate
+from nightpress.search.surrogate import RUNGS, Describer, Kernel, Observation, Scale, Surrogate
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy, digest, policy_to_json
@@ -35,7 +36,7 @@ from nightpress.spaces.space import Space
 from strategies import toy_anatomy
 from test_search import accuracy_of, costs_of, made_store, run_trials
 
-BN, SHORT, LONG = range(len(RUNGS))
+BN, PART, SHORT, LONG = range(len(RUNGS))
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +125,13 @@ def test_what_a_policy_showed_at_a_cheap_rung_counts_for_the_long_one(encoder: E
     )
 
     assert good > bad + 0.02
+
+
+def test_a_part_of_the_fine_tune_says_more_than_re_estimation_and_less_than_the_whole(encoder: Encoder) -> None:
+    parts = Describer(encoder, Sensitivity())(encoder.random(5, np.random.default_rng(3)))
+    kernel = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+    shared = [kernel.prior(parts, rung, LONG) for rung in (BN, PART, SHORT, LONG)]
+    assert all((low < high).all() for low, high in pairwise(shared))
 
 
 def test_an_evaluation_of_what_is_known_promises_less_than_one_of_what_is_not(encoder: Encoder) -> None:
@@ -215,28 +223,28 @@ HARSH = [trial(10 + i, macs=50_000, accuracies=(0.20, 0.90), latency_ms=0.1) for
 def test_a_harsh_policy_is_judged_by_what_harsh_ones_gained() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.09)
 
-    assert likely_gain(record, [*MILD, *HARSH]) == pytest.approx(0.7)
-    assert verdict(record, [*MILD, *HARSH], None) is None  # faster than all others, and it may reach 0.9
+    assert Judge([*MILD, *HARSH]).likely_gain(record) == pytest.approx(0.7)
+    assert Judge([*MILD, *HARSH]).verdict(record) is None  # faster than all others, and it may reach 0.9
 
 
 def test_a_trial_that_cannot_reach_the_front_any_more_is_stopped() -> None:
     record = trial(99, macs=1_000_000, accuracies=(0.86,), latency_ms=1.2)
-    found = verdict(record, MILD, None)
+    found = Judge(MILD).verdict(record)
 
     assert found is not None
     assert found.reason == "even 0.9200 would be dominated"
-    assert verdict(replace(record, role="seed"), MILD, None) is None
+    assert Judge(MILD).verdict(replace(record, role="seed")) is None
 
 
 def test_where_nothing_alike_was_finished_nothing_is_stopped() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=2.0)
 
-    assert verdict(record, MILD, None) is None
+    assert Judge(MILD).verdict(record) is None
 
 
 def test_even_a_fast_trial_is_stopped_below_the_accuracy_that_is_asked_for() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.01)
-    found = verdict(record, HARSH, 0.95)
+    found = Judge(HARSH, 0.95).verdict(record)
 
     assert found is not None
     assert found.reason.endswith("would be below min_accuracy 0.95")

@@ -20,8 +20,8 @@ from typing import Any
 from ...spaces.anatomy import Anatomy, Layer, Op
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import FP32, INT8, LayerBits, Policy
-from ..runtime import open_session
-from .measure import Timer, Timing, write_random
+from ..runtime import KERNELS, open_session
+from .measure import Timer, Timing, settings, write_random
 from .target import CHANNEL_STEPS, Target, fingerprint, target_to_dict
 
 log = logging.getLogger("nightpress")
@@ -36,6 +36,8 @@ CHAIN = 4
 MOST_WASTED, SAME = 0.25, 0.02
 """Times that lie no further apart are the same."""
 MOST_UNSETTLED = 0.25
+WINDOW_MS, ROUND_MS, MOST_ROUNDS = 6, 250, 10
+"""Of probes, which take microseconds."""
 COARSEST = 4
 """A step is at most so many times the one that is used where nothing was measured."""
 
@@ -146,29 +148,53 @@ def capabilities(target: Target, *, fresh: bool = False) -> Capabilities:
 def measure_capabilities(target: Target) -> Capabilities:
     """Time all probes. Raises MeasurementError."""
     start = time.perf_counter()
-    plans = _probes()
+    plans = probes()
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
         files = {key: Path(folder) / f"{number}.onnx" for number, key in enumerate(plans)}
         for key, path in files.items():
             write_random(plans[key], path)
         with Timer(target) as timer:
-            timings = timer.time(files, None, window_ms=6, round_ms=250, most_rounds=10)
-        widths = _widths(target, plans, files, timings)
-    stairs = _stairs(timings)
+            timings = timer.time(files, None, window_ms=WINDOW_MS, round_ms=ROUND_MS, most_rounds=MOST_ROUNDS)
+        kernels = {pair: _kernel_here(target, plans[_bits_key(pair)], files[_bits_key(pair)]) for pair in PAIRS}
+    return capabilities_of(timings, kernels, target, time.perf_counter() - start)
+
+
+def capabilities_elsewhere(timings: Mapping[str, Timing], target: Target, seconds: float) -> Capabilities:
+    """What a kit's script measured of :func:`probes` on another device, with the runtime's times of their nodes."""
+    kernels: dict[LayerBits, str] = {}
+    for pair in PAIRS:
+        nodes = timings[_bits_key(pair)].kernels.values()
+        kernels[pair] = "int8" if any(KERNELS.get(node.op_type) == "int8" for node in nodes) else "fp32"
+    return capabilities_of(timings, kernels, target, seconds)
+
+
+def probe_settings() -> dict[str, float]:
+    """How the timing script measures the probes of a kit: once with times of nodes, which tell the kernels."""
+    return settings(most_rounds=MOST_ROUNDS, kernel_passes=1, window_ms=WINDOW_MS, round_ms=ROUND_MS)
+
+
+def capabilities_of(
+    timings: Mapping[str, Timing], kernels: Mapping[LayerBits, str], target: Target, seconds: float
+) -> Capabilities:
+    """From the times of all probes, and the kernels that run each pair of bits."""
     unsettled = sum(not timing.settled for timing in timings.values()) / len(timings)
-    settled = unsettled <= MOST_UNSETTLED
-    if not settled:
+    if unsettled > MOST_UNSETTLED:
         log.warning(
             "the windows of %.0f %% of the probes never agreed: channel steps are not measured", 100 * unsettled
         )
+    fp32_ms = timings[_bits_key(FP32)].latency_ms
     return Capabilities(
-        stairs=stairs,
-        widths=widths,
+        stairs=_stairs(timings),
+        widths=tuple(
+            Width(weights=pair.weights, activations=pair.activations, kernel=kernel,
+                  speedup=fp32_ms / timings[_bits_key(pair)].latency_ms)
+            for pair, kernel in kernels.items()
+        ),
         change_ms=_change_ms(timings),
         change_elements=AROUND * SIZE * SIZE * target.batch,
-        settled=settled,
-        seconds=time.perf_counter() - start,
-    )
+        settled=unsettled <= MOST_UNSETTLED,
+        seconds=seconds,
+    )  # fmt: skip
 
 
 def steps_of(kinds: Sequence[Mapping[int, float]]) -> tuple[tuple[int, int], ...]:
@@ -196,10 +222,11 @@ def _wasted(kinds: Sequence[Mapping[int, float]], widths: Sequence[int], step: i
     return sum(all(wasted(times, width) for times in kinds) for width in offered) / max(1, len(offered))
 
 
-def _probes() -> dict[str, Plan]:
+def probes() -> dict[str, Plan]:
+    """All that is timed to know a target, by name."""
     plans = {_key("conv", pair, width): _pair("conv", width, pair) for pair in (FP32, INT8) for width in NARROW + WIDE}
     plans |= {_key("linear", pair, width): _pair("linear", width, pair) for pair in (FP32, INT8) for width in LINEAR}
-    plans |= {f"bits {pair}": _pair("conv", AROUND, pair) for pair in PAIRS}
+    plans |= {_bits_key(pair): _pair("conv", AROUND, pair) for pair in PAIRS}
     mixed = [INT8 if number % 2 == 0 else FP32 for number in range(CHAIN)]
     plans |= {name: _chain(bits) for name, bits in
               (("fp32", [FP32] * CHAIN), ("INT8", [INT8] * CHAIN), ("mixed", mixed))}  # fmt: skip
@@ -208,6 +235,10 @@ def _probes() -> dict[str, Plan]:
 
 def _key(kind: str, pair: LayerBits, width: int) -> str:
     return f"{kind} {pair} {width}"
+
+
+def _bits_key(pair: LayerBits) -> str:
+    return f"bits {pair}"
 
 
 def _pair(kind: str, width: int, bits: LayerBits) -> Plan:
@@ -257,18 +288,9 @@ def _stairs(timings: Mapping[str, Timing]) -> tuple[Stair, ...]:
     )  # fmt: skip
 
 
-def _widths(
-    target: Target, plans: Mapping[str, Plan], files: Mapping[str, Path], timings: Mapping[str, Timing]
-) -> tuple[Width, ...]:
-    fp32_ms = timings[f"bits {FP32}"].latency_ms
-    found: list[Width] = []
-    for pair in PAIRS:
-        key = f"bits {pair}"
-        session = open_session(files[key], target.runtime, threads=1, disabled_optimizers=target.disabled_optimizers)
-        kernel = session.bits_used(plans[key])["a"]
-        found.append(Width(weights=pair.weights, activations=pair.activations, kernel=kernel,
-                           speedup=fp32_ms / timings[key].latency_ms))  # fmt: skip
-    return tuple(found)
+def _kernel_here(target: Target, planned: Plan, path: Path) -> str:
+    session = open_session(path, target.runtime, threads=1, disabled_optimizers=target.disabled_optimizers)
+    return session.bits_used(planned)["a"]
 
 
 def _change_ms(timings: Mapping[str, Timing]) -> float:

@@ -28,13 +28,16 @@ FLAT = frozenset({"flatten", "reshape"})
 class Kernels:
     """Flags by the position of an operation: it runs on blocks of channels; its weights are dequantised in each run;
     a kernel before it computes it, so it has none of its own; a SiLU is two kernels, because its input is dequantised
-    for each; a convolution adds a second tensor. ``conversions`` by name: tensors that are converted, a position once
+    for each; a maximum runs on what was quantised before it; a product runs channels-last; a convolution adds a second
+    tensor. ``conversions`` by name: tensors that are converted, a position once
     for each kernel."""
 
     blocked: list[Flags]
     stored: list[Flags]
     absorbed: list[Flags]
     split: list[Flags]
+    early: list[Flags]
+    last: list[Flags]
     sums: list[Flags]
     conversions: dict[str, list[tuple[int, Flags]]]
 
@@ -49,7 +52,7 @@ def kernels(planner: Planner, plans: Plans) -> Kernels:
                 conversions[name].append((tensor, flags))
     return Kernels(
         blocked=layouts.block_kernel, stored=layouts.stored, absorbed=layouts.absorbed, split=layouts.split,
-        sums=layouts.sums, conversions=conversions,
+        early=layouts.early, last=layouts.product_last, sums=layouts.sums, conversions=conversions,
     )  # fmt: skip
 
 
@@ -62,7 +65,7 @@ class _Layouts:
         self.planner, self.plans, self.ops = planner, plans, planner.anatomy.ops
         self.blocked, self.bytes_, self.last, self.plain_conv = ([0] * size for _ in range(4))
         self.block_kernel, self.stored, self.absorbed, self.split, self.sums = ([0] * size for _ in range(5))
-        self.early, self.fused_float = [0] * size, [0] * size
+        self.early, self.fused_float, self.product_last = ([0] * size for _ in range(3))
         grids = (plans.axes % 4 == 0, plans.axes % 16 == 0, plans.axes >= 16)
         self._fours, self._blocks, self._wide = (pack_rows(grid) for grid in grids)
         for position, op in enumerate(self.ops):
@@ -135,6 +138,9 @@ class _Layouts:
         if op.kind in KEEP_LAST:
             dequantised = quantised[inputs[0]] if len(inputs) == 1 else self.plans.full
             self.last[position] |= all_last & dequantised & there & ~int8
+        if op.kind == "mul":
+            # Its inner loop is over what the narrower tensor repeats: a picture, or channels-last the channels.
+            self.product_last[position] = self.last[position] & ~int8
         if op.kind == "silu":
             self.split[position] = quantised[inputs[0]] & there
         if op.kind in POOLS:

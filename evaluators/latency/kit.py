@@ -15,9 +15,10 @@ from typing import Any, cast
 
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
-from ...spaces.plan import plan
+from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from . import timer as script
+from .capabilities import Capabilities, capabilities_elsewhere, probe_settings
 from .measure import (
     AT_ONCE,
     AT_ONCE_BYTES,
@@ -36,23 +37,19 @@ MEASURE = "measure.py"
 
 def write_kit(
     anatomy: Anatomy, policies: Sequence[Policy], target: Target, out: Path, *,
-    how: Mapping[str, float] | None = None,
+    how: Mapping[str, float] | None = None, probes: Mapping[str, Plan] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write models, ``kit.json`` and ``measure.py`` into an empty or new folder; returns the description.
-    ``how`` is what the script is told of windows and rounds, as :func:`settings` gives it.
+    ``how`` is what the script is told of windows and rounds, as :func:`settings` gives it; ``probes`` those of the
+    target's capabilities, where they are to be measured too.
 
     Raises OSError.
     """
     (out / "models").mkdir(parents=True, exist_ok=True)
     chosen = {REFERENCE: Policy(model=anatomy.digest)} | {digest(policy): policy for policy in policies}
-    models: dict[str, dict[str, Any]] = {}
-    for key, policy in chosen.items():
-        path = out / "models" / f"{key}.onnx"
-        size_bytes = write_random(plan(anatomy, policy), path)
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        models[key] = {"file": f"models/{path.name}", "sha256": content, "size_bytes": size_bytes}
+    models = {key: _write(plan(anatomy, policy), out, f"models/{key}.onnx") for key, policy in chosen.items()}
     largest = max(entry["size_bytes"] for entry in models.values())
-    kit = {
+    kit: dict[str, Any] = {
         "version": VERSION,
         "model": anatomy.digest,
         "target": for_script(target),
@@ -62,10 +59,22 @@ def write_kit(
         "models": models,
         "policies": {key: policy_to_dict(policy) for key, policy in chosen.items() if key != REFERENCE},
     }
+    if probes:
+        (out / "probes").mkdir(exist_ok=True)
+        kit["probes"] = {
+            key: _write(planned, out, f"probes/{number}.onnx") for number, (key, planned) in enumerate(probes.items())
+        }
+        kit["probe_request"] = {**how, "kernel_passes": 1} if how else probe_settings()
     kit["id"] = kit_id(kit)
     (out / script.KIT).write_text(json.dumps(kit, indent=1) + "\n")
     shutil.copyfile(script.__file__, out / MEASURE)
     return kit
+
+
+def _write(planned: Plan, out: Path, name: str) -> dict[str, Any]:
+    """Write a model of a kit; returns its entry."""
+    size_bytes = write_random(planned, out / name)
+    return {"file": name, "sha256": hashlib.sha256((out / name).read_bytes()).hexdigest(), "size_bytes": size_bytes}
 
 
 def kit_id(kit: Mapping[str, Any]) -> str:
@@ -86,6 +95,8 @@ class Results:
     sizes: Mapping[str, int]
     seconds: float
     date: str
+    capabilities: Capabilities | None
+    """What the device can do, where the kit held the probes."""
 
 
 def read_results(path: Path, anatomy: Anatomy) -> Results:
@@ -116,15 +127,23 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         kernels: Mapping[str, Any] = data["kernels"][key]
         _check_times(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
         _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
+    target = target_from_dict(kit["settings"])
     return Results(
-        target=target_from_dict(kit["settings"]),
+        target=target,
         device=fingerprint_from_dict(data["device"]),
         policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
         timings=timings_of(data),
         sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},
         seconds=float(data["seconds"]),
         date=str(data["date"]),
+        capabilities=_capabilities(data["probes"], kit["probes"], target, path) if "probes" in kit else None,
     )
+
+
+def _capabilities(measured: Mapping[str, Any], probes: Mapping[str, Any], target: Target, path: Path) -> Capabilities:
+    for key in probes:
+        _check_times(f"windows_ms of probe {key}", measured["windows_ms"][key], path)
+    return capabilities_elsewhere(timings_of(measured), target, float(measured["seconds"]))
 
 
 def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:

@@ -46,13 +46,14 @@ class Timing:
     above it, as a share; ``reference_ms`` the uncompressed model's lowest window in the same session.
 
     ``kernels`` are there when they were asked for; ``busy_cores`` is what other processes used meanwhile, None where
-    the system does not tell.
+    the system does not tell. Models of one ``session`` were timed in turn.
     """
 
     windows_ms: tuple[float, ...]
     reference_ms: float | None
     kernels: Mapping[str, Kernel] = field(default_factory=dict[str, Kernel])
     busy_cores: float | None = None
+    session: str = ""
 
     @property
     def settled(self) -> bool:
@@ -221,16 +222,18 @@ def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
 
 def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
     """What the timing script answered, typed. A kit was measured in parts, each with the reference in it: its results
-    say of each model what the reference took."""
+    say of each model what the reference took, and in which session."""
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
     references: dict[str, float] = answer.get("reference_ms", {})
+    sessions: dict[str, str] = answer.get("sessions", {})
     return {
         key: Timing(
             windows_ms=tuple(found),
             reference_ms=references.get(key, reference_ms),
             kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
             busy_cores=answer["busy_cores"],
+            session=sessions.get(key, answer.get("session", "")),
         )
         for key, found in windows.items()
     }

@@ -33,6 +33,9 @@ COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
 _LEAST_MS = 1e-6
+_LEVELLINGS = 2
+_SPREAD = 1.4826
+"""Standard deviations in a median absolute deviation of normal errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +53,14 @@ class HeldOut:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
-    None where a policy was measured without them."""
+    None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn;
+    -1 where that tells nothing."""
 
     worker: Worker
     work: Work
     latency_ms: Array
     timed: Sequence[Timed | None]
+    sessions: NDArray[np.int64]
 
     @property
     def operations(self) -> list[str]:
@@ -95,12 +100,14 @@ def fit(measured: Measured, seed: int = 0) -> Predictor:
 
 
 def _fit(measured: Measured, seed: int) -> Predictor:
-    latency_ms, work = measured.latency_ms, measured.work
-    folds = np.random.default_rng(seed).permutation(len(latency_ms)) % FOLDS
-    everything = np.ones(len(latency_ms), np.bool_)
+    work, as_measured = measured.work, measured.latency_ms
+    folds = np.random.default_rng(seed).permutation(len(as_measured)) % FOLDS
+    everything = np.ones(len(as_measured), np.bool_)
     held: dict[str, Array] = {}
     final: dict[str, Callable[[], Predict]] = {}
     profiled = np.array([t is not None for t in measured.timed])
+    measured = _of_one_level(measured, profiled, folds)
+    latency_ms = measured.latency_ms
     units: InSitu | None = None
     if profiled.sum() >= LEAST_POINTS:
         units = _learned(measured, everything & profiled)
@@ -123,9 +130,10 @@ def _fit(measured: Measured, seed: int) -> Predictor:
         )
     errors = {name: float(np.mean(np.abs(h / latency_ms - 1))) for name, h in held.items()}
     design = min(errors, key=lambda name: errors[name])
-    scores = np.abs(np.log(held[design] / latency_ms))
+    # Against what was measured: another hour has a level of its own too.
+    scores = np.abs(np.log(held[design] / as_measured))
     return Predictor(
-        design=design, heldout=held_out(held[design], latency_ms, scores), candidates=errors,
+        design=design, heldout=held_out(held[design], as_measured, scores), candidates=errors,
         out_of_fold=held[design], log_margin=conformal_margin(scores), units=units, _model=final[design](),
     )  # fmt: skip
 
@@ -154,6 +162,42 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
     """Rank correlation; ties by order of appearance."""
     ranks = [np.argsort(np.argsort(np.asarray(v), kind="stable"), kind="stable") for v in (first, second)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+# Levels of sessions
+
+
+def _of_one_level(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) -> Measured:
+    """The latencies as if all had been timed in a session of the middle level."""
+    found = measured
+    if len(np.unique(measured.sessions)) > 1:
+        for _ in range(_LEVELLINGS):  # what is expected was learned from sessions of all levels
+            if profiled.sum() >= LEAST_POINTS:
+                expected = _out_of_fold_units(found, profiled, folds)[0]
+            else:
+                terms = _aggregate(found.work, _columns(found.work))
+                expected = _out_of_fold(_physical, terms, found.latency_ms, folds)
+            levels = session_levels(np.log(measured.latency_ms / expected), measured.sessions)
+            found = replace(measured, latency_ms=measured.latency_ms * np.exp(-levels))
+    return found
+
+
+def session_levels(left: Array, sessions: NDArray[np.int64]) -> Array:
+    """How much slower each policy's session was than the middle one, in the logarithm, shape (n,).
+
+    ``left`` (n,): log of measured over expected latency. A session's level is the median of what it left, shrunk by
+    how far medians of so many policies lie apart by chance (empirical Bayes; Efron and Morris 1975). The uncompressed
+    model's own latency does not tell it: where a neighbour takes memory bandwidth, large fp32 weights slow down and
+    small integer networks do not.
+    """
+    left = left - np.median(left)
+    names, place, counts = np.unique(sessions, return_inverse=True, return_counts=True)
+    medians = np.array([np.median(left[sessions == name]) if name >= 0 else 0.0 for name in names])
+    within = _SPREAD * float(np.median(np.abs(left - medians[place])))
+    by_chance = math.pi / 2 * within**2 / counts
+    between = max(0.0, float(np.average(medians**2 - by_chance, weights=counts)))
+    levels = (medians * between / (between + by_chance + 1e-12))[place]
+    return np.where(sessions >= 0, levels - np.median(levels[sessions >= 0]), 0.0)
 
 
 # Units

@@ -24,19 +24,21 @@ from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, tar
 from .units import Worker
 
 VERSION = 2
-CHUNK = 2000
-"""Policies predicted at once: their arrays stay in the cache of a core."""
+CHUNK = 10_000
+"""Policies predicted at once, to bound memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A policy that was measured on the target. ``halves_ms`` are two independent measurements of it."""
+    """A policy that was measured on the target. ``halves_ms`` are two independent measurements of it. Points of one
+    ``session`` were drawn at random and timed in turn; it is empty where they were chosen."""
 
     policy: Policy
     latency_ms: float
     halves_ms: tuple[float, float]
     repeat_error: float
     size_bytes: int
+    session: str = ""
     timed: Timed | None = None
     """The runtime's times of its nodes, where they were taken."""
 
@@ -114,15 +116,14 @@ def profile_of(
 ) -> Profile:  # fmt: skip
     """A profile of policies that were measured, by the keys of their timings. Raises ValueError."""
     matcher, worker = Matcher(anatomy), Worker(anatomy)
-    level_ms = reference_level(timings.values())
-    points = tuple(point_of(policies[key], timings[key], sizes[key], matcher, level_ms) for key in policies)
+    points = tuple(point_of(policies[key], timings[key], sizes[key], matcher) for key in policies)
     reference = timings[REFERENCE]
     predictor, overheads = _fitted(worker, points), _overheads(anatomy, points)
     return Profile(
         model=anatomy.digest,
         target=target,
         device=device or fingerprint(target),
-        reference_ms=level_ms or reference.latency_ms,
+        reference_ms=_median_reference(timings.values()) or reference.latency_ms,
         reference_repeat_error=reference.repeat_error,
         points=points,
         predictor=predictor,
@@ -133,10 +134,10 @@ def profile_of(
     )
 
 
-def reference_level(timings: Iterable[Timing]) -> float | None:
-    """The uncompressed model's latency in ms over the groups of models that it was timed with: their median."""
-    found = [timing.reference_ms for timing in timings if timing.reference_ms is not None]
-    return float(np.median(found)) if found else None
+def _median_reference(timings: Iterable[Timing]) -> float | None:
+    """The uncompressed model's latency in ms over the sessions that the models were timed in."""
+    found = {timing.session: timing.reference_ms for timing in timings if timing.reference_ms is not None}
+    return float(np.median(list(found.values()))) if found else None
 
 
 def drift(profile: Profile, reference: Timing) -> float:
@@ -144,15 +145,12 @@ def drift(profile: Profile, reference: Timing) -> float:
     return reference.latency_ms / profile.reference_ms - 1
 
 
-def point_of(policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher, level_ms: float | None) -> Point:
-    """A measurement, brought to the hour when the uncompressed model takes ``level_ms``: what holds is the ratio to
-    the reference that was timed between."""
-    factor = level_ms / timing.reference_ms if level_ms and timing.reference_ms else 1.0
+def point_of(policy: Policy, timing: Timing, size_bytes: int, matcher: Matcher) -> Point:
+    """What was measured."""
     nodes: NodeTimes = {name: (kernel.op_type, kernel.ms) for name, kernel in timing.kernels.items()}
-    first, second = timing.halves_ms()
     return Point(
-        policy=policy, latency_ms=timing.latency_ms * factor, halves_ms=(first * factor, second * factor),
-        repeat_error=timing.repeat_error, size_bytes=size_bytes, timed=matcher.match(nodes) if nodes else None,
+        policy=policy, latency_ms=timing.latency_ms, halves_ms=timing.halves_ms(), repeat_error=timing.repeat_error,
+        size_bytes=size_bytes, session=timing.session, timed=matcher.match(nodes) if nodes else None,
     )  # fmt: skip
 
 
@@ -177,7 +175,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
             {
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
                 "halves_ms": list(p.halves_ms), "repeat_error": p.repeat_error, "size_bytes": p.size_bytes,
-                "predicted_ms": float(held), "held_out": True,
+                "session": p.session, "predicted_ms": float(held), "held_out": True,
                 "nodes_us": None if p.timed is None else timed_to_dict(p.timed),
                 "low_ms": float(held * np.exp(-profile.predictor.log_margin)),
                 "high_ms": float(held * np.exp(profile.predictor.log_margin)),
@@ -225,7 +223,7 @@ def _profile_from_dict(
         Point(
             policy=policy_from_dict(p["policy"], str(path)), latency_ms=float(p["measured_ms"]),
             halves_ms=(float(p["halves_ms"][0]), float(p["halves_ms"][1])),
-            repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]),
+            repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]), session=str(p.get("session", "")),
             timed=None if p["nodes_us"] is None else timed_from_dict(p["nodes_us"], len(anatomy.ops)),
         )
         for p in data["points"]
@@ -270,8 +268,15 @@ def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
         work=worker.work(choices_of(worker.anatomy, [p.policy for p in points])),
         latency_ms=np.array([p.latency_ms for p in points]),
         timed=[p.timed for p in points],
+        sessions=_sessions(points),
     )
     return fit(measured)
+
+
+def _sessions(points: Sequence[Point]) -> NDArray[np.int64]:
+    """Numbers of the sessions that points were timed in, -1 where they have none."""
+    numbers = {"": -1}
+    return np.array([numbers.setdefault(point.session, len(numbers) - 1) for point in points], np.int64)
 
 
 def _overheads(anatomy: Anatomy, points: Sequence[Point]) -> NDArray[np.float64]:

@@ -61,7 +61,15 @@ class Tables:
 
     def sums(self, choices: Choices) -> Sums:
         """Raises UnseenKernelError."""
-        state = self._worker.state(choices)
+        parts = [self._sums(state) for state in self._worker.states(choices)]
+        return Sums(
+            total=np.concatenate([part.total for part in parts]),
+            groups=np.concatenate([part.groups for part in parts], axis=1),
+            nodes=np.concatenate([part.nodes for part in parts]),
+            model_mb=np.concatenate([part.model_mb for part in parts]),
+        )
+
+    def _sums(self, state: State) -> Sums:
         steps = self._axes.steps(state.axes)
         layers = self._layers.look_up(state.layer_codes, steps, lambda new: self._price_layers(state, new))
         others = self._others.look_up(state.other_codes, steps, lambda new: self._price_others(state, new))

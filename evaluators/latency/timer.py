@@ -4,8 +4,8 @@ Needs only numpy and the runtime, and nothing of nightpress, so that it can run 
 are JSON, one line each, on standard input and output; beside a ``kit.json`` it measures that kit instead. A request:
 ``{"models": {key: path}, "runtime": "onnxruntime", "threads": 1, "batch": 1, "disabled_optimizers": [],
 "least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``;
-the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1}`` or
-``{"error": sentence}``. ``kernels`` are those of the runtime's own profiler, which slows what it watches, and are
+the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1, "session": name}``
+or ``{"error": sentence}``. ``kernels`` are those of the runtime's own profiler, which slows what it watches, and are
 there when ``kernel_passes`` is not 0.
 """
 
@@ -202,7 +202,7 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
             time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
     busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
     kernels = {key: lowest(found) for key, found in passes.items() if found}
-    return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy}
+    return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}"}
 
 
 def lowest(passes: list[Kernels]) -> Kernels:
@@ -303,13 +303,14 @@ def measure_kit(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{target['runtime']} is not installed here: pip install {target['runtime'].split('-')[0]}")
     if target["threads"] > cores():
         raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
-    for entry in models.values():
+    probes = kit.get("probes", {})
+    for entry in [*models.values(), *probes.values()]:
         if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
     began = time.perf_counter()
     keys = [key for key in models if key != REFERENCE]
     results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
-    results |= {"reference_ms": {}, "busy_cores": None}
+    results |= {"reference_ms": {}, "sessions": {}, "busy_cores": None}
     for start in range(0, len(keys), kit["at_once"]):
         chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
         sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
@@ -317,8 +318,14 @@ def measure_kit(folder: Path) -> dict[str, Any]:
         answer = measure({**kit["request"], **target, "models": paths})
         results["windows_ms"].update(answer["windows_ms"])
         results["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
+        results["sessions"].update(dict.fromkeys(chosen, answer["session"]))
         results["kernels"].update(answer["kernels"])
         results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
+    if probes:
+        sys.stderr.write(f"measuring {len(probes)} single layers\n")
+        start, paths = time.perf_counter(), {key: str(folder / entry["file"]) for key, entry in probes.items()}
+        answer = measure({**kit["probe_request"], **target, "models": paths})
+        results["probes"] = {**answer, "seconds": time.perf_counter() - start}
     return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 

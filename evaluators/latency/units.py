@@ -7,7 +7,7 @@ Conversions of precision and layout are counted in total, because the runtime gi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...spaces.anatomy import WEIGHTED, Anatomy, Op
 from ...spaces.plans import Choices, Flags, Planner, Plans, unpack
-from .kernels import CONVERSIONS, Kernels, kernels
+from .kernels import Kernels, kernels
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -25,9 +25,10 @@ STREAM_MB = (0.5, 2.0, 8.0, 32.0)
 LAYER_VARIANTS = ("int8", "blocked", "plain", "stored")
 WITH_SUM, NO_LAYER = 4, 8
 """Added to a layer's code (its variant's number) where it adds a second tensor; the code where there is no layer."""
-OTHER_VARIANTS = ("int8", "blocked", "split", "fp32")
-NO_OTHER = 4
+OTHER_VARIANTS = ("int8", "blocked", "split", "fp32", "early", "last")
+NO_OTHER = len(OTHER_VARIANTS)
 DEQUANTISE = "weights.dequantise"
+BLOCK = 2000
 _WEIGHT_BYTES = np.array([1.0, 4, 4, 5, 1, 4, 4, 5, 0])  # in memory, by code: stored ones are there twice
 _MILLION = 1e6
 
@@ -101,25 +102,39 @@ class Worker:
         read = [self.planner.axis_of[i] for i in (*self.planner.inputs[position], position)]
         return tuple(dict.fromkeys(row for rows in read for row in rows if row is not None))
 
-    def state(self, choices: Choices) -> State:
+    def states(self, choices: Choices, at_once: int = BLOCK) -> Iterator[State]:
+        """The policies in order, so many at once that their arrays stay in the cache of a core."""
         plans = self.planner.plans(choices)
-        made, count = kernels(self.planner, plans), plans.count
-        elements = self._all_elements(plans)
-        layer_codes, other_codes = self._layer_codes(plans, made), self._other_codes(plans, made)
-        inner = np.where(self._width > 0, self._width, plans.axes[self._in] * self._in_factor)
-        weights = plans.axes[self._out] * self._out_factor * inner * self._kernel
-        conversions = {name: self._converted(made.conversions[name], elements, count) for name in CONVERSIONS}
+        made = kernels(self.planner, plans)
+        codes = self._layer_codes(plans, made), self._other_codes(plans, made)
+        converted = {
+            name: ([position for position, _ in found], unpack([flags for _, flags in found], plans.count))
+            for name, found in made.conversions.items()
+        }
+        for start in range(0, plans.count, at_once):
+            columns = slice(start, start + at_once)
+            some = {name: (positions, flags[:, columns]) for name, (positions, flags) in converted.items()}
+            yield self._state(plans.axes[:, columns], codes[0][:, columns], codes[1][:, columns], some)
+
+    def _state(
+        self, axes: Array, layer_codes: NDArray[np.int8], other_codes: NDArray[np.int8],
+        converted: Mapping[str, tuple[list[int], Mask]],
+    ) -> State:  # fmt: skip
+        elements = self._all_elements(axes)
+        inner = np.where(self._width > 0, self._width, axes[self._in] * self._in_factor)
+        weights = axes[self._out] * self._out_factor * inner * self._kernel
+        conversions = {name: _converted(flags, elements[positions]) for name, (positions, flags) in converted.items()}
         stored = (layer_codes & 3 == 3) & (layer_codes != NO_LAYER)
         nodes = (layer_codes != NO_LAYER).sum(axis=0) + stored.sum(axis=0) + (other_codes != NO_OTHER).sum(axis=0)
         nodes = nodes + (other_codes == 2).sum(axis=0) + sum(amounts[:, 0] for amounts in conversions.values())
         return State(
-            count=count, axes=plans.axes, elements=elements, layer_codes=layer_codes, other_codes=other_codes,
+            count=axes.shape[1], axes=axes, elements=elements, layer_codes=layer_codes, other_codes=other_codes,
             weights=weights, conversions=conversions, nodes=nodes.astype(np.float64),
             model_mb=(weights * _WEIGHT_BYTES[layer_codes]).sum(axis=0) / 2**20 + 1e-3,
         )  # fmt: skip
 
     def work(self, choices: Choices) -> Work:
-        state = self.state(choices)
+        [state] = self.states(choices, max(1, len(choices)))
         layers, others = state.layer_codes != NO_LAYER, state.other_codes != NO_OTHER
         units = (*self.layer_units(state, layers), *self.other_units(state, others))
         return Work(
@@ -151,16 +166,16 @@ class Worker:
         fixed = math.prod(size for size, row in zip(op.shape, rows, strict=True) if row is None)
         return float(fixed), [row for row in rows if row is not None]
 
-    def _all_elements(self, plans: Plans) -> Array:
+    def _all_elements(self, axes: Array) -> Array:
         """Elements of each operation's tensor, shape (operations, n)."""
-        found = np.empty((len(self._sizes), plans.count))
+        found = np.empty((len(self._sizes), axes.shape[1]))
         for position, (fixed, rows) in enumerate(self._sizes):
             if not rows:
                 found[position] = fixed
                 continue
-            np.multiply(plans.axes[rows[0]], fixed, out=found[position])
+            np.multiply(axes[rows[0]], fixed, out=found[position])
             for row in rows[1:]:
-                found[position] *= plans.axes[row]
+                found[position] *= axes[row]
         return found
 
     def _layer_codes(self, plans: Plans, made: Kernels) -> NDArray[np.int8]:
@@ -183,6 +198,8 @@ class Worker:
         codes = np.full((len(self.others), plans.count), 3, np.int8)
         codes[of(made.blocked)] = 1
         codes[of(made.split)] = 2
+        codes[of(made.early)] = 4
+        codes[of(made.last)] = 5
         codes[of(plans.int8)] = 0
         codes[~of(plans.alive) | of(made.absorbed)] = NO_OTHER
         return codes
@@ -245,13 +262,10 @@ class Worker:
                     terms=np.stack([np.ones(len(row)), sources / _MILLION, results / _MILLION], axis=1),
                 )  # fmt: skip
 
-    def _converted(self, found: list[tuple[int, Flags]], elements: Array, count: int) -> Array:
-        if not found:
-            return np.zeros((count, 2))
-        flags = unpack([flags for _, flags in found], count)
-        amounts = elements[[position for position, _ in found]]
-        converted = np.einsum("pn,pn->n", flags, amounts) / _MILLION
-        return np.stack([flags.sum(axis=0), converted], axis=1)
+
+def _converted(flags: Mask, elements: Array) -> Array:
+    """Kernels of one conversion and the millions of elements that they convert, shape (n, 2)."""
+    return np.stack([flags.sum(axis=0), np.einsum("pn,pn->n", flags, elements) / _MILLION], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
