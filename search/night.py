@@ -181,10 +181,10 @@ def _open_study(session: Session) -> Trials:
     driver = session.state.setdefault("driver", uuid.uuid4().hex) if shared else None
     storage = open_storage(session.folder.path, config.search.storage, make_room=session.folder.make_room)
     name, seed = config.search.sampler, config.seed + (int(driver, 16) % 10_000 if driver else 0)
-    sampler = make_sampler(name, seed, 0, space, session.costs)
+    sampler = make_sampler(name, seed, 0, space, session.costs_of)
     # Ours draws by the trial's number; the others keep a state, which a resumed night would not have.
     fresh = None if isinstance(sampler, NightpressSampler) else (
-        lambda trials: make_sampler(name, seed, trials, space, session.costs)
+        lambda trials: make_sampler(name, seed, trials, space, session.costs_of)
     )  # fmt: skip
     store = Store(storage, sampler, study=config.search.study, driver=driver, sampler_at=fresh)
     session.provide(store=store, sampler=sampler)
@@ -205,7 +205,7 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
-        sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
+        sampler.sensitivity = session.sensitivity
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference = losses(*corner_of(session.state["reference"], session.config.limits))
 
