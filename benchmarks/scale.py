@@ -112,7 +112,7 @@ def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
         profile=load_profile(profile, anatomy),
         jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print, now=times.awake),
     )
-    made = make_sampler(sampler, 0, 0, session.prepared.space, session.costs)
+    made = make_sampler(sampler, 0, 0, session.prepared.space, session.costs_of)
     session.provide(store=Store(open_storage(config.out, None), made), sampler=made)
     return Trials(session)
 

@@ -2,37 +2,45 @@
 
     python benchmarks/search.py nights --out bench-search --task mnist5k-resnet --seeds 3 --budget 6m
     python benchmarks/search.py table --out bench-search
-    python benchmarks/search.py overhead
+    python benchmarks/latency.py measure resnet56 --cache DIR
+    python benchmarks/search.py overhead --cache DIR
 
 ``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All
 nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device.
 """
 
 import argparse
+import importlib
 import json
+import math
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from latency import anatomy_of, files_of, space_of
+from optuna.study import Study
 
-from nightpress.search.costs import Costs
+from nightpress.evaluators.latency.profile import Profile, load_profile
+from nightpress.evaluators.latency.target import Target
 from nightpress.search.folder import read_run
+from nightpress.search.memory import Memory
 from nightpress.search.pareto import hypervolume
-from nightpress.search.policy_sampler import TrialSuggest
+from nightpress.search.policy_sampler import PolicySampler, TrialSuggest
 from nightpress.search.records import Quality, RunRecord, TrialRecord, TrialState
+from nightpress.search.salvage import CREATE_TRIAL
 from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import JOURNAL, Store, open_storage
-from nightpress.spaces.anatomy import Anatomy, Block, Group, Layer, Op
 from nightpress.spaces.plan import plan
-from nightpress.spaces.policy import FP32, INT8, Policy
+from nightpress.spaces.plans import choices_of
+from nightpress.spaces.policy import Policy
 from nightpress.spaces.space import Space
 
 TASKS = ("mnist5k-resnet", "mnist5k-vgg", "resnet20")
@@ -40,6 +48,7 @@ CONTENDERS = ("nightpress", "random", "nsga2", "tpe", "gp", "netadapt", "uniform
 ABLATIONS = ("free_objectives", "rungs", "sensitivity")
 CORNER_DROP = 0.10
 """The reference point: the given accuracy less this, the uncompressed latency. Fixed before any night."""
+NETWORK, ASKED = "resnet56", 7
 
 
 def main() -> None:
@@ -57,15 +66,22 @@ def main() -> None:
     table = parts.add_parser("table")
     table.add_argument("--out", type=Path, required=True)
     overhead = parts.add_parser("overhead")
+    overhead.add_argument("--cache", type=Path, required=True, help="as of benchmarks/latency.py, with resnet56 in it")
     overhead.add_argument("--trials", default="100,500,2000")
     overhead.add_argument("--samplers", default="nightpress,random,nsga2,nsga3,tpe")
+    resume = parts.add_parser("resume", help="one line of overhead's table, as JSON")
+    resume.add_argument("folder", type=Path)
+    resume.add_argument("--sampler", required=True)
+    resume.add_argument("--cache", type=Path, required=True)
     arguments = parser.parse_args()
     if arguments.part == "nights":
         run_nights(arguments)
     elif arguments.part == "table":
         print_table(arguments.out)
+    elif arguments.part == "resume":
+        print_resume(arguments.folder, arguments.sampler, arguments.cache)
     else:
-        print_overhead([int(n) for n in arguments.trials.split(",")], arguments.samplers.split(","))
+        print_overhead(arguments.cache, [int(n) for n in arguments.trials.split(",")], arguments.samplers.split(","))
 
 
 # Nights
@@ -188,116 +204,142 @@ def _losses(trial: TrialRecord, level: float) -> tuple[float, float]:
 # Overhead
 
 
-def print_overhead(counts: list[int], samplers: list[str]) -> None:
-    space = Space(anatomy=deep_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8), distill=("none", "logit"))
-    costs, accuracy = toy_costs(space.anatomy), _Accuracy(space)
-    print(f"{space.dimensions} dimensions; milliseconds a proposal with its suggests, median (worst) of 5 in a row")
+def print_overhead(cache: Path, counts: list[int], samplers: list[str]) -> None:
+    """A table of proposals on resumed studies: each line is a process of its own, as a resumed night is one."""
+    space = space_of(anatomy_of(NETWORK, cache))
+    print(
+        f"{NETWORK}, {space.dimensions} dimensions; processor (wall) time of a proposal with its record: the first "
+        f"after the study was opened, then median and worst of the next {ASKED}; memory beside the driver's own"
+    )
+    print(f"{'sampler':12} {'trials':>6} {'open s':>13} {'first ms':>13} {'median ms':>13} {'worst ms':>13} {'MB':>6}")
+    profile = profile_of(cache)
+    ours, theirs = (_filler(cache / f"study-{name}", space, profile) for name in ("ours", "theirs"))
+    for count in sorted(counts):
+        for name in samplers:
+            filler = ours if name == "nightpress" else theirs
+            filler.fill(count)
+            with tempfile.TemporaryDirectory() as copy:
+                filler.copy(Path(copy), count)
+                words = [__file__, "resume", copy, "--sampler", name, "--cache", str(cache)]
+                done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            pairs = [f"{found['open_cpu']:.2f} ({found['open_wall']:.2f})"]
+            pairs += [f"{found[f'{which}_cpu']:.0f} ({found[f'{which}_wall']:.0f})"
+                      for which in ("first", "median", "worst")]  # fmt: skip
+            columns = " ".join(f"{pair:>13}" for pair in pairs)
+            print(f"{name:12} {found['trials']:6d} {columns} {found['more_mb']:6.0f}", flush=True)
+
+
+def profile_of(cache: Path) -> Profile:
+    """The calibration that benchmarks/latency.py keeps, as it would be read from a run."""
+    made = json.loads(files_of(NETWORK, Target(), cache)[1].read_text())
     with tempfile.TemporaryDirectory() as folder:
-        filler = Store(open_storage(Path(folder), None), make_sampler("random", 0, 0, space, costs))
-        for count in sorted(counts):
-            while len(filler.trials()) < count:
-                _finish(filler, space, costs, accuracy)
-            for name in samplers:
-                spans, opened = _proposals(Path(folder), space, name, count)
-                memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                print(f"{name:12} {count:5d} trials: {statistics.median(spans):7.0f} ({max(spans):.0f}) ms, "
-                      f"study opened in {opened:.2f} s, peak memory so far {memory:.0f} MB", flush=True)  # fmt: skip
+        path = Path(folder) / "profile.json"
+        path.write_text(json.dumps(made["profile"]))
+        return load_profile(path, anatomy_of(NETWORK, cache), force=True)
 
 
-def _proposals(folder: Path, space: Space, name: str, count: int) -> tuple[list[float], float]:
-    """Milliseconds of proposals on a copy of the study, as a resumed night would make them, and seconds to open it."""
-    costs = toy_costs(space.anatomy)
-    with tempfile.TemporaryDirectory() as copy:
-        shutil.copy(folder / JOURNAL, copy)
-        start = time.perf_counter()
-        sampler = make_sampler(name, 1, count, space, costs)
-        store = Store(open_storage(Path(copy), None), sampler)
-        opened = time.perf_counter() - start
-        if isinstance(sampler, NightpressSampler):
-            latency, size = costs(Policy(model=space.anatomy.digest))
-            sampler.reference = (-0.5, latency, float(size))
-        _ask(store, space)  # the first proposal also builds what the others share
-        return [_ask(store, space) for _ in range(5)], opened
+def print_resume(folder: Path, name: str, cache: Path) -> None:
+    """Open a study as a driver that goes on with it does, and ask for proposals; one JSON object."""
+    importlib.import_module("nightpress.search.night")  # what a driver holds in memory anyway, torch among it
+    space, profile = space_of(anatomy_of(NETWORK, cache)), profile_of(cache)
+    sampler = make_sampler(name, 1, 0, space, profile.costs)
+    if isinstance(sampler, NightpressSampler):
+        sampler.reference = (-0.5, profile.reference_ms, float(4 * space.anatomy.params))
+        sampler.memory = Memory(folder)
+    before_mb, start = _memory_mb(), _clocks()
+    store = Store(open_storage(folder, None), sampler)
+    store.repair()
+    found: dict[str, float] = {"trials": len(store.trials())}
+    found |= {f"open_{clock}": now - then for (clock, now), then in zip(_clocks().items(), start.values(), strict=True)}
+    asked = [_ask(store, space) for _ in range(1 + ASKED)]
+    for clock in ("cpu", "wall"):
+        first, *rest = [1000 * spent[clock] for spent in asked]
+        found |= {f"first_{clock}": first, f"median_{clock}": statistics.median(rest), f"worst_{clock}": max(rest)}
+    print(json.dumps(found | {"more_mb": _memory_mb() - before_mb}))
 
 
-def _ask(store: Store, space: Space) -> float:
-    start = time.perf_counter()
-    trial = store.study.ask()
+def _clocks() -> dict[str, float]:
+    return {"cpu": time.process_time(), "wall": time.perf_counter()}
+
+
+def _memory_mb() -> float:
+    """What the process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _ask(store: Store, space: Space) -> dict[str, float]:
+    """Seconds by clock."""
+    start = _clocks()
+    trial = store.ask()
     policy = space.sample(TrialSuggest(trial))
-    spent = 1000 * (time.perf_counter() - start)
+    spent = {clock: now - start[clock] for clock, now in _clocks().items()}
     store.begin(trial, policy, 0.0)
     store.finish(trial.number, TrialState.FAILED, finished=1.0)
     return spent
 
 
-class _Accuracy:
-    """A made-up truth with noise: every cut costs, harsh ones more."""
+class _RandomPolicies(PolicySampler):
+    """Random policies, recorded as those of our sampler are."""
 
-    def __init__(self, space: Space) -> None:
-        self._generator = np.random.default_rng(0)
-        self._weights = {g.name: self._generator.uniform(0.2, 2) for g in space.anatomy.groups}
-
-    def __call__(self, policy: Policy) -> float:
-        cut = sum(self._weights[name] * ratio**2 for name, ratio in policy.prune.items()) / len(self._weights)
-        return float(0.9 - 0.2 * cut - 0.02 * len(policy.removed_blocks) + self._generator.normal() * 0.004)
+    def propose(self, study: Study, number: int) -> Policy:
+        return self.space.random(np.random.default_rng((self.seed, number)))
 
 
-def _finish(store: Store, space: Space, costs: Costs, accuracy: _Accuracy) -> None:
-    trial = store.study.ask()
-    policy = space.sample(TrialSuggest(trial))
-    latency, size = costs(policy)
-    store.begin(trial, policy, 0.0)
-    store.note(trial.number, size_bytes=size,
-               predicted={"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False})  # fmt: skip
-    seen = accuracy(policy)
-    for rung, shown in (("bn", seen - 0.2), ("short", seen)):
-        store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=shown, accuracy_se=0.004,
-                                                 samples=5000, seconds=1.0))  # fmt: skip
-    store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Filler:
+    """A study that is filled with random policies under a made-up accuracy with noise: every cut costs."""
+
+    folder: Path
+    store: Store
+    space: Space
+    profile: Profile
+    weights: dict[str, float]
+    noise: np.random.Generator
+
+    def fill(self, count: int) -> None:
+        self.store.repair()
+        while len(self.store.trials()) < count:
+            trial = self.store.ask()
+            policy = self.space.sample(TrialSuggest(trial))
+            self.store.begin(trial, policy, 0.0)
+            [(latency, size)] = self.profile.costs(choices_of(self.space.anatomy, [policy])).tolist()
+            self.store.note(
+                trial.number, size_bytes=int(size), macs=plan(self.space.anatomy, policy).macs,
+                predicted={"latency_ms": latency, "low_ms": latency, "high_ms": latency, "measured": False},
+            )  # fmt: skip
+            seen = self._accuracy(policy)
+            for rung, shown in (("bn", seen - 0.2), ("short", seen)):
+                quality = Quality(rung=rung, split="search", accuracy=shown, accuracy_se=0.004, samples=5000, seconds=1)
+                self.store.note_quality(trial.number, quality)
+            known = TrialState.FAILED if math.isnan(latency) else TrialState.COMPLETE
+            self.store.finish(trial.number, known, finished=1.0)
+
+    def copy(self, folder: Path, count: int) -> None:
+        """The study as it was with so many trials."""
+        begun = 0
+        with (self.folder / JOURNAL).open() as lines, (folder / JOURNAL).open("w") as out:
+            for line in lines:
+                begun += json.loads(line)["op_code"] == CREATE_TRIAL
+                if begun > count:
+                    break
+                out.write(line)
+
+    def _accuracy(self, policy: Policy) -> float:
+        cut = sum(self.weights[name] * ratio**2 for name, ratio in policy.prune.items()) / len(self.weights)
+        return float(0.9 - 0.2 * cut - 0.02 * len(policy.removed_blocks) + self.noise.normal() * 0.004)
 
 
-def toy_costs(anatomy: Anatomy) -> Costs:
-    """Time and bytes in proportion to work and weights."""
-
-    def costs(policy: Policy) -> tuple[float, int]:
-        planned = plan(anatomy, policy)
-        spent = sum(op.macs / (4 if op.int8 else 1) for op in planned.ops)
-        return spent / 1e7 + 0.01, sum(op.weight_count * (1 if op.bits.weights < 32 else 4) for op in planned.ops) + 1
-
-    return costs
-
-
-def deep_anatomy(blocks: int = 29) -> Anatomy:
-    """A residual network of 59 layers as data: blocks of two convolutions, a little deeper than ResNet-56."""
-    ops = [Op(name="x", kind="input", inputs=(), shape=(1, 3, 32, 32)), _conv("stem", "x", 3, 64, {})]
-    groups, layers, found = [], [_layer(ops[-1], 3 * 64 * 9)], []
-    before = "stem"
-    for i in range(blocks):
-        first, second, total = f"b{i}.conv1", f"b{i}.conv2", f"b{i}.add"
-        group = Group(name=first, channels=64, step=8, layers=(first,), macs=0)
-        ops += [_conv(first, before, 64, 64, {first: 1}), _conv(second, first, 64, 64, {}),
-                Op(name=total, kind="add", inputs=(before, second), shape=(1, 64, 8, 8))]  # fmt: skip
-        layers += [_layer(ops[-3], 64 * 64 * 9), _layer(ops[-2], 64 * 64 * 9)]
-        groups.append(group)
-        found.append(Block(name=f"b{i}", ops=(first, second, total), source=before, output=total,
-                           layers=(first, second), macs=2 * 64 * 64 * 9 * 64))  # fmt: skip
-        before = total
-    return Anatomy(
-        digest="deep", ops=tuple(ops), output=before, groups=tuple(groups), layers=tuple(layers), blocks=tuple(found),
-        left_out=(), params=sum(layer.params for layer in layers),
+def _filler(folder: Path, space: Space, profile: Profile) -> _Filler:
+    """Goes on with the study in the folder, where there is one."""
+    folder.mkdir(exist_ok=True)
+    random = make_sampler("random", 0, 0, space, profile.costs)
+    sampler = _RandomPolicies(space, profile.costs, 0) if folder.name.endswith("ours") else random
+    noise = np.random.default_rng(0)
+    return _Filler(
+        folder=folder, store=Store(open_storage(folder, None), sampler), space=space, profile=profile, noise=noise,
+        weights={g.name: float(noise.uniform(0.2, 2)) for g in space.anatomy.groups},
     )  # fmt: skip
-
-
-def _conv(name: str, source: str, into: int, out: int, lost: dict[str, int]) -> Op:
-    side = 32 if into == 3 else 8
-    attrs = {"kernel": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1}
-    return Op(name=name, kind="conv", inputs=(source,), shape=(1, out, side, side), module=name, attrs=attrs,
-              params={"weight": f"{name}.weight"}, lost=({}, lost, {}, {}))  # fmt: skip
-
-
-def _layer(op: Op, weights: int) -> Layer:
-    name = op.module or op.name
-    return Layer(name=name, kind="conv", op=op.name, macs=weights * op.shape[2] * op.shape[3], params=weights)
 
 
 if __name__ == "__main__":

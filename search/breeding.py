@@ -1,22 +1,17 @@
-"""A population search over tens of thousands of policies, none of which is trained."""
+"""A population search over more than ten thousand policies, none of which is trained."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces.policy import Policy, digest
-from .costs import QuickCosts
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 3
-POPULATION = 4000
+GENERATIONS = 6
+POPULATION = 1700
 PARENTS = 200
-PRICED = 48
-"""Candidates whose costs are predicted exactly."""
-SAME_SPEED = 0.1
-"""Width of a class of latencies, as a logarithm."""
 
 
 def breed(
@@ -25,7 +20,7 @@ def breed(
     """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children
     of the parents, shape (n, columns), and with random rows."""
     pool = np.vstack(
-        [encoder.random(POPULATION // 5, generator), encoder.children(parents, POPULATION, generator)]
+        [encoder.random(POPULATION // 10, generator), encoder.children(parents, POPULATION, generator)]
     )  # fmt: skip
     worths = worth(pool)
     for _ in range(GENERATIONS - 1):
@@ -35,21 +30,11 @@ def breed(
     return pool[np.argsort(-worths, kind="stable")]
 
 
-def fresh(encoder: Encoder, rows: Array, quick: QuickCosts, known: Collection[str]) -> dict[str, Policy]:
-    """At most :data:`PRICED` policies by digest that are not known, from the first rows on; not too many that run
-    equally fast, because the quick costs may be wrong about all of those alike."""
-    chosen: dict[str, Policy] = {}
-    rows = rows[: 20 * PRICED]
-    speeds = np.round(np.log(quick(rows)[:, 0]) / SAME_SPEED).tolist()
-    counts: dict[float, int] = {}
-    for row, speed in zip(rows, speeds, strict=True):
-        if counts.get(speed, 0) >= PRICED // 4:
-            continue
+def fresh(encoder: Encoder, rows: Array, known: Collection[str]) -> Iterator[tuple[Array, Policy]]:
+    """The rows whose policies are not known by their digests, with these; each policy once."""
+    seen = set(known)
+    for row in rows:
         policy = encoder.policy(row)
-        key = digest(policy)
-        if key not in known and key not in chosen:
-            chosen[key] = policy
-            counts[speed] = counts.get(speed, 0) + 1
-        if len(chosen) == PRICED:
-            break
-    return chosen
+        if digest(policy) not in seen:
+            seen.add(digest(policy))
+            yield row, policy

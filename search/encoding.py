@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces.anatomy import Op, op_macs
+from ..spaces.plans import Choices, Planner
 from ..spaces.policy import FP32, Distill, Policy
 from ..spaces.space import Space, parse_bits
 
@@ -69,6 +70,9 @@ class Encoder:
         unheard = FP32 if FP32 in space.bit_choices else space.bit_choices[0]
         self._unheard_bits = space.bit_choices.index(unheard)
         self.shapes = Shapes(self)
+        self._choices = np.array([len(c.choices) for c in self.columns], dtype=np.float64)
+        self._reach = np.array([max(1.0 if c.whole else 0.0, 0.2 * (c.high - c.low)) for c in self.columns])
+        self._real = np.array([i for i, c in enumerate(self.columns) if not (c.choices or c.whole)], dtype=np.intp)
         self.hyper = np.array([i for i, c in enumerate(self.columns) if c.standard is not None], dtype=np.intp)
 
     def _of(self, kind: str) -> NDArray[np.intp]:
@@ -85,6 +89,15 @@ class Encoder:
         return self.space.sample(
             Answers({c.name: _answer(c, float(v)) for c, v in zip(self.columns, row, strict=True)})
         )
+
+    def choices(self, rows: Array) -> Choices:
+        """What the networks and files of rows depend on, as latency and size are predicted from."""
+        anatomy, removed = self.space.anatomy, rows[:, self.block] > 0
+        return Choices(
+            kept=self.kept(rows).astype(np.int64), bits=rows[:, self.bits].astype(np.int64),
+            removed=removed if len(self.block) else np.zeros((len(rows), len(anatomy.blocks)), np.bool_),
+            pairs=self.space.bit_choices,
+        )  # fmt: skip
 
     def random(self, count: int, generator: np.random.Generator) -> Array:
         """Rows from mild to harsh, by the law of :meth:`~nightpress.spaces.space.Space.random`; half of them leave
@@ -129,15 +142,11 @@ class Encoder:
         return self.tidy(rows)
 
     def _mutate(self, rows: Array, touched: NDArray[np.bool_], generator: np.random.Generator) -> None:
-        for index, column in enumerate(self.columns):
-            at = np.flatnonzero(touched[:, index])
-            if not len(at):
-                continue
-            if column.choices:
-                rows[at, index] = generator.integers(len(column.choices), size=len(at))
-            else:
-                reach = max(1.0 if column.whole else 0.0, 0.2 * (column.high - column.low))
-                rows[at, index] += generator.normal(0.0, reach, size=len(at))
+        """Another choice out of all, or another place in a range, near the one before."""
+        at, index = np.nonzero(touched)
+        chosen = np.floor(generator.random(len(at)) * self._choices[index])
+        moved = rows[at, index] + generator.normal(size=len(at)) * self._reach[index]
+        rows[at, index] = np.where(self._choices[index] > 0, chosen, moved)
 
     def _shift_all(self, rows: Array, generator: np.random.Generator) -> None:
         """A quarter of the rows become wider or narrower everywhere, an eighth take one precision everywhere: no single
@@ -155,8 +164,9 @@ class Encoder:
         """Rows within their ranges, whole numbers where they must be, and the standard answer where an answer has no
         effect, as in :meth:`row`: policies that do the same lie at the same place."""
         found = np.clip(rows, self.low, self.high)
-        whole = np.array([bool(c.choices) or c.whole for c in self.columns])
-        found[:, whole] = np.round(found[:, whole])
+        real = found[:, self._real]
+        np.rint(found, out=found)
+        found[:, self._real] = real
         self._without_removed(found)
         self._without_unheard(found)
         return found
@@ -165,10 +175,10 @@ class Encoder:
         if not len(self.block):
             return
         gone = rows[:, self.block] @ self.block_layers > 0  # (n, layers)
-        rows[:, self.bits] = np.where(gone, self._unheard_bits, rows[:, self.bits])
+        np.copyto(rows[:, _span(self.bits)], self._unheard_bits, where=gone)
         if len(self.keep):
-            idle = (~gone).astype(np.float64) @ self._group_layers.T == 0
-            rows[:, self.keep] = np.where(idle, self.high[self.keep], rows[:, self.keep])
+            idle = (~gone).astype(np.float32) @ self._group_layers.T == 0
+            np.copyto(rows[:, _span(self.keep)], self.high[self.keep], where=idle)
 
     def _without_unheard(self, rows: Array) -> None:
         names = [c.name for c in self.columns]
@@ -193,73 +203,62 @@ class Encoder:
 
 
 class Shapes:
-    """What the layers of rows do: MACs, weights, elements and bits of each, without a plan for each row."""
+    """How much rows compute and weigh, without a plan for each."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self._last: tuple[Array, tuple[Array, Array, Array]] | None = None
-        anatomy = encoder.space.anatomy
-        ops = {op.name: op for op in anatomy.ops}
-        self._ops = [ops[layer.op] for layer in anatomy.layers]
-        self._inputs = [ops[op.inputs[0]] for op in self._ops]
-        self._groups = [g.name for g in anatomy.groups]
+        self._encoder, self._planner = encoder, Planner(encoder.space.anatomy)
+        self._last: tuple[Array, tuple[Array, Array]] | None = None
+        ops = encoder.space.anatomy.ops
+        layers = [self._planner.index[layer.op] for layer in encoder.space.anatomy.layers]
+        sites = [self._site(ops, i) for i in layers]
+        self._out, self._in = (np.array([site[end] for site in sites], np.int64) for end in range(2))
+        self._each = np.array([site[2:] for site in sites]).reshape(len(sites), 2)
         pairs = [parse_bits(name) for name in encoder.columns[encoder.bits[0]].choices] if len(encoder.bits) else []
-        self._bytes = np.array([min(pair.weights, 8 if pair.weights <= 8 else pair.weights) / 8 for pair in pairs])
-        self._bytes = np.where(self._bytes < 1, 1, self._bytes)
         self._int8 = np.array([pair.int8 for pair in pairs])
 
-    def work(self, rows: Array) -> tuple[Array, Array, Array]:
-        """MACs, weights and output elements of each layer, each of shape (n, layers). Several ask for the same rows one
-        after the other: the last answer is kept."""
+    def totals(self, rows: Array) -> tuple[Array, Array]:
+        """MACs and weights of rows, each of shape (n,). Several ask for the same rows one after the other: the last
+        answer is kept."""
         if self._last is None or self._last[0] is not rows:
-            self._last = rows, self._work(rows)
+            axes = self._planner.axes(self._encoder.kept(rows).astype(np.int64))
+            work = axes[self._out] * axes[self._in] * self._alive(rows).T
+            macs, weights = self._each.T @ work
+            self._last = rows, (macs, weights)
         return self._last[1]
 
-    def alive(self, rows: Array) -> Array:
+    def _alive(self, rows: Array) -> Array:
         """1 for each layer that no removed block takes away, shape (n, layers)."""
-        return 1.0 - np.minimum(1.0, rows[:, self.encoder.block] @ self.encoder.block_layers)
+        return 1.0 - np.minimum(1.0, rows[:, self._encoder.block] @ self._encoder.block_layers)
 
-    def _work(self, rows: Array) -> tuple[Array, Array, Array]:
-        removed = self._removed(rows)
-        parts = [_layer_work(op, before, removed) for op, before in zip(self._ops, self._inputs, strict=True)]
-        macs, weights, elements = (np.stack(part, axis=1) for part in zip(*parts, strict=True))
-        alive = self.alive(rows)
-        return macs * alive, weights * alive, elements * alive
+    def _site(self, ops: Sequence[Op], position: int) -> tuple[int, int, float, float]:
+        """Of a layer the rows of ``Planner.axes`` with its channels out and in, -1 where they stay as they are, and
+        MACs and weights for each product of the two."""
+        op, before = ops[position], ops[self._planner.inputs[position][0]]
+        groups: int = op.attrs.get("groups", 1)
+        into = 1 if op.kind == "conv" else len(before.shape) - 1
+        # A grouped convolution loses whole groups with their inputs: its work shrinks with its width once, not twice.
+        out_row = self._planner.axis_of[position][op.channel_axis]
+        in_row = None if groups > 1 else self._planner.axis_of[self._planner.inputs[position][0]][into]
+        size = 1.0
+        size *= op.shape[op.channel_axis] if out_row is not None else 1
+        size *= before.shape[into] if in_row is not None else 1
+        kernel = math.prod(op.attrs["kernel"]) if op.kind == "conv" else 1
+        weights = op.shape[op.channel_axis] * (before.shape[into] // groups) * kernel
+        macs = op_macs(op.kind, op.attrs, before.shape, op.shape)
+        return _row(out_row), _row(in_row), macs / size, weights / size
 
     def int8(self, rows: Array) -> Array:
         """1 for each layer that runs on integers, shape (n, layers)."""
-        return self._int8[rows[:, self.encoder.bits].astype(np.intp)].astype(np.float64)
-
-    def bytes_each(self, rows: Array) -> Array:
-        """Bytes of one weight, shape (n, layers)."""
-        return self._bytes[rows[:, self.encoder.bits].astype(np.intp)]
-
-    def _removed(self, rows: Array) -> dict[str, Array]:
-        kept = self.encoder.kept(rows)
-        most = [g.channels for g in self.encoder.space.anatomy.groups]
-        return {name: most[i] - kept[:, i] for i, name in enumerate(self._groups)}
+        return self._int8[rows[:, self._encoder.bits].astype(np.intp)].astype(np.float64)
 
 
-def _layer_work(op: Op, before: Op, removed: Mapping[str, Array]) -> tuple[Array, Array, Array]:
-    full = op_macs(op.kind, op.attrs, before.shape, op.shape)
-    out, full_out = _size(op, op.channel_axis, removed), op.shape[op.channel_axis]
-    axis = 1 if op.kind == "conv" else len(before.shape) - 1
-    into, full_in = _size(before, axis, removed), before.shape[axis]
-    groups: int = op.attrs.get("groups", 1)
-    # A grouped convolution loses whole groups with their inputs: its work shrinks with its width once, not twice.
-    share = out / full_out * (1.0 if groups > 1 else into / full_in)
-    kernel = math.prod(op.attrs["kernel"]) if op.kind == "conv" else 1
-    weights = full_out * (full_in // groups) * kernel
-    elements = math.prod(op.shape)
-    return full * share, weights * share, elements * out / full_out
+def _span(columns: NDArray[np.intp]) -> slice:
+    """Columns of one kind stand side by side; a slice of them is a view."""
+    return slice(columns[0], columns[-1] + 1)
 
 
-def _size(op: Op, axis: int, removed: Mapping[str, Array]) -> Array:
-    size = np.asarray(float(op.shape[axis]))
-    lost = op.lost[axis] if op.lost else {}
-    total = sum((times * removed[group] for group, times in lost.items()), start=np.zeros(()))
-    count = len(next(iter(removed.values()))) if removed else 1
-    return np.broadcast_to(size - total, (count,)).astype(np.float64)
+def _row(number: int | None) -> int:
+    return -1 if number is None else number
 
 
 def _members(rows: Sequence[str], sets: Mapping[str, Iterable[str]], columns: Sequence[str]) -> Array:

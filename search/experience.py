@@ -1,6 +1,7 @@
 """What the trials of a study have shown, as rows and observations; a finished trial is read once."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,21 @@ from optuna.trial import FrozenTrial
 from ..spaces.policy import policy_from_dict
 from .encoding import Encoder
 from .records import TrialRecord, TrialState
-from .store import LONG
+from .store import LONG, MEASURED
 from .surrogate import RUNGS, Observation
 
 Array = NDArray[np.float64]
 _COUNTED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """What one trial has shown; ``full`` where nobody stopped it."""
+
+    row: Array
+    costs: tuple[float, float] | None
+    seen: tuple[Observation, ...]
+    full: bool
 
 
 class Experience:
@@ -24,87 +35,95 @@ class Experience:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._finished: dict[int, dict[str, Any]] = {}
-        self._entries: list[dict[str, Any]] = []
+        self._finished: dict[int, _Entry] = {}
+        self._entries: list[_Entry] = []
+        self.rows = np.zeros((0, len(encoder.columns)))
+        """Policies whose costs are known, shape (n, columns)."""
+        self.costs = np.zeros((0, 2))
+        """Latency in ms and size in bytes of each of the rows."""
         self.digests: set[str] = set()
         """Of all policies that ever began, so that none is proposed twice."""
 
     def read(self, study: Study) -> None:
         """Bring up to date with the study."""
         extra = study.user_attrs
-        entries: list[dict[str, Any]] = []
+        later = {key.rpartition(":")[2] for key in extra if key.startswith((LONG, MEASURED))}
+        entries: list[_Entry] = []
         for trial in study.get_trials(deepcopy=False):
-            if "digest" in trial.user_attrs:
-                self.digests.add(trial.user_attrs["digest"])
-            if trial.state in _COUNTED and "policy" in trial.user_attrs and "reused_from" not in trial.user_attrs:
-                entries.append(self._entry(trial, extra))
-        self._entries = [entry for entry in entries if entry["costs"] is not None]
+            known = self._finished.get(trial.number)
+            if known is None:
+                if "digest" in trial.user_attrs:
+                    self.digests.add(trial.user_attrs["digest"])
+                if trial.state not in _COUNTED or "policy" not in trial.user_attrs or "reused_from" in trial.user_attrs:
+                    continue
+                known = self._read(trial)
+                if trial.state is optuna.trial.TrialState.COMPLETE:
+                    self._finished[trial.number] = known
+            entries.append(_with_later(known, trial.number, extra) if str(trial.number) in later else known)
+        self._keep([entry for entry in entries if entry.costs is not None])
 
     def take(self, trials: Sequence[TrialRecord]) -> None:
         """Bring up to date with the records of a run instead."""
-        entries: list[dict[str, Any]] = []
+        entries: list[_Entry] = []
         for trial in trials:
             self.digests.add(trial.digest)
             done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} and trial.reused_from is None
             if not done or trial.latency is None or trial.size_bytes is None:
                 continue
             seen = [*trial.qualities, *([trial.verified.search_quality] if trial.verified else [])]
+            row = self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}"))
             entries.append(
-                {
-                    "row": self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}")),
-                    "costs": (trial.latency.latency_ms, float(trial.size_bytes)),
-                    "qualities": [{"rung": q.rung, "accuracy": q.accuracy, "accuracy_se": q.accuracy_se} for q in seen],
-                    "full": trial.state is TrialState.COMPLETE,
-                }
-            )
-        self._entries = entries
+                _Entry(
+                    row=row, costs=(trial.latency.latency_ms, float(trial.size_bytes)),
+                    seen=_observations(row, [(q.rung, q.accuracy, q.accuracy_se) for q in seen]),
+                    full=trial.state is TrialState.COMPLETE,
+                )
+            )  # fmt: skip
+        self._keep(entries)
 
-    def _entry(self, trial: FrozenTrial, extra: Mapping[str, Any]) -> dict[str, Any]:
-        entry = self._finished.get(trial.number) or self._read(trial)
-        if trial.state is optuna.trial.TrialState.COMPLETE:
-            self._finished[trial.number] = entry
-        long = extra.get(f"{LONG}{trial.number}")
-        measured = extra.get(f"measured:{trial.number}")
-        costs = (measured["latency_ms"], entry["costs"][1]) if measured and entry["costs"] else entry["costs"]
-        return {**entry, "costs": costs, "qualities": [*entry["qualities"], long] if long else entry["qualities"]}
+    def _keep(self, entries: list[_Entry]) -> None:
+        self._entries, size = entries, len(entries)
+        self.rows = np.array([e.row for e in entries]).reshape(size, len(self._encoder.columns))
+        self.costs = np.array([e.costs for e in entries], dtype=np.float64).reshape(size, 2)
 
-    def _read(self, trial: FrozenTrial) -> dict[str, Any]:
+    def _read(self, trial: FrozenTrial) -> _Entry:
         attrs = trial.user_attrs
         latency = (attrs.get("measured") or attrs.get("predicted") or {}).get("latency_ms")
-        size = attrs.get("size_bytes")
-        return {
-            "row": self._encoder.row(policy_from_dict(attrs["policy"], f"trial {trial.number}")),
-            "costs": (float(latency), float(size)) if latency is not None and size is not None else None,
-            "qualities": list(attrs.get("qualities", [])),
-            "full": attrs.get("state") == TrialState.COMPLETE,
-        }
-
-    @property
-    def rows(self) -> Array:
-        """Policies whose costs are known, shape (n, columns)."""
-        return np.array([e["row"] for e in self._entries]).reshape(len(self._entries), len(self._encoder.columns))
-
-    @property
-    def costs(self) -> Array:
-        """Latency in ms and size in bytes of each of the rows."""
-        return np.array([e["costs"] for e in self._entries], dtype=np.float64).reshape(len(self._entries), 2)
+        size, row = attrs.get("size_bytes"), self._encoder.row(policy_from_dict(attrs["policy"], "a trial"))
+        return _Entry(
+            row=row, costs=(float(latency), float(size)) if latency is not None and size is not None else None,
+            seen=_observations(row, [_triple(quality) for quality in attrs.get("qualities", [])]),
+            full=attrs.get("state") == TrialState.COMPLETE,
+        )  # fmt: skip
 
     def observations(self, *, cheap: bool = True) -> list[Observation]:
         """Every accuracy that was seen; without ``cheap`` only the highest rung of trials that were not stopped."""
-        found: list[Observation] = []
-        for entry in self._entries:
-            qualities = entry["qualities"] if cheap else entry["qualities"][-1:] if entry["full"] else []
-            found += [
-                Observation(row=entry["row"], rung=RUNGS.index(q["rung"]), accuracy=q["accuracy"],
-                            se=q["accuracy_se"] or 0.0)
-                for q in qualities
-                if q["rung"] in RUNGS
-            ]  # fmt: skip
-        return found
+        if cheap:
+            return [seen for entry in self._entries for seen in entry.seen]
+        return [entry.seen[-1] for entry in self._entries if entry.full and entry.seen]
 
     def nearest_costs(self, rows: Array) -> Array:
         """Costs of the nearest policies that were tried: all that is known where costs are not predicted."""
         span = np.maximum(self._encoder.high - self._encoder.low, 1e-9)
         known, asked = self.rows / span, rows / span
-        nearest = [int(np.argmin(((known - row) ** 2).sum(axis=1))) for row in asked]
-        return self.costs[nearest]
+        return self.costs[np.argmin((known**2).sum(axis=1) - 2 * asked @ known.T, axis=1)]
+
+
+def _with_later(entry: _Entry, number: int, extra: Mapping[str, Any]) -> _Entry:
+    """With what was learned after the trial had ended: its long fine-tune, its measured latency."""
+    long, measured = extra.get(f"{LONG}{number}"), extra.get(f"{MEASURED}{number}")
+    costs = (measured["latency_ms"], entry.costs[1]) if measured and entry.costs else entry.costs
+    seen = (*entry.seen, *_observations(entry.row, [_triple(long)])) if long else entry.seen
+    return replace(entry, costs=costs, seen=seen)
+
+
+def _triple(quality: Mapping[str, Any]) -> tuple[str, float, float | None]:
+    return quality["rung"], quality["accuracy"], quality["accuracy_se"]
+
+
+def _observations(row: Array, seen: Sequence[tuple[str, float, float | None]]) -> tuple[Observation, ...]:
+    return tuple(
+        Observation(row=row, rung=RUNGS.index(rung), accuracy=accuracy, se=se or 0.0)
+        for rung, accuracy, se in seen
+        if rung in RUNGS
+    )

@@ -1,5 +1,6 @@
 """Expected gain in hypervolume of policies whose latency and size are known and whose accuracy is not."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ from .pareto import non_dominated
 from .surrogate import Scale
 
 Array = NDArray[np.float64]
-MOST_FRONT = 20
+MOST_FRONT, ROUGH_FRONT = 60, 20
 _NODES, _RAW = np.polynomial.hermite_e.hermegauss(7)
 _WEIGHTS = _RAW / _RAW.sum()
 
@@ -17,25 +18,37 @@ _WEIGHTS = _RAW / _RAW.sum()
 @dataclass(frozen=True, slots=True)
 class Target:
     """What is to be beaten: rows of ``front`` are (accuracy, latency_ms, size_bytes), as is ``corner``, beyond which a
-    point is worth nothing. Made by :func:`target`."""
+    point is worth nothing. Accuracy above ``top`` is worth nothing either. Made by :func:`target`."""
 
     front: Array
     corner: Array
+    top: float = math.inf
+
+    def rough(self) -> "Target":
+        """The same of fewer points, to look at a whole population."""
+        return Target(_thinned(self.front, ROUGH_FRONT), self.corner, self.top)
 
     def with_point(self, accuracy: float, costs: Array) -> "Target":
         """The same once one more point is known."""
-        return target(np.vstack([self.front, [accuracy, *costs]]), self.corner)
+        return target(np.vstack([self.front, [accuracy, *costs]]), self.corner, self.top)
 
 
-def target(points: Array, corner: Array) -> Target:
+def target(points: Array, corner: Array, top: float = math.inf) -> Target:
     """The non-dominated points inside the box, most accurate first; a long front is thinned."""
-    inside = points[(points[:, 0] > corner[0]) & (points[:, 1:] < corner[1:]).all(axis=1)]
-    if len(inside):
-        inside = inside[non_dominated(inside * np.array([-1.0, 1.0, 1.0]))]
-        inside = inside[np.argsort(-inside[:, 0], kind="stable")]
-    if len(inside) > MOST_FRONT:
-        inside = inside[np.unique(np.linspace(0, len(inside) - 1, MOST_FRONT).round().astype(int))]
-    return Target(inside, corner)
+    return Target(_thinned(points[front_of(points, corner)], MOST_FRONT), corner, top)
+
+
+def _thinned(front: Array, most: int) -> Array:
+    if len(front) <= most:
+        return front
+    return front[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))]
+
+
+def front_of(points: Array, corner: Array) -> NDArray[np.intp]:
+    """Which points are inside the box and not dominated, the most accurate first."""
+    inside = np.flatnonzero((points[:, 0] > corner[0]) & (points[:, 1:] < corner[1:]).all(axis=1))
+    front = inside[non_dominated(points[inside] * np.array([-1.0, 1.0, 1.0]))] if len(inside) else inside
+    return front[np.argsort(-points[front, 0], kind="stable")]
 
 
 def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target: Target) -> Array:
@@ -56,10 +69,12 @@ def mean_gain(draws: Array, weights: Array, costs: Array, target: Target) -> Arr
     unit = target.corner[1:]
     priced = (costs / unit).astype(np.float32)  # latency and size as shares of the corner's
     kept = target.front
-    edges = np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]])
+    edges = np.minimum(np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]]), target.top)
     gains = np.zeros(len(draws))
     for level in range(len(kept) + 1):
         above, below = edges[level], edges[level + 1]
+        if above <= below:
+            continue
         height = (np.clip(draws, below, above) - below) @ weights
         gains += height * _free_area(priced, (kept[:level, 1:] / unit).astype(np.float32))
     return gains
@@ -70,9 +85,5 @@ def _free_area(points: NDArray[np.float32], covering: NDArray[np.float32]) -> ND
     order = covering[np.argsort(covering[:, 0], kind="stable")]
     edges = np.concatenate([[-np.inf], order[:, 0], [1.0]]).astype(points.dtype)
     ceiling = np.concatenate([[1.0], np.minimum(np.minimum.accumulate(order[:, 1]), 1.0)]).astype(points.dtype)
-    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
-    area = np.zeros_like(x)
-    for j in range(len(ceiling)):
-        width = np.maximum(edges[j + 1] - np.maximum(edges[j], x), 0)
-        area += width * np.maximum(ceiling[j] - y, 0)
-    return area
+    width = np.maximum(edges[1:] - np.maximum(edges[:-1], points[:, :1]), 0)
+    return np.einsum("nj,nj->n", width, np.maximum(ceiling - points[:, 1:], 0))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from optuna.study import Study
 
+from ..spaces.plans import choices_of
 from ..spaces.policy import INT8, Policy, digest
 from ..spaces.space import canonical, uniform
 from .policy_sampler import PolicySampler
@@ -46,7 +47,7 @@ class NetAdaptSampler(PolicySampler):
         """The steps of a round from a policy, one for each group and block that it may cut."""
         key = digest(policy)
         if key not in self._rounds:
-            wanted = (1 - STEP) * self.costs(policy)[0]
+            wanted = (1 - STEP) * self._latency_ms(policy)
             found = [self._cut(policy, group.name, wanted) for group in self.space.anatomy.groups]
             blocks = [b.name for b in self.space.anatomy.blocks if b.name not in policy.removed_blocks]
             for name in blocks if self.space.blocks else ():
@@ -64,6 +65,9 @@ class NetAdaptSampler(PolicySampler):
         for steps in range(now - 1, least - 1, -1):
             ratio = 1 - steps * group.step / group.channels
             cut = canonical(replace(policy, prune={**policy.prune, name: ratio}), self.space.anatomy)
-            if self.costs(cut)[0] <= wanted_ms:
+            if self._latency_ms(cut) <= wanted_ms:
                 break
         return cut
+
+    def _latency_ms(self, policy: Policy) -> float:
+        return float(self.costs(choices_of(self.space.anatomy, [policy]))[0, 0])

@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +181,10 @@ def _open_study(session: Session) -> Trials:
     driver = session.state.setdefault("driver", uuid.uuid4().hex) if shared else None
     storage = open_storage(session.folder.path, config.search.storage, make_room=session.folder.make_room)
     name, seed = config.search.sampler, config.seed + (int(driver, 16) % 10_000 if driver else 0)
-    sampler = make_sampler(name, seed, 0, space, session.costs)
+    sampler = make_sampler(name, seed, 0, space, session.costs_of)
     # Ours draws by the trial's number; the others keep a state, which a resumed night would not have.
     fresh = None if isinstance(sampler, NightpressSampler) else (
-        lambda trials: make_sampler(name, seed, trials, space, session.costs)
+        lambda trials: make_sampler(name, seed, trials, space, session.costs_of)
     )  # fmt: skip
     store = Store(storage, sampler, study=config.search.study, driver=driver, sampler_at=fresh)
     session.provide(store=store, sampler=sampler)
@@ -205,22 +205,29 @@ def _aim(session: Session) -> None:
     sampler = session.sampler
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
-        sampler.sensitivity, sampler.many = session.sensitivity, session.costs_of
+        sampler.sensitivity = session.sensitivity
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference = losses(*corner_of(session.state["reference"], session.config.limits))
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    rules = prepare.rules_of(session)
-    left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
-    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items() if name not in left_out])
-    if left_out and not session.state.get("pointless"):
-        session.folder.decide(
-            "baselines", f"left out {', '.join(left_out)}",
-            "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
-        )  # fmt: skip
-    session.update(pointless=list(left_out))
+    rules = worthwhile(session, prepare.rules_of(session))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items()])
     _run_enqueued(session, trials)
+
+
+def worthwhile(session: Session, rules: Mapping[str, Policy]) -> dict[str, Policy]:
+    """The rules that are trained. What was left out once stays so: by a profile that was fitted again since, a resumed
+    night would train rules that an undisturbed one does not."""
+    if "pointless" not in session.state:
+        left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
+        if left_out:
+            session.folder.decide(
+                "baselines", f"left out {', '.join(left_out)}",
+                "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
+            )  # fmt: skip
+        session.update(pointless=list(left_out))
+    return {name: policy for name, policy in rules.items() if name not in session.state["pointless"]}
 
 
 def _run_enqueued(session: Session, trials: Trials) -> None:

@@ -6,7 +6,7 @@ from .clock import SHARES, length
 from .finalists import MOST_EPOCHS, choose, complete, long_costs, ours, outcome_file
 from .folder import TARGET
 from .prepare import LEAST_STEPS
-from .proposals import baselines
+from .proposals import rule_count
 from .session import Session
 from .study import FORWARD_SHARE
 
@@ -46,7 +46,7 @@ def plan_verify(session: Session) -> None:
     rounds = session.state["seconds"].get("calibrate", 0.0)
     if rounds < profile.seconds:  # the profile was measured on another day
         return
-    models = session.state["rungs"]["finalists"] + len(baselines(session.prepared.anatomy, True))
+    models = session.state["rungs"]["finalists"] + rule_count(session.prepared.space)
     each = profile.seconds / max(1, len(profile.points))
     planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
     page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
@@ -68,13 +68,13 @@ def check_budget(session: Session) -> None:
     step = prepared.step_ms / 1000
     passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
     trained = 2 * (config.finetune.short_steps or LEAST_STEPS) + passes
-    rules = baselines(prepared.anatomy, bool(config.space.distill))
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * ((config.calibration_policies or FIRST) + len(rules))
-    least = calibrated + len(rules) * trained * step / session.workers + END_SECONDS
+    rules = rule_count(prepared.space)
+    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * ((config.calibration_policies or FIRST) + rules)
+    least = calibrated + rules * trained * step / session.workers + END_SECONDS
     if clock.left_seconds < least:
         raise InputError(
             f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
             f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{len(rules)} baselines at {1000 * step:.0f} ms a training step and the verification need "
+            f"{rules} baselines at {1000 * step:.0f} ms a training step and the verification need "
             f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
         )

@@ -1,7 +1,7 @@
 """A sampler of Optuna's that proposes whole policies, and how a space looks to Optuna."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.policy import Policy
 from ..spaces.space import Space
-from .costs import Costs
+from .costs import ManyCosts
 
 
 @dataclass
@@ -20,7 +20,7 @@ class PolicySampler(optuna.samplers.BaseSampler):
     """Answers all of a trial's questions by the policy that :meth:`propose` gives; an enqueued one needs none."""
 
     space: Space
-    costs: Costs
+    costs: ManyCosts
     seed: int
 
     def __post_init__(self) -> None:
@@ -29,6 +29,15 @@ class PolicySampler(optuna.samplers.BaseSampler):
     @abstractmethod
     def propose(self, study: Study, number: int) -> Policy:
         """The policy of the trial of this number."""
+
+    def proposed(self, study: Study, number: int, attrs: Mapping[str, Any]) -> FrozenTrial:
+        """A running trial with the proposal's answers and these user attributes, to be created as it is: one entry of
+        the record in place of one a parameter."""
+        params = self.space.params(self.propose(study, number))
+        return optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING, params={name: params[name] for name in self._described},
+            distributions=self._described, user_attrs=dict(attrs),
+        )  # fmt: skip
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._described

@@ -38,7 +38,7 @@ from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .jobs import Jobs
 from .places import find_places
-from .proposals import baselines, probes, sensitivity_of
+from .proposals import baselines, probes, rule_count, sensitivity_of
 from .session import Prepared, Session, quality_of
 from .worker import Failure
 
@@ -211,7 +211,7 @@ def size_rungs(session: Session) -> None:
         return
     finetune, clock, step_ms = session.config.finetune, session.clock, session.prepared.step_ms
     epoch = max(1, session.prepared.train_items // finetune.batch_size)
-    count = len(baselines(session.prepared.anatomy, bool(session.config.space.distill)))
+    count = rule_count(session.prepared.space)
     search_ms = 1000 * clock.share_seconds("search") * session.workers
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
     finalists = finetune.finalists or FINALISTS_WANTED

@@ -14,6 +14,8 @@ from ..spaces.space import Space, bits_name, canonical, check_policy, uniform
 from .costs import Costs
 
 PROBE_RATIO = 0.5
+GREEDY_WIDTHS = ("50%", "25%")
+"""Uniform rules whose latency greedy ones have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,15 @@ def baselines(
     for width in (0.5, 0.25) if scores else ():
         rules[f"global magnitude {width:.0%} INT8"] = global_magnitude(anatomy, scores or {}, width, like)
     return rules
+
+
+def rule_count(space: Space) -> int:
+    """How many rules a night trains, the greedy ones among them. Where the target runs INT8, those in fp32 are not
+    counted, since their twins are nearly always better (see :func:`pointless`)."""
+    scores = {group.name: [1.0] * group.channels for group in space.anatomy.groups}
+    rules = baselines(space.anatomy, distill=True, scores=scores)
+    twins = sum(name.endswith("fp32") for name in rules) if INT8 in space.bit_choices else 0
+    return len(rules) - twins + (len(GREEDY_WIDTHS) if scores else 0)
 
 
 def global_magnitude(anatomy: Anatomy, scores: Mapping[str, Sequence[float]], width: float, like: Policy) -> Policy:
@@ -156,7 +167,7 @@ def own_policies(files: Sequence[str], space: Space) -> list[Policy]:
 def greedy_rules(walk: Sequence[Policy], rules: Mapping[str, Policy], costs: Costs) -> dict[str, Policy]:
     """The points of a greedy walk that are as fast as the uniform half and quarter width: rivals at equal speed."""
     found: dict[str, Policy] = {}
-    for width in ("50%", "25%"):
+    for width in GREEDY_WIDTHS:
         like = rules.get(f"uniform {width} INT8")
         if like is None or not walk:
             continue

@@ -1,12 +1,12 @@
 """Who proposes the next policy: Optuna's samplers by name, a greedy walk with measured steps, and ours.
 
 Latency and size of a policy cost nothing to know, only its accuracy does. So each proposal of the ``nightpress``
-sampler breeds tens of thousands of policies, prices them all, and takes the one with the largest expected gain in
+sampler breeds more than ten thousand policies, prices them all, and takes the one with the largest expected gain in
 hypervolume after the long fine-tune.
 """
 
 import warnings
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy
 from ..spaces.space import Space
 from .breeding import PARENTS, breed, fresh
-from .costs import Costs, ManyCosts, QuickCosts, one_by_one
+from .costs import ManyCosts
 from .encoding import Encoder
 from .experience import Experience
-from .gain import Target, expected_gain, target
+from .gain import Target, expected_gain, front_of, target
 from .memory import Memory
 from .netadapt import NetAdaptSampler
 from .policy_sampler import PolicySampler
@@ -32,14 +32,18 @@ from .surrogate import RUNGS, Describer, Kernel, Surrogate
 LEAST_TRIALS = 6
 SHORT = RUNGS.index(Rung.SHORT)
 """How far a trial of the search goes."""
-SCREENED = 600
+SCREENED = 250
 """Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
+LEAST_FRONT = 12
+"""So many parents there must be; a front of fewer is joined by all that was tried."""
+UNPRICED = -1.0
+"""Worth of a policy whose costs cannot be said."""
 Array = NDArray[np.float64]
 
 
-def make_sampler(name: str, seed: int, trials: int, space: Space, costs: Costs) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, seed: int, trials: int, space: Space, costs: ManyCosts) -> optuna.samplers.BaseSampler:
     """A sampler by its name in the config. ``trials`` (finished so far) moves the seed, because a resumed
     sampler with the same seed would repeat its draws."""
     with warnings.catch_warnings():
@@ -48,7 +52,7 @@ def make_sampler(name: str, seed: int, trials: int, space: Space, costs: Costs) 
         return _sampler(name, seed + trials, space, costs)
 
 
-def _sampler(name: str, seed: int, space: Space, costs: Costs) -> optuna.samplers.BaseSampler:
+def _sampler(name: str, seed: int, space: Space, costs: ManyCosts) -> optuna.samplers.BaseSampler:
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=24)
     if name == "nsga3":
@@ -89,8 +93,6 @@ class NightpressSampler(PolicySampler):
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
-    many: ManyCosts | None = None
-    """Costs of many policies at once; one by one without it."""
     memory: Memory | None = None
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
 
@@ -98,7 +100,6 @@ class NightpressSampler(PolicySampler):
         super().__post_init__()
         self.encoder = Encoder(self.space)
         self.experience = Experience(self.encoder)
-        self._quick: QuickCosts | None = None
         self._fitted: tuple[int, Any] | None = None
         self._survivors: Array | None = None
         self._spread = 0.2
@@ -119,9 +120,10 @@ class NightpressSampler(PolicySampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None:
             return self.space.random(generator)
         surrogate = self.surrogate()
-        aim = self._aim(surrogate, self.reference)
-        rows = self._bred(surrogate, aim, generator)
-        return self._best(rows, surrogate, aim) or self.space.random(generator)
+        aim, best_known = self._aim(surrogate, self.reference)
+        rows = self._bred(surrogate, aim, best_known, generator)
+        best = next(fresh(self.encoder, rows, known.digests), None)
+        return best[1] if best is not None else self.space.random(generator)
 
     def _remembered(self) -> dict[str, Array]:
         found = {"spread": np.array(self._spread)}
@@ -129,8 +131,6 @@ class NightpressSampler(PolicySampler):
             found["fitted"] = np.array([self._fitted[0], *astuple(self._fitted[1])])
         if self._survivors is not None:
             found["survivors"] = self._survivors
-        if self._quick is not None:
-            found["rows"], found["truth"] = self._quick.examples
         return found
 
     def _recall(self, number: int) -> None:
@@ -144,10 +144,9 @@ class NightpressSampler(PolicySampler):
         self._spread = float(known["spread"])
         if "fitted" in known:
             count, *kernel = known["fitted"].tolist()
-            self._fitted = int(count), Kernel(*kernel)
+            if len(kernel) == len(fields(Kernel)):  # else another version's
+                self._fitted = int(count), Kernel(*kernel)
         self._survivors = known.get("survivors")
-        if "rows" in known:
-            self._quick_costs().recall(known["rows"], known["truth"])
 
     def surrogate(self) -> Surrogate:
         """Fitted to all that is known; its kernel is looked for again only now and then."""
@@ -161,26 +160,33 @@ class NightpressSampler(PolicySampler):
             self._fitted = len(observations), found.kernel
         return found
 
-    def _aim(self, surrogate: Surrogate, reference: tuple[float, float, float]) -> Target:
-        """What is to be beaten: each known policy at the accuracy that it will probably have in the end."""
-        rows = self.experience.rows
-        expected = surrogate.scale.down(surrogate.predict(rows)[0])
-        points = np.column_stack([expected, self.experience.costs])
-        return target(points, np.array([-reference[0], *reference[1:]]))
+    def _aim(self, surrogate: Surrogate, reference: tuple[float, float, float]) -> tuple[Target, Array]:
+        """What is to be beaten, each known policy at the accuracy that it will probably have in the end; and the
+        rows of those policies that stand on that front, or of all while they are few.
 
-    def _bred(self, surrogate: Surrogate, aim: Target, generator: np.random.Generator) -> Array:
+        The uncompressed network is among them, and hardly anything will be more accurate than the best of them.
+        Without that bound, hopes above the top pay best of all, since they are multiplied by whatever latency and
+        size a policy saves: trials would go to large networks that the noise flatters.
+        """
+        rows, corner = self.experience.rows, np.array([-reference[0], *reference[1:]])
+        expected = surrogate.scale.down(surrogate.mean(rows))
+        points = np.column_stack([expected, self.experience.costs])
+        front = front_of(points, corner)
+        parents = rows[front] if len(front) >= LEAST_FRONT else rows
+        return target(points[front], corner, top=float(expected.max())), parents
+
+    def _bred(self, surrogate: Surrogate, aim: Target, best: Array, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
-        tried = self.experience.rows
-        parents = np.vstack([tried, self._survivors]) if self._survivors is not None else tried
+        parents = np.vstack([best, self._survivors]) if self._survivors is not None else best
         found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, aim), generator)
         self._survivors = found[:PARENTS]
         return found
 
     def _worth(self, rows: Array, surrogate: Surrogate, aim: Target) -> Array:
         """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
-        costs = self._quick_costs()(rows) if self.options.free_objectives else self.experience.nearest_costs(rows)
+        costs = self._costs(rows)
         mean = surrogate.mean(rows)
-        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim)
+        rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim.rough())
         best = np.argsort(-rough, kind="stable")[:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
@@ -196,21 +202,9 @@ class NightpressSampler(PolicySampler):
         gains = expected_gain(*hoped, surrogate.scale, costs, aim)
         effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
         beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
-        return np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
+        found = np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
+        return np.where(np.isnan(costs).any(axis=1), UNPRICED, found)
 
-    def _quick_costs(self) -> QuickCosts:
-        if self._quick is None:
-            self._quick = QuickCosts(self.encoder, self.many or one_by_one(self.costs), self.seed)
-        return self._quick
-
-    def _best(self, rows: Array, surrogate: Surrogate, aim: Target) -> Policy | None:
-        """The best of the most promising new ones, at their exact costs."""
-        chosen = fresh(self.encoder, rows, self._quick_costs(), self.experience.digests)
-        if not chosen:
-            return None
-        policies = list(chosen.values())
-        found = np.stack([self.encoder.row(policy) for policy in policies])
+    def _costs(self, rows: Array) -> Array:
         free = self.options.free_objectives
-        costs = self._quick_costs().price(found, policies) if free else self.experience.nearest_costs(found)
-        hoped = surrogate.hoped(found, min(SHORT, surrogate.rung))
-        return policies[int(np.argmax(self._by_effort(found, costs, hoped, surrogate, aim)))]
+        return self.costs(self.encoder.choices(rows)) if free else self.experience.nearest_costs(rows)

@@ -21,6 +21,7 @@ from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .attributes import WORD, approvals_in, record_of
 from .claims import Claims, DatabaseClaims, OneDriver
 from .journal import ReadJournal
+from .policy_sampler import PolicySampler
 from .records import Latency, Quality, TrialRecord, TrialState, Verified
 from .salvage import read_journal, unreadable
 from .storages import JOURNAL, close, open_storage
@@ -32,7 +33,9 @@ SCHEMA = 2
 DIRECTIONS = ("maximize", "minimize", "minimize")  # accuracy, latency_ms, size_bytes
 LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
-_LATER = ("measured:", "verified:")
+MEASURED = "measured:"
+"""Study attribute with a trial's latency as it was measured after the trial had ended."""
+_LATER = (MEASURED, "verified:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
@@ -97,9 +100,14 @@ class Store:
             return self._asked.pop(0)
         if self._sampler_at is not None:
             self.study.sampler = self._sampler_at(len(self.study.get_trials(deepcopy=False)))
+        mine = {} if self.driver is None else {"driver": self.driver}
+        sampler = self.study.sampler
+        if isinstance(sampler, PolicySampler) and not self._waiting():
+            whole = sampler.proposed(self.study, len(self.study.get_trials(deepcopy=False)), mine)
+            return Trial(self.study, self._storage.create_new_trial(self._study_id, whole))
         trial = self.study.ask()
-        if self.driver is not None:
-            trial.set_user_attr("driver", self.driver)
+        for key, value in mine.items():
+            trial.set_user_attr(key, value)
         return trial
 
     def close(self) -> None:
@@ -240,8 +248,10 @@ class Store:
 
     def waiting(self, role: str) -> int:
         """How many enqueued policies of a role have not begun."""
-        trials = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
-        return sum(t.user_attrs.get("role") == role for t in trials)
+        return sum(t.user_attrs.get("role") == role for t in self._waiting())
+
+    def _waiting(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.WAITING,))
 
     def repair(self) -> list[TrialRecord]:
         """After a kill: tell what was on record, keep what was only asked for, return what was being evaluated."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.inspect import inspect
-from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.profile import Profile, load_profile
 from ..evaluators.latency.target import Target
 from ..evaluators.task import load_task
@@ -21,7 +21,6 @@ from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
 from .breeding import breed, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
-from .costs import QuickCosts, one_by_one
 from .encoding import Encoder
 from .experience import Experience
 from .folder import TARGET
@@ -33,6 +32,7 @@ from .surrogate import Describer, Surrogate
 
 Array = NDArray[np.float64]
 MOST_SUGGESTED = 5
+CANDIDATES = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +44,13 @@ class Known:
     profile: Profile
     anatomy: Anatomy
 
-    def costs(self, policy: Policy) -> tuple[float, int]:
-        """Predicted latency in ms and file size in bytes. A policy with a kind of kernel that was never measured is
-        taken to be no faster than the uncompressed model: it could be anything, so it is not suggested."""
-        size = self.profile.predict_size(plan(self.anatomy, policy))
-        try:
-            return float(self.profile.predict([policy])[0, 0]), size
-        except UnseenKernelError:
-            return self.profile.reference_ms, size
+    def costs(self, rows: Array) -> Array:
+        """Predicted latency in ms and file size in bytes of rows, shape (n, 2). A policy with a kind of kernel that was
+        never measured is taken to be no faster than the uncompressed model: it could be anything, so it is not
+        suggested."""
+        found = self.profile.costs(self.surrogate.describer.encoder.choices(rows))
+        found[np.isnan(found[:, 0]), 0] = self.profile.reference_ms
+        return found
 
 
 def known_of(run: RunRecord) -> Known:
@@ -142,26 +141,25 @@ def _untried(
     front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))
              for t in within if t.verified]  # fmt: skip
     aim = aim_at(np.array(front).reshape(len(front), 3), corner)
-    quick = QuickCosts(encoder, one_by_one(known.costs), seed)
 
-    def worth(rows: Array, costs: Array | None = None) -> Array:
-        costs = quick(rows) if costs is None else costs
+    def worth(rows: Array) -> Array:
+        costs = known.costs(rows)
         mean, spread = surrogate.predict(rows)
         gains = expected_gain(mean, spread, surrogate.scale, costs, aim)
         beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
         return np.where(gains > 1e-12, gains, -beyond - 1e-3 * np.maximum(corner[0] - surrogate.scale.down(mean), 0))
 
     rows = breed(encoder, known.experience.rows, worth, np.random.default_rng(seed))
-    policies = list(fresh(encoder, rows, quick, known.experience.digests).values())
-    if not policies:
+    candidates = list(islice(fresh(encoder, rows, known.experience.digests), CANDIDATES))
+    if not candidates:
         return []
-    found = np.stack([encoder.row(policy) for policy in policies])
-    costs = quick.price(found, policies)
+    found, policies = np.stack([row for row, _ in candidates]), [policy for _, policy in candidates]
+    costs = known.costs(found)
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
     eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)
     while len(chosen) < MOST_SUGGESTED:
-        gains = np.where(eligible, worth(found, costs), -np.inf)
+        gains = np.where(eligible, worth(found), -np.inf)
         gains[chosen] = -np.inf
         best = int(np.argmax(gains))
         if gains[best] <= 1e-6:

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
-from ..spaces.policy import Policy
 from .encoding import Encoder
 from .proposals import Sensitivity
 from .records import Rung
@@ -25,11 +24,16 @@ RUNGS = tuple(str(rung) for rung in Rung)
 MOST_OBSERVATIONS = 240
 LEAST_AT_RUNG = 3
 _NOISE_FLOOR = 0.05
-_PLACES = np.array([0.0, 0.7, 1.0, 1.4])
-"""Where the rungs stand: the further apart, the less one says about the other."""
+_PLACES = np.array([0.0, 0.0, 0.3, 0.7])
+"""Where the rungs stand: the further apart, the less one says about the other. How far those that train stand from the
+one that does not is learned (``Kernel.apart``)."""
 _COLLAPSE = 0.5
 """Of the accuracy's scale: networks below the best by more than this are all equally useless."""
-_GRID = {"linear": (0.5, 1.0, 2.0), "smooth": (0.1, 0.3, 0.6, 1.0), "length": (0.7, 1.4, 2.8), "hyper": (0.1, 0.3, 0.6)}
+_GRID = {
+    "linear": (0.5, 1.0, 2.0), "smooth": (0.1, 0.3, 0.6, 1.0), "length": (0.7, 1.4, 2.8),
+    # Never less: settings that no trial has varied yet would look as if they did not matter, and never be tried.
+    "hyper": (0.3, 0.6), "apart": (0.35, 0.7, 1.4, 2.8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,8 @@ class Describer:
         blocks = [encoder.columns[i].name.partition(":")[2] for i in encoder.block]
         self._groups, self._blocks = np.array(damages), np.array([sensitivity.blocks.get(n, 0.0) for n in blocks])
         self._bits = _bit_damages(encoder, sensitivity)
+        self._harmed = np.flatnonzero(self._bits.any(axis=1))
+        self._worst = max(float(self._bits.max(axis=1, initial=0.0).sum()), 1e-9)
         self._weights = _shares(self._groups), _shares(self._blocks)
         self.total_macs = float(sum(layer.macs for layer in anatomy.layers))
         self._params = float(sum(layer.params for layer in anatomy.layers))
@@ -89,20 +95,17 @@ class Describer:
         """Additive estimate in nats, shape (n,); a group's damage grows with its ratio squared."""
         ratios = 1 - self.encoder.kept(rows) / self._channels if len(self._channels) else np.zeros((len(rows), 0))
         removed = rows[:, self.encoder.block]
-        found = (2 * ratios) ** 2 @ self._groups + removed @ self._blocks
-        for column, table in zip(self.encoder.bits, self._bits, strict=True):
-            found += table[rows[:, column].astype(np.intp)]
-        return found
+        return (2 * ratios) ** 2 @ self._groups + removed @ self._blocks + self._stored(rows).sum(axis=1)
 
     def macs(self, rows: Array) -> Array:
         """Share of the uncompressed model's multiply-accumulates, shape (n,)."""
-        return self.shapes.work(rows)[0].sum(axis=1) / self.total_macs
+        return self.shapes.totals(rows)[0] / self.total_macs
 
     def __call__(self, rows: Array) -> Parts:
         """(linear, smooth, hyper), each of shape (n, ·)."""
-        macs, weights, _ = self.shapes.work(rows)
-        compute = np.log(np.maximum(macs.sum(axis=1) / self.total_macs, 1e-4))
-        stored = np.log(np.maximum(weights.sum(axis=1) / self._params, 1e-4))
+        macs, weights = self.shapes.totals(rows)
+        compute = np.log(np.maximum(macs / self.total_macs, 1e-4))
+        stored = np.log(np.maximum(weights / self._params, 1e-4))
         damage = np.log(self.damage(rows) + 0.01)
         narrow = (
             np.log2(np.maximum(self.encoder.kept(rows), 1) / self._channels) if len(self._channels) else rows[:, :0]
@@ -115,15 +118,17 @@ class Describer:
         single = np.float32
         return linear.astype(single), smooth.astype(single), self._fine_tune(rows).astype(single)
 
+    def _stored(self, rows: Array) -> Array:
+        """Damage of the bits of each layer where any choice is known to do some, shape (n, ·)."""
+        codes = rows[:, self.encoder.bits[self._harmed]].astype(np.intp)
+        return self._bits[self._harmed, codes]
+
     def _low_bits(self, rows: Array) -> Array:
         """How much each layer's bits are known to damage, as a share; integers of eight bits are nearly free."""
         if not len(self.encoder.bits):
             return rows[:, :0]
-        stacked = np.stack(
-            [t[rows[:, c].astype(np.intp)] for c, t in zip(self.encoder.bits, self._bits, strict=True)], 1
-        )
-        total = max(float(sum(t.max() for t in self._bits)), 1e-9)
-        return np.sqrt(stacked / total) + 0.05 * self.shapes.int8(rows)
+        integers = self.shapes.int8(rows).mean(axis=1)
+        return np.column_stack([np.sqrt(self._stored(rows) / self._worst), 0.3 * integers])
 
     def _fine_tune(self, rows: Array) -> Array:
         parts: list[Array] = []
@@ -136,13 +141,12 @@ class Describer:
         return np.column_stack(parts) if parts else rows[:, :0]
 
 
-def _bit_damages(encoder: Encoder, sensitivity: Sensitivity) -> list[Array]:
-    tables: list[Array] = []
-    for index in encoder.bits:
-        column = encoder.columns[index]
-        known = sensitivity.bits.get(column.name.partition(":")[2], {})
-        tables.append(np.array([known.get(choice, 0.0) for choice in column.choices]))
-    return tables
+def _bit_damages(encoder: Encoder, sensitivity: Sensitivity) -> Array:
+    """Shape (layers, choices)."""
+    columns = [encoder.columns[i] for i in encoder.bits]
+    known = [sensitivity.bits.get(column.name.partition(":")[2], {}) for column in columns]
+    found = [[of.get(choice, 0.0) for choice in column.choices] for column, of in zip(columns, known, strict=True)]
+    return np.array(found, dtype=np.float64).reshape(len(columns), -1 if columns else 0)
 
 
 def _shares(damages: Array) -> Array:
@@ -152,27 +156,28 @@ def _shares(damages: Array) -> Array:
     return np.clip(np.sqrt(damages / damages.mean()), 0.5, 2.0)
 
 
-def _agreement() -> tuple[Array, Array]:
-    """How well rungs agree, for the linear and the smooth part: neighbours well, the lowest with the rest little."""
-    distance = np.abs(np.subtract.outer(_PLACES, _PLACES))
-    return np.exp(-distance / 1.5), np.exp(-distance / 1.2)
-
-
 @dataclass(frozen=True, slots=True)
 class Kernel:
     linear: float
     smooth: float
     length: float
     hyper: float
+    apart: float
+
+    def agreement(self) -> tuple[Array, Array]:
+        """How well rungs agree, for the linear and the smooth part, each of shape (rungs, rungs)."""
+        places = _PLACES + self.apart * (np.arange(len(RUNGS)) > 0)
+        distance = np.abs(np.subtract.outer(places, places))
+        return np.exp(-distance / 1.5), np.exp(-distance / 1.2)
 
     def near(self, a: Parts, b: Parts) -> Parts:
         """What does not depend on the rungs: products of the linear parts, nearness as networks and as fine-tunes."""
-        close = np.exp(-_squares(a[1], b[1]) / (2 * self.length**2))
-        tuned = np.exp(-_squares(a[2], b[2]) / 2) * (0.5 + 0.5 * close) if a[2].shape[1] else 0.0 * close
+        close = _nearness(a[1], b[1], self.length)
+        tuned = _nearness(a[2], b[2], 1.0) * (0.5 + 0.5 * close) if a[2].shape[1] else 0.0 * close
         return a[0] @ b[0].T, close, tuned
 
     def __call__(self, near: Parts, i: NDArray[np.intp], j: NDArray[np.intp]) -> Array:
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         product, close, tuned = near
         if len(i) == 1:  # one rung asked of all: vectors do for matrices
             wide, alike, same, trained = wide[i[0], j], alike[i[0], j], i[0] == j, (i[0] > 0) & (j > 0)
@@ -189,26 +194,34 @@ class Kernel:
 
     def mean(self, a: Parts, b: Parts, i: int, j: NDArray[np.intp], alpha: Array) -> Array:
         """The kernel between ``a`` at rung i and ``b`` at rungs j, times alpha, without making its matrix."""
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         single = np.float32
-        close = np.exp(_squares(a[1], b[1]) * single(-0.5 / self.length**2))
+        close = _nearness(a[1], b[1], self.length)
         found = a[0] @ (b[0].T @ (self.linear**2 * wide[i, j] * alpha)) + (alpha * (0.3 + 3.0 * (i == j))).sum()
         found += close @ (self.smooth**2 * alike[i, j] * alpha).astype(single)
         if a[2].shape[1] and i > 0:
-            tuned = np.exp(_squares(a[2], b[2]) * single(-0.5)) * (single(0.5) + single(0.5) * close)
-            found += tuned @ (self.hyper**2 * (j > 0) * alpha).astype(single)
+            close += 1
+            close *= _nearness(a[2], b[2], 1.0)
+            found += close @ (0.5 * self.hyper**2 * (j > 0) * alpha).astype(single)
         return found
 
     def prior(self, a: Parts, i: int, j: int) -> Array:
         """Covariance of each policy's own values at two rungs, shape (n,)."""
-        wide, alike = _agreement()
+        wide, alike = self.agreement()
         tuned = self.hyper**2 * (i > 0 and j > 0) * bool(a[2].shape[1])
         own = self.linear**2 * (a[0] ** 2).sum(axis=1) * wide[i, j]
         return own + 0.3 + 3.0 * (i == j) + self.smooth**2 * alike[i, j] + tuned
 
 
-def _squares(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-    return np.maximum((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T, 0.0)
+def _nearness(a: NDArray[Any], b: NDArray[Any], length: float) -> NDArray[Any]:
+    """exp(−|a − b|² / 2·length²), shape (n, m): one product of matrices and three passes over what it gives, since for
+    a whole population passes are what takes time."""
+    left = np.column_stack([a, (a**2).sum(axis=1), np.ones(len(a), a.dtype)])
+    right = np.column_stack([2 * b, -np.ones(len(b), b.dtype), -(b**2).sum(axis=1)])
+    found = left @ right.T
+    np.minimum(found, 0, out=found)
+    found *= 0.5 / length**2
+    return np.exp(found, out=found)
 
 
 class Surrogate:
@@ -226,7 +239,7 @@ class Surrogate:
         self._rows = describer(np.stack([o.row for o in used]))
         self.rung = _target_rung(self._rungs)
         values = self.scale.up(accuracy)
-        self._noise = np.minimum(self.scale.error(accuracy, se), 1.0) ** 2 + _NOISE_FLOOR**2
+        self._noise = _noise_by_rung(self.scale.error(accuracy, se), self._rungs)
         self._mean = float(values[self._rungs == self.rung].mean())
         self._values = values - self._mean
         self.kernel = kernel or self._likeliest()
@@ -240,7 +253,7 @@ class Surrogate:
 
     def _likeliest(self) -> Kernel:
         """Coordinate search for the largest marginal likelihood (Rasmussen and Williams 2006, eq. 2.30)."""
-        best = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+        best = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3, apart=0.7)
         score = self._likelihood(best)
         for _ in range(2):
             for name, values in _GRID.items():
@@ -313,6 +326,13 @@ class Surrogate:
         return self.scale.down(mean), self.scale.down(mean - 1.645 * spread), self.scale.down(mean + 1.645 * spread)
 
 
+def _noise_by_rung(errors: Array, rungs: NDArray[np.intp]) -> Array:
+    """Variance of each observation: that of its rung's typical error. By its own, which shrinks as the accuracy that
+    was seen nears the top, what luck raised would weigh several times what bad luck lowered."""
+    typical = {rung: float(np.median(errors[rungs == rung])) for rung in set(rungs.tolist())}
+    return np.array([min(typical[rung], 1.0) ** 2 + _NOISE_FLOOR**2 for rung in rungs.tolist()])
+
+
 def _target_rung(rungs: NDArray[np.intp]) -> int:
     """A rung that hardly anything has reached has a level of its own that nobody knows yet."""
     known = [rung for rung in range(len(RUNGS)) if (rungs == rung).sum() >= LEAST_AT_RUNG]
@@ -328,15 +348,3 @@ def _useful(observations: Sequence[Observation]) -> list[Observation]:
     taken = set(dear)
     latest = [i for i in range(len(observations) - 1, -1, -1) if i not in taken]
     return [observations[i] for i in sorted(dear + latest[: MOST_OBSERVATIONS - len(dear)])]
-
-
-def observed(
-    encoder: Encoder, policy: Policy, qualities: Sequence[tuple[str, float, float | None]]
-) -> list[Observation]:
-    """Observations of one policy from its (rung, accuracy, standard error)."""
-    row = encoder.row(policy)
-    return [
-        Observation(row=row, rung=RUNGS.index(rung), accuracy=accuracy, se=se or 0.0)
-        for rung, accuracy, se in qualities
-        if rung in RUNGS
-    ]

@@ -53,6 +53,20 @@ def choices_of(anatomy: Anatomy, policies: Sequence[Policy]) -> Choices:
     return Choices(kept=kept, bits=bits, removed=removed, pairs=tuple(pairs))
 
 
+def policy_at(anatomy: Anatomy, choices: Choices, row: int) -> Policy:
+    """What :func:`choices_of` says of one policy as a policy."""
+    kept = zip(anatomy.groups, choices.kept[row].tolist(), strict=True)
+    bits = zip(anatomy.layers, choices.bits[row].tolist(), strict=True)
+    return Policy(
+        model=anatomy.digest,
+        prune={group.name: 1 - count / group.channels for group, count in kept if count < group.channels},
+        bits={layer.name: choices.pairs[code] for layer, code in bits if choices.pairs[code] != FP32},
+        removed_blocks=tuple(
+            block.name for block, gone in zip(anatomy.blocks, choices.removed[row], strict=True) if gone
+        ),
+    )
+
+
 def chunks(choices: Choices, size: int) -> Iterator[Choices]:
     """The batch in parts of at most ``size`` policies."""
     for start in range(0, len(choices), size):
@@ -146,11 +160,14 @@ class Planner:
             counts[row] = round((self._sizes[row] - least[row]) / step[row]) + 1
         return np.append(least, 1.0), np.append(step, 1.0), np.append(counts, 1)
 
+    def axes(self, kept: NDArray[np.int64]) -> Array:
+        """Sizes of the axes where the groups keep so many channels, shape (n, groups); see :class:`Plans`."""
+        gone = (self._widths - kept).T if self._widths.size else np.zeros((0, len(kept)))
+        return np.vstack([self._sizes[:, None] - self._lost @ gone, np.ones((1, len(kept)))])
+
     def plans(self, choices: Choices) -> Plans:
         """The plans of a batch."""
-        count = len(choices)
-        gone = (self._widths - choices.kept).T if self._widths.size else np.zeros((0, count))
-        axes = np.vstack([self._sizes[:, None] - self._lost @ gone, np.ones((1, count))])
+        count, axes = len(choices), self.axes(choices.kept)
         removed = pack_rows(choices.removed.T)
         bits = np.ascontiguousarray(choices.bits.T)
         by_pair = [(pair, pack_rows(bits == code)) for code, pair in enumerate(choices.pairs)]

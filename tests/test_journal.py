@@ -14,9 +14,11 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.storages import JournalStorage
+from optuna.trial import TrialState
 
-from nightpress.search.journal import JournalFile
+from nightpress.search.journal import JournalFile, OneWriterJournal
 
 HOLDER = """
 import sys, time
@@ -65,6 +67,30 @@ def one_trial(study: optuna.Study, value: float) -> None:
     trial.suggest_float("x", 0, 1)
     trial.set_user_attr("policy", {"prune": {"stem": value}})
     study.tell(trial, [value, 1 - value])
+
+
+def test_a_driver_reads_the_same_trials_as_optuna_does(path: Path) -> None:
+    storage = OneWriterJournal(JournalFile(path))
+    study = optuna.create_study(storage=storage, study_name="night")
+    ranges = {"x": FloatDistribution(0, 1), "bits": CategoricalDistribution(["8", "32"])}
+    whole = optuna.trial.create_trial(state=TrialState.RUNNING, params={"x": 0.5, "bits": "8"}, distributions=ranges)
+    storage.create_new_trial(storage.get_study_id_from_name("night"), whole)
+    study.enqueue_trial({"x": 0.25})
+    for number in range(3):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        before = study.get_trials(deepcopy=False)[-1]
+        trial.suggest_categorical("bits", ["8", "32"])
+        assert list(before.params) == ["x"]  # what was read before does not change
+        trial.set_user_attr("policy", number)
+        study.tell(trial, number)
+    with pytest.raises(ValueError, match="does not support dynamic value space"):
+        study.ask().suggest_categorical("bits", ["8", "16"])
+
+    def known(kind: type[JournalStorage]) -> list[optuna.trial.FrozenTrial]:
+        return optuna.load_study(study_name="night", storage=kind(JournalFile(path))).get_trials()
+
+    assert known(OneWriterJournal) == known(JournalStorage) == study.get_trials()
 
 
 def child(code: str, *words: object) -> subprocess.Popen[str]:

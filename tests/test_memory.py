@@ -13,7 +13,7 @@ from nightpress.search.store import Store, open_storage
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import Space
 from strategies import toy_anatomy
-from test_search import accuracy_of, costs_of, quality
+from test_search import accuracy_of, batch_costs_of, costs_of, quality
 
 COUNT = 11
 
@@ -26,12 +26,13 @@ def driver(folder: Path, name: str = "nightpress") -> Store:
     """A store as a driver opens it, with a new sampler that remembers in the folder."""
     found = space()
     costs = costs_of(found.anatomy)
-    sampler = make_sampler(name, 5, 0, found, costs)
+    many = batch_costs_of(found.anatomy)
+    sampler = make_sampler(name, 5, 0, found, many)
     if isinstance(sampler, NightpressSampler):
         latency, size = costs(Policy(model=found.anatomy.digest))
         sampler.reference = (-0.5, latency, float(size))
         sampler.memory = Memory(folder)
-    fresh = None if name == "nightpress" else (lambda trials: make_sampler(name, 5, trials, found, costs))
+    fresh = None if name == "nightpress" else (lambda trials: make_sampler(name, 5, trials, found, many))
     store = Store(open_storage(folder, None), sampler, sampler_at=fresh)
     store.repair()
     return store

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,15 @@ from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.kernels import CONVERSIONS, kernels
 from nightpress.evaluators.latency.measure import write_random
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher
+from nightpress.evaluators.latency.sizes import batch_bytes, payload_bytes, structure
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.task import Task
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.plan import plan
-from nightpress.spaces.plans import Planner, choices_of, chunks, pack, pack_rows, unpack
+from nightpress.spaces.plans import Planner, choices_of, chunks, pack, pack_rows, policy_at, unpack
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy
+from nightpress.spaces.space import canonical
 from strategies import policies, space_of, tiny, toy_anatomy
 
 ANATOMIES = (tiny().anatomy, toy_anatomy())
@@ -70,6 +73,50 @@ def test_a_batch_is_planned_as_its_policies_are(some: list[Policy]) -> None:
 @pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
 def test_random_policies_are_planned_alike(anatomy: Anatomy) -> None:
     assert_same_as_plans(anatomy, random_policies(anatomy, 120, 1))
+
+
+@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+def test_what_a_batch_says_of_a_policy_is_that_policy(anatomy: Anatomy) -> None:
+    some = random_policies(anatomy, 40, 2)
+    choices = choices_of(anatomy, some)
+
+    for row, policy in enumerate(some):
+        found = canonical(policy_at(anatomy, choices, row), anatomy)
+        assert (found.prune, found.bits, found.removed_blocks) == (policy.prune, policy.bits, policy.removed_blocks)
+
+
+class Tokens(nn.Module):
+    """Layer norms and a parameter of their own, one norm in a removable block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Linear(6, 8), nn.Parameter(torch.zeros(1, 4, 8))
+        self.norm, self.grow, self.shrink = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.last, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x) + self.places
+        x = x + self.shrink(torch.relu(self.grow(self.norm(x))))
+        return self.head(self.last(x).mean(dim=1))
+
+
+def tokens() -> Anatomy:
+    x = torch.zeros(1, 4, 6)
+    data = TensorDataset(x.repeat(4, 1, 1), torch.zeros(4, dtype=torch.int64))
+    task = Task(name="tokens", model=Tokens().eval(), example_input=x, train=data, test=data)
+    return inspect(task, step_of=lambda channels: 2, cache=False, verify=False)[0]
+
+
+@pytest.mark.parametrize("make", [lambda: ANATOMIES[0], lambda: ANATOMIES[1], tokens], ids=["tiny", "toy", "tokens"])
+def test_files_of_a_batch_weigh_what_those_of_its_plans_do(make: Callable[[], Anatomy]) -> None:
+    anatomy = make()
+    some = random_policies(anatomy, 60, 3)
+    overheads = np.array([300.0, 40.0, 90.0, 170.0, 210.0])
+    plans = [plan(anatomy, policy) for policy in some]
+
+    found = batch_bytes(Worker(anatomy), choices_of(anatomy, some), overheads)
+
+    assert found.tolist() == [payload_bytes(made) + round(float(structure(made) @ overheads)) for made in plans]
 
 
 @pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])

@@ -169,6 +169,18 @@ def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:
         predictor.predict(choices_of(ANATOMY, [floats[0], integers]))
 
 
+@pytest.mark.parametrize("profiled", [True, False])
+def test_in_a_whole_population_only_what_was_not_measured_is_unknown(profiled: bool) -> None:
+    floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
+    predictor = fit(measured(floats, profiled=profiled))
+    mixed = choices_of(ANATOMY, [floats[0], uniform(ANATOMY, width=1, bits=INT8), floats[1]])
+
+    found = predictor.latencies(mixed)
+
+    assert np.isnan(found).tolist() == [False, True, False]
+    np.testing.assert_allclose(found[[0, 2]], predictor.predict(choices_of(ANATOMY, floats[:2]))[:, 0], rtol=1e-5)
+
+
 def test_without_units_an_unseen_kind_is_refused_too() -> None:
     floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
     predictor = fit(measured(floats, profiled=False))

@@ -1,20 +1,35 @@
 """What the search decides: samplers, the stopping rule, seeds, the record of trials."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+from numpy.typing import NDArray
 
+from nightpress.evaluators.latency.units import NO_LAYER, Worker
+from nightpress.search.costs import ManyCosts
 from nightpress.search.pareto import hypervolume, losses
 from nightpress.search.policy_sampler import TrialSuggest, distributions
-from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, probes, sensitivity_of
+from nightpress.search.proposals import (
+    Sensitivity,
+    baselines,
+    greedy_rules,
+    greedy_walk,
+    pointless,
+    probes,
+    rule_count,
+    sensitivity_of,
+)
 from nightpress.search.records import Latency, Quality, TrialState
 from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.store import Store, open_storage, policy_of, read_study
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
+from nightpress.spaces.plans import Choices
 from nightpress.spaces.policy import FP32, INT8, Policy, digest
 from nightpress.spaces.space import Space
 from strategies import toy_anatomy
@@ -33,6 +48,24 @@ def costs_of(anatomy: Anatomy):
         time = sum(op.macs / (4 if op.int8 else 1) for op in planned.ops) + 1
         size = sum(op.weight_count * (1 if op.bits.weights < 32 else 4) for op in planned.ops) + 1
         return float(time), int(size)
+
+    return costs
+
+
+def batch_costs_of(anatomy: Anatomy) -> ManyCosts:
+    """The same of a batch; as :func:`costs_of`, where no layer is grouped."""
+    worker, ops = Worker(anatomy), anatomy.ops
+    places = np.array([math.prod(ops[i].shape) / ops[i].shape[ops[i].channel_axis] for i in worker.layers])
+    order = [worker.planner.layer_of[int(i)] for i in worker.layers]
+
+    def costs(choices: Choices) -> NDArray[np.float64]:
+        [state] = worker.states(choices, len(choices))
+        there = state.weights * (state.layer_codes != NO_LAYER)
+        bits = choices.bits.T[order]
+        int8, small = (np.array(kind)[bits] for kind in
+                       zip(*((pair.int8, pair.weights < 32) for pair in choices.pairs), strict=True))  # fmt: skip
+        time = (there * places[:, None] / np.where(int8, 4, 1)).sum(axis=0) + 1
+        return np.column_stack([time, (there * np.where(small, 1, 4)).sum(axis=0) + 1])
 
     return costs
 
@@ -65,7 +98,7 @@ def run_trials(store: Store, space: Space, count: int) -> None:
 
 def made_store(path: Path, space: Space, name: str, seed: int = 0) -> Store:
     storage = open_storage(path, None)
-    sampler = make_sampler(name, seed, 0, space, costs_of(space.anatomy))
+    sampler = make_sampler(name, seed, 0, space, batch_costs_of(space.anatomy))
     if isinstance(sampler, NightpressSampler):
         latency, size = costs_of(space.anatomy)(Policy(model=space.anatomy.digest))
         sampler.reference = (-0.5, latency, float(size))
@@ -223,6 +256,17 @@ def test_baselines_are_the_uncompressed_model_and_uniform_rules(space: Space) ->
     assert rules["uncompressed"].distill.method == "none"
     assert not rules["uncompressed"].prune
     assert all(pair == INT8 for pair in rules["uniform 50% INT8"].bits.values())
+
+
+def test_a_night_plans_for_all_rules_that_it_trains(space: Space) -> None:
+    floats = replace(space, bit_choices=(FP32,))
+    scores = {g.name: [1.0] * g.channels for g in space.anatomy.groups}
+    rules = baselines(space.anatomy, distill=True, scores=scores)
+    walk = greedy_walk(space, Sensitivity(), costs_of(space.anatomy), 1000)
+    trained = {name for name in rules if name not in pointless(rules, costs_of(space.anatomy))}
+
+    assert rule_count(space) == len(trained | set(greedy_rules(walk, rules, costs_of(space.anatomy))))
+    assert rule_count(floats) == rule_count(space) + 3
 
 
 def test_every_choice_of_the_space_is_visible_to_optuna(space: Space) -> None:

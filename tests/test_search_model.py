@@ -1,5 +1,6 @@
 """What proposals rest on: rows, quick costs, the surrogate of accuracies, the expected gain, the stopping rule."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from nightpress.search.costs import QuickCosts, one_by_one
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
 from nightpress.search.netadapt import NetAdaptSampler
@@ -26,15 +27,17 @@ from nightpress.search.proposals import (
     pointless,
 )
 from nightpress.search.records import Latency, Quality, TrialRecord, TrialState
+from nightpress.search.sampler import NightpressSampler
 from nightpress.search.stopping import Judge, spared, upper_bound, wrongly
 from nightpress.search.store import Store, open_storage, policy_of
 from nightpress.search.surrogate import RUNGS, Describer, Kernel, Observation, Scale, Surrogate
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
+from nightpress.spaces.plans import Choices
 from nightpress.spaces.policy import FP32, INT8, Policy, digest, policy_to_json
 from nightpress.spaces.space import Space
 from strategies import toy_anatomy
-from test_search import accuracy_of, costs_of, made_store, run_trials
+from test_search import accuracy_of, batch_costs_of, costs_of, made_store, run_trials
 
 BN, PART, SHORT, LONG = range(len(RUNGS))
 
@@ -76,21 +79,42 @@ def test_choices_in_removed_blocks_make_one_row(encoder: Encoder) -> None:
 
 def test_work_of_rows_is_that_of_their_plans(encoder: Encoder) -> None:
     rows = encoder.random(20, np.random.default_rng(0))
-    macs, weights, _ = encoder.shapes.work(rows)
+    macs, weights = encoder.shapes.totals(rows)
     plans = [plan(encoder.space.anatomy, encoder.policy(row)) for row in rows]
 
-    assert macs.sum(axis=1) == pytest.approx([p.macs for p in plans])
-    assert weights.sum(axis=1) == pytest.approx([sum(op.weight_count for op in p.ops) for p in plans])
+    assert macs == pytest.approx([p.macs for p in plans])
+    assert weights == pytest.approx([sum(op.weight_count for op in p.ops) for p in plans])
 
 
-def test_quick_costs_follow_the_exact_ones(encoder: Encoder) -> None:
-    exact = costs_of(encoder.space.anatomy)
-    quick = QuickCosts(encoder, one_by_one(exact))
-    rows = encoder.random(100, np.random.default_rng(9))
+def test_a_batch_of_rows_costs_what_its_policies_do(encoder: Encoder) -> None:
+    exact, rows = costs_of(encoder.space.anatomy), encoder.random(50, np.random.default_rng(9))
 
-    errors = np.abs(quick(rows) / np.array([exact(encoder.policy(row)) for row in rows]) - 1)
+    found = batch_costs_of(encoder.space.anatomy)(encoder.choices(rows))
 
-    assert np.median(errors, axis=0).max() < 0.05
+    np.testing.assert_allclose(found, [exact(encoder.policy(row)) for row in rows])
+
+
+def test_a_policy_whose_costs_cannot_be_said_is_not_proposed(tmp_path: Path, space: Space) -> None:
+    store = made_store(tmp_path, space, "nightpress")
+    run_trials(store, space, 8)
+    sampler, known = store.study.sampler, batch_costs_of(space.anatomy)
+    assert isinstance(sampler, NightpressSampler)
+    first = space.anatomy.groups[0].name
+
+    def costs(choices: Choices) -> NDArray[np.float64]:
+        """Nothing can be said where the first group keeps all its channels."""
+        found = known(choices)
+        found[choices.kept[:, 0] == space.anatomy.groups[0].channels, 0] = np.nan
+        return found
+
+    sampler.costs = costs
+    assert all(first in policy_of(trial).prune for trial in proposals(store, space, 3))
+
+
+def proposals(store: Store, space: Space, count: int) -> list[TrialRecord]:
+    before = len(store.trials())
+    run_trials(store, space, count)
+    return list(store.trials()[before:])
 
 
 def observations(encoder: Encoder, count: int, rungs: tuple[int, ...] = (SHORT,)) -> list[Observation]:
@@ -129,7 +153,7 @@ def test_what_a_policy_showed_at_a_cheap_rung_counts_for_the_long_one(encoder: E
 
 def test_a_part_of_the_fine_tune_says_more_than_re_estimation_and_less_than_the_whole(encoder: Encoder) -> None:
     parts = Describer(encoder, Sensitivity())(encoder.random(5, np.random.default_rng(3)))
-    kernel = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3)
+    kernel = Kernel(linear=1.0, smooth=0.3, length=1.4, hyper=0.3, apart=0.7)
     shared = [kernel.prior(parts, rung, LONG) for rung in (BN, PART, SHORT, LONG)]
     assert all((low < high).all() for low, high in pairwise(shared))
 
@@ -167,6 +191,18 @@ def test_the_gain_of_a_certain_accuracy_is_the_hypervolume_that_it_adds(
     assert gain == pytest.approx(added, abs=1e-5)
 
 
+def test_accuracy_above_the_top_is_worth_nothing() -> None:
+    scale, corner = Scale(ceiling=1.0, floor=0.0), np.array([0.0, 1.0, 1.0])
+    front = np.array([[0.8, 0.6, 0.6], [0.5, 0.2, 0.2]])
+
+    def gain(accuracy: float, cost: float, top: float) -> float:
+        aim, known = target(front, corner, top), scale.up(np.array([accuracy]))
+        return float(expected_gain(known, np.zeros(1), scale, np.array([[cost, cost]]), aim)[0])
+
+    assert gain(0.9, 0.7, top=0.8) == 0.0 < gain(0.9, 0.7, top=math.inf)
+    assert 0 < gain(0.9, 0.5, top=0.8) == pytest.approx(gain(0.8, 0.5, top=math.inf))
+
+
 def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space) -> None:
     store = made_store(tmp_path, space, "nightpress")
     run_trials(store, space, 8)
@@ -185,8 +221,7 @@ def test_workers_in_parallel_get_different_policies(tmp_path: Path, space: Space
 
 
 def test_netadapt_cuts_the_most_accurate_policy_of_the_last_round(tmp_path: Path, space: Space) -> None:
-    costs = costs_of(space.anatomy)
-    sampler = NetAdaptSampler(space, costs, 0)
+    sampler = NetAdaptSampler(space, batch_costs_of(space.anatomy), 0)
     store = Store(open_storage(tmp_path, None), sampler)
     first = len(sampler.cuts(baselines(space.anatomy, True)["uniform INT8"]))
     run_trials(store, space, first + 1)

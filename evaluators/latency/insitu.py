@@ -88,7 +88,11 @@ class InSitu:
             ).astype(np.float64)
             for units in work.units
         }
-        return found | self.conversion_ms(work.conversions)
+        converted = self.conversion_ms(work.conversions)
+        for name, ms in converted.items():
+            if np.isnan(ms).any():
+                raise UnseenKernelError(f"something is converted ({name}), which no measured policy did")
+        return found | converted
 
     def kind(self, units: Units) -> Kind:
         """Raises UnseenKernelError when no measured policy ran this kind."""
@@ -98,11 +102,13 @@ class InSitu:
         return self.kinds[units.kind]
 
     def conversion_ms(self, conversions: Mapping[str, Array]) -> dict[str, Array]:
-        """Milliseconds of each conversion, each of shape (n,). Raises UnseenKernelError."""
-        for name, amounts in conversions.items():
-            if name not in self.conversions and amounts[:, 0].any():
-                raise UnseenKernelError(f"something is converted ({name}), which no measured policy did")
-        return {name: conversions[name] @ costs for name, costs in self.conversions.items()}
+        """Milliseconds of each conversion, each of shape (n,); NaN where no measured policy converted so."""
+        unseen = {
+            name: np.where(amounts[:, 0] > 0, np.nan, 0.0)
+            for name, amounts in conversions.items()
+            if name not in self.conversions
+        }
+        return {name: conversions[name] @ costs for name, costs in self.conversions.items()} | unseen
 
 
 def learn(work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mask, operations: Sequence[str]) -> InSitu:

@@ -9,7 +9,7 @@ al. 2018).
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,10 +81,17 @@ class Predictor:
     units: InSitu | None
     """What was learned of the units, whichever design won."""
     _model: Predict
+    _unseen: Callable[[Choices], str]
+
+    def latencies(self, choices: Choices) -> Array:
+        """Milliseconds alone, shape (n,); NaN for a policy with a kind of kernel that no measured policy ran."""
+        return np.maximum(self._model(choices), _LEAST_MS)
 
     def predict(self, choices: Choices) -> Array:
         """Raises UnseenKernelError for a kind of kernel that no measured policy ran."""
-        latency = np.maximum(self._model(choices), _LEAST_MS)
+        latency = self.latencies(choices)
+        if np.isnan(latency).any():
+            raise UnseenKernelError(self._unseen(choices))
         factor = math.exp(self.log_margin)
         return np.column_stack([latency, latency / factor, latency * factor])
 
@@ -135,7 +142,23 @@ def _fit(measured: Measured, seed: int) -> Predictor:
     return Predictor(
         design=design, heldout=held_out(held[design], as_measured, scores), candidates=errors,
         out_of_fold=held[design], log_margin=conformal_margin(scores), units=units, _model=final[design](),
+        _unseen=_unseen_by(measured.worker, _columns(work) if units is None else {*units.kinds, *units.conversions}),
     )  # fmt: skip
+
+
+def _unseen_by(worker: Worker, known: Container[str]) -> Callable[[Choices], str]:
+    """Says which kind of kernel of a batch is not known."""
+
+    def name(choices: Choices) -> str:
+        work = worker.work(choices)
+        for units in work.units:
+            if units.kind not in known:
+                operation = worker.anatomy.ops[units.site[0]].name
+                return f"{operation} runs as {units.kind}, which no measured policy did"
+        kind = next(kind for kind, amounts in work.conversions.items() if kind not in known and amounts[:, 0].any())
+        return f"something is converted ({kind}), which no measured policy did"
+
+    return name
 
 
 def conformal_margin(scores: Array) -> float:
@@ -269,9 +292,17 @@ def _scaled(tables: Tables, scale: float) -> Predict:
 def _unit_process(tables: Tables, correct: Callable[[Any, Array], Array]) -> Predict:
     def predict(choices: Choices) -> Array:
         sums = tables.sums(choices)
-        return correct(sums.total, _sum_features(sums))
+        seen, features = np.isfinite(sums.total), _sum_features(sums)
+        return _filled(seen, correct(sums.total[seen], features[seen]) if seen.any() else features[:0, 0])
 
     return predict
+
+
+def _filled(seen: Mask, values: Array) -> Array:
+    """The values where ``seen``, shape (n,), NaN elsewhere."""
+    found = np.full(len(seen), np.nan)
+    found[seen] = values
+    return found
 
 
 # Aggregates
@@ -284,22 +315,34 @@ def _columns(work: Work) -> dict[str, int]:
 
 
 def _aggregate(work: Work, columns: dict[str, int]) -> Array:
-    """Terms summed by kind, shape (n, terms), behind a constant. Raises UnseenKernelError."""
+    """Terms summed by kind, shape (n, terms), behind a constant; NaN for a policy with a kind that is no column."""
     blocks: dict[str, Array] = {}
+    unseen = np.zeros(work.count, np.bool_)
     for units in work.units:
+        if units.kind not in columns:
+            unseen[units.row] = True
+            continue
         summed = [np.bincount(units.row, weights=units.terms[:, i], minlength=work.count)
                   for i in range(units.terms.shape[1])]  # fmt: skip
         blocks[units.kind] = np.stack(summed, axis=1).astype(np.float64)
-    blocks |= {name: amounts for name, amounts in work.conversions.items() if amounts[:, 0].any()}
-    for kind in blocks:
-        if kind not in columns:
-            raise UnseenKernelError(f"something runs as {kind}, which no measured policy did")
+    for name, amounts in work.conversions.items():
+        if name in columns:
+            blocks[name] = amounts
+        else:
+            unseen |= amounts[:, 0] > 0
     found = [blocks.get(kind, np.zeros((work.count, width))) for kind, width in columns.items()]
-    return np.concatenate([np.ones((work.count, 1)), *found], axis=1)
+    terms = np.concatenate([np.ones((work.count, 1)), *found], axis=1)
+    terms[unseen] = np.nan
+    return terms
 
 
 def _of_terms(worker: Worker, model: Callable[[Array], Array], columns: dict[str, int]) -> Predict:
-    return lambda choices: model(_aggregate(worker.work(choices), columns))
+    def predict(choices: Choices) -> Array:
+        terms = _aggregate(worker.work(choices), columns)
+        seen = np.isfinite(terms[:, 0])
+        return _filled(seen, model(terms[seen]) if seen.any() else terms[:0, 0])
+
+    return predict
 
 
 def _out_of_fold(

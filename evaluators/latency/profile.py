@@ -19,7 +19,7 @@ from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .measure import REFERENCE, Timer, Timing, measure_policies
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import Measured, Predictor, fit
-from .sizes import payload_bytes, structure
+from .sizes import batch_bytes, payload_bytes, structure
 from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, target_from_dict, target_to_dict
 from .units import Worker
 
@@ -72,6 +72,15 @@ class Profile:
         choices = policies if isinstance(policies, Choices) else choices_of(self.worker.anatomy, policies)
         found = [self.predictor.predict(part) for part in chunks(choices, CHUNK)]
         return np.concatenate(found) if found else np.empty((0, 3))
+
+    def costs(self, choices: Choices) -> NDArray[np.float64]:
+        """Latency in ms and file size in bytes of each policy, shape (n, 2), quick enough for tens of thousands; the
+        latency is NaN for a policy with a kind of kernel that no measured policy ran."""
+        found = [
+            np.column_stack([self.predictor.latencies(part), batch_bytes(self.worker, part, self.overheads)])
+            for part in chunks(choices, CHUNK)
+        ]
+        return np.concatenate(found) if found else np.empty((0, 2))
 
     def predict_size(self, planned: Plan) -> int:
         """Bytes of the exported file: the payload exactly, nodes and names by a fit to the files of the calibration."""

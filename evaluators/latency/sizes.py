@@ -6,6 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...spaces.plan import Plan
+from ...spaces.plans import Choices, Plans, unpack
+from ...spaces.policy import LayerBits
+from .units import Worker
+
+Array = NDArray[np.float64]
 
 _NORM_VECTORS = {"batch_norm": 4, "layer_norm": 2}
 
@@ -21,15 +26,19 @@ def payload_bytes(plan: Plan) -> int:
         if not planned.weight_count:
             continue
         cout = planned.channels
-        stored = planned.bits.weights <= 8
-        bytes_each = 1 if stored else 2 if planned.bits.weights == 16 else 4
-        total += planned.weight_count * bytes_each + 4 * cout  # the bias
-        total += 5 * cout if stored else 4 * cout if planned.bits.weights == 16 else 0  # scale, zero point
-        total += 8 * cout if planned.int8 else 0  # those of the integer bias
+        each, channel = _bytes(planned.bits)
+        total += planned.weight_count * each + cout * channel
     return total
 
 
-def structure(plan: Plan) -> NDArray[np.float64]:
+def _bytes(bits: LayerBits) -> tuple[int, int]:
+    """Of a weight, and of an output channel: its bias, scale and zero point, and those of an integer bias."""
+    stored = bits.weights <= 8
+    each = 1 if stored else 2 if bits.weights == 16 else 4
+    return each, 4 + (5 if stored else 4 if bits.weights == 16 else 0) + (8 if bits.int8 else 0)
+
+
+def structure(plan: Plan) -> Array:
     """Counts that the rest of the file grows with, shape (5,): the file, operations, layers stored as integers,
     layers that run on integers, quantised tensors."""
     layers = [planned for planned in plan.ops if planned.weight_count]
@@ -37,3 +46,36 @@ def structure(plan: Plan) -> NDArray[np.float64]:
         [1, len(plan.ops), sum(p.bits.weights <= 8 for p in layers), sum(p.int8 for p in layers), len(plan.quantised)],
         dtype=np.float64,
     )
+
+
+def batch_bytes(worker: Worker, choices: Choices, overheads: Array) -> Array:
+    """Bytes of the files of a batch, shape (n,): what the two above say of each plan, with ``overheads`` for the
+    counts."""
+    planner, count = worker.planner, len(choices)
+    plans = planner.plans(choices)
+    alive = unpack(plans.alive, count)
+    there = alive[worker.layers]
+    bits = choices.bits.T[[planner.layer_of[int(position)] for position in worker.layers]]
+    each, channel = np.array([_bytes(pair) for pair in choices.pairs], np.float64).T
+    stored, int8 = (np.array(kind)[bits] & there for kind in
+                    zip(*((pair.weights <= 8, pair.int8) for pair in choices.pairs), strict=True))  # fmt: skip
+    weights = worker.weights(plans.axes) * each[bits] + worker.channels(plans.axes) * channel[bits]
+    quantised = unpack([a & b for a, b in zip(plans.quantised, plans.alive, strict=True)], count)
+    counts = [np.ones(count), *(part.sum(axis=0) for part in (alive, stored, int8, quantised))]
+    payload = np.einsum("ln,ln->n", weights, there) + _unweighted(worker, plans, alive)
+    return payload + np.round(np.stack(counts, axis=1) @ overheads)
+
+
+def _unweighted(worker: Worker, plans: Plans, alive: NDArray[np.bool_]) -> Array:
+    """Bytes of parameters that are no layer's and of norms of their own, shape (n,)."""
+    found = np.zeros(plans.count)
+    for position, op in enumerate(worker.anatomy.ops):
+        rows = worker.planner.axis_of[position]
+        if op.kind == "param":
+            sizes = [size if row is None else plans.axes[row] for size, row in zip(op.shape, rows, strict=True)]
+            found += 4 * math.prod(sizes) * alive[position]
+        if op.kind in _NORM_VECTORS:
+            row = rows[op.channel_axis]
+            channels = op.shape[op.channel_axis] if row is None else plans.axes[row]
+            found += 4 * _NORM_VECTORS[op.kind] * channels * alive[position]
+    return found

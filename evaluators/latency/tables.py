@@ -60,7 +60,7 @@ class Tables:
         self._kind_of = base[:, None] * len(LAYER_VARIANTS)
 
     def sums(self, choices: Choices) -> Sums:
-        """Raises UnseenKernelError."""
+        """``total`` is NaN for a policy with a kind of kernel that no measured policy ran."""
         parts = [self._sums(state) for state in self._worker.states(choices)]
         return Sums(
             total=np.concatenate([part.total for part in parts]),
@@ -113,7 +113,8 @@ class Tables:
         for units in found:
             place = 2 if units.kind == DEQUANTISE else 0
             at = np.searchsorted(sites, units.site)
-            own, streamed = self._units.kind(units).own_ms(units)
+            kind = self._units.kinds.get(units.kind)
+            own, streamed = kind.own_ms(units) if kind is not None else (np.nan, np.nan)
             prices[place, at, units.row] = own
             prices[place + 1, at, units.row] = streamed
         return prices

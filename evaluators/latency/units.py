@@ -102,6 +102,15 @@ class Worker:
         read = [self.planner.axis_of[i] for i in (*self.planner.inputs[position], position)]
         return tuple(dict.fromkeys(row for rows in read for row in rows if row is not None))
 
+    def channels(self, axes: Array) -> Array:
+        """Output channels of each layer, shape (layers, n), from sizes of axes."""
+        return axes[self._out] * self._out_factor
+
+    def weights(self, axes: Array) -> Array:
+        """Weights of each layer, shape (layers, n)."""
+        inner = np.where(self._width > 0, self._width, axes[self._in] * self._in_factor)
+        return self.channels(axes) * inner * self._kernel
+
     def states(self, choices: Choices, at_once: int = BLOCK) -> Iterator[State]:
         """The policies in order, so many at once that their arrays stay in the cache of a core."""
         plans = self.planner.plans(choices)
@@ -121,8 +130,7 @@ class Worker:
         converted: Mapping[str, tuple[list[int], Mask]],
     ) -> State:  # fmt: skip
         elements = self._all_elements(axes)
-        inner = np.where(self._width > 0, self._width, axes[self._in] * self._in_factor)
-        weights = axes[self._out] * self._out_factor * inner * self._kernel
+        weights = self.weights(axes)
         conversions = {name: _converted(flags, elements[positions]) for name, (positions, flags) in converted.items()}
         stored = (layer_codes & 3 == 3) & (layer_codes != NO_LAYER)
         nodes = (layer_codes != NO_LAYER).sum(axis=0) + stored.sum(axis=0) + (other_codes != NO_OTHER).sum(axis=0)
