@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,16 +211,23 @@ def _aim(session: Session) -> None:
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
-    rules = prepare.rules_of(session)
-    left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
-    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items() if name not in left_out])
-    if left_out and not session.state.get("pointless"):
-        session.folder.decide(
-            "baselines", f"left out {', '.join(left_out)}",
-            "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
-        )  # fmt: skip
-    session.update(pointless=list(left_out))
+    rules = worthwhile(session, prepare.rules_of(session))
+    _enqueue(session, "baseline", [(policy, name) for name, policy in rules.items()])
     _run_enqueued(session, trials)
+
+
+def worthwhile(session: Session, rules: Mapping[str, Policy]) -> dict[str, Policy]:
+    """The rules that are trained. What was left out once stays so: by a profile that was fitted again since, a resumed
+    night would train rules that an undisturbed one does not."""
+    if "pointless" not in session.state:
+        left_out = pointless(rules, lambda policy: (session.predict(policy)[0], session.predict(policy)[3]))
+        if left_out:
+            session.folder.decide(
+                "baselines", f"left out {', '.join(left_out)}",
+                "equally wide, INT8 is predicted to be faster and smaller on this target", instead=left_out,
+            )  # fmt: skip
+        session.update(pointless=list(left_out))
+    return {name: policy for name, policy in rules.items() if name not in session.state["pointless"]}
 
 
 def _run_enqueued(session: Session, trials: Trials) -> None:

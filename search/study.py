@@ -27,6 +27,8 @@ SHARE = 0.3
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2)
 FORWARD_SHARE = 0.35
 """A forward pass as a share of a training step."""
+BEGIN_STEPS = 5.0
+"""A proposal, its price and its start, in training steps: seconds would make the order of work a matter of chance."""
 WORTH_LOOKING = 0.5
 """A look may cost so much of the steps that come after it, which are saved where it shows a trial to be hopeless."""
 SEARCH_ITEMS = 0.25

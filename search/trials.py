@@ -18,7 +18,7 @@ from .records import NOT_CONTINUED, Latency, Rung, TrialRecord, TrialState
 from .session import TICK_SECONDS, Session, quality_of
 from .stopping import Judge, spared
 from .store import policy_of
-from .study import end_study, first_steps, look_steps, next_rung, rungs_of, studying
+from .study import BEGIN_STEPS, end_study, first_steps, look_steps, next_rung, rungs_of, studying
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
@@ -292,7 +292,7 @@ class Trials:
             at_part = record.quality is not None and record.quality.rung == Rung.PART
             rest = rungs["short_steps"] + look - part if at_part else rungs["short_steps"] + look + bool(part) * look
             spent = first if rungs.get("bn", True) else part + look
-            found.append(None if gain is None else Worth(gain, effort * rest, effort * spent))
+            found.append(None if gain is None else Worth(gain, effort * rest, BEGIN_STEPS + effort * spent))
         return found
 
     def _note_worth(self, record: TrialRecord, judge: Judge) -> None:

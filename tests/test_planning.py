@@ -15,7 +15,9 @@ from nightpress.search.config import FineTuneConfig, RunConfig
 from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.glance import minute_line
+from nightpress.search.night import worthwhile
 from nightpress.search.planning import plan_finalists
+from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.session import OverdueError, Prepared, Session
 from nightpress.search.store import Store, open_storage
@@ -140,6 +142,18 @@ def test_a_machine_that_slept_is_told_and_planned_for(tmp_path: Path, machine: M
     assert decision["reason"] == "the machine slept for 33 min 20 s"
     assert decision["decision"] == "planned anew: what is left"
     assert session.clock.share_seconds("finalists") == pytest.approx(SHARES["finalists"] * 2000)
+
+
+def test_what_was_left_out_of_the_rules_stays_so_whatever_the_profile_says_later(
+    tmp_path: Path, machine: Machine
+) -> None:
+    session = night(tmp_path, machine, 600, 1.0)
+    session.state["pointless"] = ["uniform 50% fp32"]
+    rules = baselines(session.prepared.anatomy, distill=False)
+
+    kept = worthwhile(session, rules)  # there is no profile to ask
+
+    assert [name for name in rules if name not in kept] == ["uniform 50% fp32"]
 
 
 def test_the_line_of_the_log_says_what_the_night_is_busy_with(tmp_path: Path, machine: Machine) -> None:

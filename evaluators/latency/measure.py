@@ -226,6 +226,7 @@ def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
     references: dict[str, float] = answer.get("reference_ms", {})
+    session: str = answer.get("session", "")
     sessions: dict[str, str] = answer.get("sessions", {})
     return {
         key: Timing(
@@ -233,7 +234,7 @@ def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
             reference_ms=references.get(key, reference_ms),
             kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
             busy_cores=answer["busy_cores"],
-            session=sessions.get(key, answer.get("session", "")),
+            session=sessions.get(key, session),
         )
         for key, found in windows.items()
     }
