@@ -5,7 +5,7 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import MOST_EPOCHS, choose, complete, long_costs, ours, outcome_file
 from .folder import TARGET
-from .prepare import LEAST_STEPS
+from .prepare import COMPRESSED_STEP, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
 from .study import FORWARD_SHARE
@@ -65,7 +65,7 @@ def check_budget(session: Session) -> None:
     prepared, config, clock = session.prepared, session.config, session.clock
     if session.folder.path.joinpath(TARGET).is_file():
         return  # a resumed night has been through it
-    step = prepared.step_ms / 1000
+    step = COMPRESSED_STEP * prepared.step_ms / 1000
     passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
     trained = 2 * (config.finetune.short_steps or LEAST_STEPS) + passes
     rules = rule_count(prepared.space)
@@ -75,6 +75,6 @@ def check_budget(session: Session) -> None:
         raise InputError(
             f"The budget is too short for even the baselines: {length(clock.spent_seconds)} went into the inspection "
             f"and {length(clock.left_seconds)} are left, but {length(calibrated)} of calibration, "
-            f"{rules} baselines at {1000 * step:.0f} ms a training step and the verification need "
+            f"{rules} baselines at about {1000 * step:.0f} ms a training step and the verification need "
             f"{length(least)}; the least budget here is {length(1.1 * (clock.spent_seconds + least))}."
         )

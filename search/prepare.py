@@ -46,6 +46,8 @@ log = logging.getLogger("nightpress")
 LEAST_STEPS = 8
 TRIALS_WANTED = 40
 FINALISTS_WANTED = 8
+COMPRESSED_STEP = 0.6
+"""Of a training step of the original, on the average of what a night trains."""
 
 
 def prepare(session: Session) -> None:
@@ -216,17 +218,17 @@ def size_rungs(session: Session) -> None:
     short = finetune.short_steps or _between(search_ms / TRIALS_WANTED / step_ms, LEAST_STEPS, 2 * epoch)
     finalists = finetune.finalists or FINALISTS_WANTED
     long_ms = 1000 * clock.share_seconds("finalists") * session.workers
-    # Compressed networks train in about half the time of the original; the baselines go through it as well.
-    long = finetune.long_steps or _between(long_ms / ((finalists + count) * 0.6) / step_ms, 2 * short, 20 * epoch)
+    # The baselines go through it as well.
+    models = (finalists + count) * COMPRESSED_STEP
+    long = finetune.long_steps or _between(long_ms / models / step_ms, 2 * short, 20 * epoch)
     session.folder.decide(
         "inspect", f"short fine-tune of {short} steps, long one of {long}",
         f"a step takes {step_ms:.0f} ms and an epoch has {epoch} steps; the budget should pay for about "
         f"{TRIALS_WANTED} trials and {finalists + count} long fine-tunes",
     )  # fmt: skip
-    # Compressed networks train in about half the time of the original, here too.
     rungs = study.planned(
         session.config, short_steps=short, train_items=session.prepared.train_items, rules=count,
-        payable=search_ms / (0.6 * short * step_ms),
+        payable=search_ms / (COMPRESSED_STEP * short * step_ms),
     )  # fmt: skip
     if "study" in rungs:
         session.folder.decide(
