@@ -104,7 +104,7 @@ def test_a_moment_that_has_passed(cli: Cli, place: tiny.Place, tmp_path: Path) -
 def test_a_budget_too_short_for_the_baselines_names_the_least(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
     sentence = tiny.refused(cli("run", tiny.config_for(place, tmp_path), "--budget", "5s", "--json"))
     assert sentence.startswith("The budget is too short for even the baselines: ")
-    assert re.search(r"8 baselines at about \d+ ms a training step .* the least budget here is \d+ s\.$", sentence)
+    assert re.search(r"9 baselines at about \d+ ms a training step .* the least budget here is \d+ s\.$", sentence)
     assert not (tmp_path / "run").exists()  # the same folder may be used again
 
 
