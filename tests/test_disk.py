@@ -113,7 +113,7 @@ def test_a_night_without_room_pauses_says_so_and_ends_with_all_it_has(tmp_path: 
     profile = tiny.write_profile(tmp_path / "profile.json", tiny.anatomy_of(task))
     disk = tmp_path / "disk"
     config = tiny.write_config(
-        tmp_path, out=str(disk / "run"), target=str(profile), budget="90s", search={"max_trials": 60},
+        tmp_path, out=str(disk / "run"), target=str(profile), budget="150s", search={"max_trials": 60},
         notify={"command": f'echo "$NIGHTPRESS_EVENT $NIGHTPRESS_TEXT" >> {tmp_path / "told"}'},
     )  # fmt: skip
     script = NIGHT.replace("sys.argv[3]", repr(str(config))).replace("sys.argv[4]", repr(str(Path(__file__).parent)))
