@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -326,7 +326,8 @@ def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -
     """The module as an ONNX file with a dynamic batch axis, whole or not at all."""
     metadata = {"nightpress.policy": digest(policy), "nightpress.model": policy.model}
     data = build_onnx(plan, bake(module.cpu(), plan), batch=None, metadata=metadata)
-    _write(path, data)
+    with _whole(path) as partial:
+        partial.write_bytes(data)
 
 
 def checkpoint(folder: Path, rung: str) -> Path:
@@ -348,13 +349,18 @@ def _give_back_memory() -> None:
 def save_checkpoint(module: nn.Module, path: Path, kept: Mapping[str, Tensor] | None = None) -> None:
     """State dict as safetensors, whole or not at all; ``kept`` is what a fine-tune needs to go on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file({**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}, partial)
-    partial.replace(path)
+    with _whole(path) as partial:
+        save_file({**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}, partial)
 
 
-def _write(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _whole(path: Path) -> Generator[Path]:
+    """Where to write what becomes ``path`` at the end. What a full disk cut off goes at once: the record needs the
+    room."""
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

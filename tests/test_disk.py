@@ -237,3 +237,22 @@ def test_a_line_that_a_kill_tore_does_not_take_the_next_one_with_it(tmp_path: Pa
 
     assert [d["decision"] for d in decisions] == ["first", "second"]
     assert all(d["time"] <= time.time() for d in decisions)
+
+
+CUT_OFF = """
+from pathlib import Path
+import torch
+from nightpress.evaluators.evaluate import save_checkpoint
+
+disk = Path(sys.argv[1])
+fill(disk / "filler")
+try:
+    save_checkpoint(torch.nn.Linear(1000, 1000), disk / "long.safetensors")
+except Exception as error:
+    print("No space left" in str(error), [path.name for path in disk.iterdir()])
+"""
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_nothing_of_itself(tmp_path: Path) -> None:
+    done = on_small_disk(tmp_path / "disk", "2m", CUT_OFF)
+    assert done.stdout == "True ['filler']\n", done.stderr

@@ -125,4 +125,4 @@ def test_writers_refuse_a_damaged_journal_by_its_line(tmp_path: Path) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join([*lines[:4], GARBAGE, *lines[5:]]))
     with pytest.raises(InputError, match=r"study\.journal: line 5 is damaged, so the run cannot be gone on with"):
-        JournalFile(journal).read_logs(0)
+        list(JournalFile(journal).read_logs(0))
