@@ -326,7 +326,7 @@ def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -
     """The module as an ONNX file with a dynamic batch axis, whole or not at all."""
     metadata = {"nightpress.policy": digest(policy), "nightpress.model": policy.model}
     data = build_onnx(plan, bake(module.cpu(), plan), batch=None, metadata=metadata)
-    with _whole(path) as partial:
+    with written_whole(path) as partial:
         partial.write_bytes(data)
 
 
@@ -350,12 +350,12 @@ def save_checkpoint(module: nn.Module, path: Path, kept: Mapping[str, Tensor] | 
     """State dict as safetensors, whole or not at all; ``kept`` is what a fine-tune needs to go on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with _whole(path) as partial:
+    with written_whole(path) as partial:
         save_file({**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}, partial)
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Generator[Path]:
+def written_whole(path: Path) -> Generator[Path]:
     """Where to write what becomes ``path`` at the end. What a full disk cut off goes at once: the record needs the
     room."""
     partial = path.with_suffix(f".{os.getpid()}.partial")

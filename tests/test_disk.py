@@ -88,7 +88,7 @@ def test_the_record_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
 
 
 NIGHT = """
-import json, time
+import json, signal, time
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[4])
@@ -100,7 +100,9 @@ pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 night = subprocess.Popen(tiny.command("run", config, "--json"), **pipes)
 while night.poll() is None and not list(run.glob("artifacts/8/short.safetensors")):
     time.sleep(0.02)
+night.send_signal(signal.SIGSTOP)  # or the filler would take the room that the night frees meanwhile
 fill(disk / "filler")
+night.send_signal(signal.SIGCONT)
 out, err = night.communicate()
 print(json.dumps({"code": night.returncode, "err": err, "files": [p.name for p in run.iterdir()],
                   "status": tiny.nightpress("status", run, "--json").json, "told": (disk / "told").read_text()}))
@@ -241,18 +243,19 @@ def test_a_line_that_a_kill_tore_does_not_take_the_next_one_with_it(tmp_path: Pa
 
 CUT_OFF = """
 from pathlib import Path
-import torch
-from nightpress.evaluators.evaluate import save_checkpoint
+from nightpress.evaluators.evaluate import written_whole
 
 disk = Path(sys.argv[1])
-fill(disk / "filler")
-try:
-    save_checkpoint(torch.nn.Linear(1000, 1000), disk / "long.safetensors")
-except Exception as error:
-    print("No space left" in str(error), [path.name for path in disk.iterdir()])
+for size in (100, 4 << 20):
+    try:
+        with written_whole(disk / "model.onnx") as partial:
+            partial.write_bytes(b"x" * size)
+    except OSError as error:
+        assert error.errno == 28
+print([(path.name, path.stat().st_size) for path in disk.iterdir()])
 """
 
 
-def test_a_checkpoint_that_finds_no_room_leaves_nothing_of_itself(tmp_path: Path) -> None:
+def test_a_file_that_finds_no_room_leaves_what_was_there_and_nothing_of_itself(tmp_path: Path) -> None:
     done = on_small_disk(tmp_path / "disk", "2m", CUT_OFF)
-    assert done.stdout == "True ['filler']\n", done.stderr
+    assert done.stdout == "[('model.onnx', 100)]\n", done.stderr
