@@ -53,6 +53,12 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
     ]  # fmt: skip
 
 
+def remeasure_seconds(session: Session) -> float:
+    """What it takes to measure as many policies as may lie near the front, at what one took during calibration."""
+    each = session.profile.seconds / max(1, len(session.profile.points))
+    return 0.0 if session.profile.remote else MOST_REMEASURED * each
+
+
 def remeasure_front(session: Session) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
     trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]

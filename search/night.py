@@ -40,6 +40,9 @@ from .trials import Trials, enqueue
 from .why import record_why
 
 log = logging.getLogger("nightpress")
+MOST_WAITING = 2
+"""Paused trials a worker. The sampler learns next to nothing from the lowest rung: with no bound it proposed a hundred
+trials alike, which all waited, and never found out at the top that they were worthless."""
 SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 ENDING = ("verify", "report")
@@ -197,7 +200,7 @@ def _open_study(session: Session) -> Trials:
         )
     if there and not any(store.ours(t) for t in store.trials()):
         session.folder.decide("search", f"joined a search of {there} trials", f"study {config.search.study!r} is there")
-    return Trials(session, adopted=unfinished)
+    return Trials(session, adopted=unfinished, most_waiting=MOST_WAITING * session.workers)
 
 
 def _aim(session: Session) -> None:
@@ -319,7 +322,8 @@ def search(session: Session, trials: Trials) -> None:
 def enough(session: Session, trials: Trials) -> str | None:
     """Why the search ends; None while it goes on."""
     most = session.config.search.max_trials
-    if session.clock.left_before("finalists", *ENDING) <= _trial_seconds(session):
+    ending = _trial_seconds(session) + finalists.remeasure_seconds(session)
+    if session.clock.left_before("finalists", *ENDING) <= ending:
         return "the time for it is used up"
     if most is not None and session.store.tally().begun >= most and not trials.unfinished:
         return f"max_trials {most} is reached"

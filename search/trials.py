@@ -35,6 +35,8 @@ class Trials:
     straight: bool = False
     """Whether a trial goes from its first rung to the top without a pause and without the rung in between."""
     running: dict[int, Job] = field(default_factory=dict[int, Job])
+    most_waiting: float = math.inf
+    """Paused trials; where so many wait, nothing new begins."""
     paused: dict[int, TrialRecord] = field(default_factory=dict[int, TrialRecord])
     """Trials that wait at a rung; they may go on later."""
     repeats: int = 0
@@ -99,6 +101,7 @@ class Trials:
                 return number
         waiting = list(self.paused.values())
         worths = self.worths(waiting, judge)
+        new = new and len(waiting) < self.most_waiting
         return promoted([(t.number, w) for t, w in zip(waiting, worths, strict=True)], list(self._worths), new=new)
 
     def _adopt(self, record: TrialRecord) -> None:
