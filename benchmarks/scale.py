@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
-from fakes_jobs import Acting
+from fakes_jobs import Acting, Instant
 from fakes_jobs import job as acting
 from nightpress.cli.config import load_config
 from nightpress.evaluators.compute import Compute
@@ -43,6 +43,7 @@ from nightpress.search.cluster import Needs
 from nightpress.search.config import RUNNERS, Resources, RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder
 from nightpress.search.jobs import Jobs
+from nightpress.search.night import MOST_WAITING
 from nightpress.search.places import find_places
 from nightpress.search.prepare import space_of
 from nightpress.search.ray_runner import RayRunner
@@ -114,7 +115,7 @@ def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
     )
     made = make_sampler(sampler, 0, 0, session.prepared.space, session.costs_of)
     session.provide(store=Store(open_storage(config.out, None), made), sampler=made)
-    return Trials(session)
+    return Trials(session, most_waiting=MOST_WAITING * session.workers)
 
 
 def outcome(job: Job, seconds: float) -> Outcome:
@@ -127,31 +128,9 @@ def outcome(job: Job, seconds: float) -> Outcome:
     return Outcome(search=score, seconds=seconds)
 
 
-@dataclass(slots=True)
-class Instant:
-    """A runner whose jobs take no time."""
-
-    workers: int = 2
-    progress: float = 0.0
-    _done: list[tuple[int, Outcome | Failure]] = field(default_factory=list[tuple[int, Outcome | Failure]])
-
-    def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
-        self._done.append((key, outcome(job, 0.0)))
-
-    def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
-        done, self._done = self._done, []
-        yield from done
-
-    def paused(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def close(self) -> None:
-        self._done.clear()
-
-
 def driver(folder: Path, count: int, sampler: str, now: Callable[[], float]) -> None:
     """Milliseconds of a trial, by where in the night it stands."""
-    trials = begun(folder, Instant(), Times(), sampler)
+    trials = begun(folder, Instant(partial(outcome, seconds=0.0), 2), Times(), sampler)
     marks: list[float] = [now()]
     while trials.finished < count:
         trials.fill(1)

@@ -1,4 +1,4 @@
-"""An evaluator whose jobs do what their policy's name says: for tests of what runs evaluations, without a network.
+"""Evaluations without a network: an evaluator whose jobs do what their policy's name says, a runner that takes no time.
 
 It lives here because worker processes import it by name.
 """
@@ -6,14 +6,16 @@ It lives here because worker processes import it by name.
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import DivergedError, Score
+from nightpress.search.worker import Failure
 from nightpress.spaces.policy import Policy
 
 GIB = 2**30
@@ -62,3 +64,28 @@ class Acting:
             search=Score(accuracy=0.5, accuracy_se=None, samples=asked.batch_size or 64, seconds=0.0),
             seconds=seconds, losses=(float(os.getpid()),),
         )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Instant:
+    """A runner whose jobs take no time; ``asked`` keeps them all."""
+
+    evaluate: Callable[[Job], Outcome]
+    workers: int = 1
+    progress: float = 0.0
+    asked: list[tuple[int, Job]] = field(default_factory=list[tuple[int, Job]])
+    _done: list[tuple[int, Outcome | Failure]] = field(default_factory=list[tuple[int, Outcome | Failure]])
+
+    def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
+        self.asked.append((key, job))
+        self._done.append((key, self.evaluate(job)))
+
+    def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
+        done, self._done = self._done, []
+        yield from done
+
+    def paused(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
+        self._done.clear()

@@ -1,9 +1,6 @@
 """The order of work: trials pause, are gone on with, survive their driver, and no rung is trained twice."""
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +12,7 @@ from hypothesis import strategies as st
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import Score
 from nightpress.search.clock import Clock, Times
@@ -28,7 +26,6 @@ from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import Trials, enqueue
-from nightpress.search.worker import Failure
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy, digest
 from nightpress.spaces.space import Space
@@ -49,30 +46,6 @@ def outcome(job: Job) -> Outcome:
 
     score = Score(accuracy=accuracy((job.stop or job.steps) / SHORT), accuracy_se=0.01, samples=400, seconds=0.0)
     return Outcome(search=score, looks=tuple((step, accuracy(step / SHORT)) for step in job.looks))
-
-
-@dataclass(slots=True)
-class Instant:
-    """A runner whose jobs take no time; ``asked`` keeps them all."""
-
-    workers: int = 1
-    progress: float = 0.0
-    asked: list[tuple[int, Job]] = field(default_factory=list[tuple[int, Job]])
-    _done: list[tuple[int, Outcome | Failure]] = field(default_factory=list[tuple[int, Outcome | Failure]])
-
-    def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
-        self.asked.append((key, job))
-        self._done.append((key, outcome(job)))
-
-    def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
-        done, self._done = self._done, []
-        yield from done
-
-    def paused(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def close(self) -> None:
-        self._done.clear()
 
 
 class Priced(Session):
@@ -105,7 +78,7 @@ def begun(
     session.provide(
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=160, step_ms=9.0),
         profile=SimpleNamespace(points=(), forced=(), seconds=0.0, remote=False),
-        jobs=Jobs(Instant(workers), 64, expected_seconds=lambda job: 1.0, tell=print),
+        jobs=Jobs(Instant(outcome, workers), 64, expected_seconds=lambda job: 1.0, tell=print),
     )  # fmt: skip
     store = Store(record or InMemoryStorage(), sampler_at=lambda trials: sampler_of("random", 0, trials))
     session.provide(store=store)
