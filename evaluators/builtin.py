@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import pickle
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..spaces.errors import InputError
+from ..spaces.files import write_whole
 from .data import Arrays, batches, last_line, split_search
 from .task import Task, nearest
 
@@ -142,11 +142,7 @@ def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str
             _LOG.warning("%s is damaged and will be made anew: %s", path, last_line(error))
     tensors = {key: value.contiguous() for key, value in make().items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            # Renamed when complete: a reader sees the whole file or none.
-            save_file(tensors, Path(scratch, "new"), metadata={"sha256": _content_digest(tensors)})
-            Path(scratch, "new").replace(path)
+        write_whole(path, lambda partial: save_file(tensors, partial, metadata={"sha256": _content_digest(tensors)}))
     except OSError as error:
         _LOG.warning("%s cannot be kept: %s", path, last_line(error))
     return tensors

@@ -6,9 +6,8 @@ weights as checkpoints that are written whole or not at all.
 
 import contextlib
 import ctypes
-import os
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from ..spaces.anatomy import Anatomy
+from ..spaces.files import write_whole
 from ..spaces.plan import Plan
 from ..spaces.policy import Policy, digest
 from ..spaces.stages import stage_policies
@@ -326,8 +326,7 @@ def write_onnx(module: fx.GraphModule, plan: Plan, policy: Policy, path: Path) -
     """The module as an ONNX file with a dynamic batch axis, whole or not at all."""
     metadata = {"nightpress.policy": digest(policy), "nightpress.model": policy.model}
     data = build_onnx(plan, bake(module.cpu(), plan), batch=None, metadata=metadata)
-    with written_whole(path) as partial:
-        partial.write_bytes(data)
+    write_whole(path, lambda partial: partial.write_bytes(data))
 
 
 def checkpoint(folder: Path, rung: str) -> Path:
@@ -348,19 +347,6 @@ def _give_back_memory() -> None:
 
 def save_checkpoint(module: nn.Module, path: Path, kept: Mapping[str, Tensor] | None = None) -> None:
     """State dict as safetensors, whole or not at all; ``kept`` is what a fine-tune needs to go on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    with written_whole(path) as partial:
-        save_file({**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}, partial)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Generator[Path]:
-    """Where to write what becomes ``path`` at the end. What a full disk cut off goes at once: the record needs the
-    room."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {**weights, **{k: v.contiguous() for k, v in (kept or {}).items()}}
+    write_whole(path, lambda partial: save_file(tensors, partial))

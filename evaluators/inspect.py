@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..spaces.anatomy import WEIGHTED, Anatomy, Layer, LeftOut, Op, anatomy_from_json, anatomy_to_json, op_macs
 from ..spaces.errors import InputError
+from ..spaces.files import write_whole
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from . import dryrun
@@ -214,9 +214,6 @@ def _cached(path: Path, digest: str) -> Anatomy | None:
 
 def _keep(path: Path, anatomy: Anatomy) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            file.write(anatomy_to_json(anatomy))
-        Path(file.name).replace(path)  # a reader sees the whole file or none
+        write_whole(path, lambda partial: partial.write_text(anatomy_to_json(anatomy)))
     except OSError as error:
         log.warning("%s cannot be kept: %s", path, error)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..search.records import RunRecord
+from ..spaces.files import write_whole
 from .figures import panels
-from .files import replace
 from .page import context, script_data
 from .text import cut
 
@@ -42,7 +42,7 @@ def write_page(html: str, out: Path) -> None:
     """Write a page; an older one is replaced in one step."""
     # Names may hold lone surrogates (from odd file names), which UTF-8 cannot: a question mark stands there.
     data = html.encode("utf-8", errors="replace")
-    replace(out, lambda beside: beside.write_bytes(data))
+    write_whole(out, lambda beside: beside.write_bytes(data))
 
 
 def page_html(run: RunRecord, *, review: ReviewLinks | None = None) -> str:

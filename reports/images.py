@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..search.records import RunRecord
 from ..spaces.errors import InputError
+from ..spaces.files import write_whole
 from .figures import panels
-from .files import replace
 from .html import PLOTLY, TEMPLATES
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def write_images(run: RunRecord, out: Path, kind: str) -> list[Path]:
         raise InputError(f"{run.path}: there is no figure to draw: no trial of the run is known in full.")
     files = {folder / f"{name}.{kind}": figure for name, figure in figures.items()}
     for path, data in zip(files, _drawn(list(files.values()), kind), strict=True):
-        replace(path, lambda beside, data=data: beside.write_bytes(data))
+        write_whole(path, lambda beside, data=data: beside.write_bytes(data))
     return list(files)
 
 

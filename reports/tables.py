@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..search.records import RunRecord, TrialRecord, row
-from .files import replace
+from ..spaces.files import write_whole
 from .front import front
 from .text import plain
 
@@ -76,14 +76,14 @@ def write_csv(run: RunRecord, out: Path) -> None:
 def write_parquet(run: RunRecord, out: Path) -> None:
     """Write all trials as Parquet."""
     trials = frame(run.trials)
-    replace(out, lambda beside: trials.to_parquet(beside, index=False))
+    write_whole(out, lambda beside: trials.to_parquet(beside, index=False))
 
 
 def _write_csv(table: "pandas.DataFrame", path: Path) -> None:
     safe = table.assign(**{name: table[name].map(_inert, na_action="ignore") for name in FREE_TEXT})
     # All texts in quotes: a carriage return (progress bars in error messages) would else end the row.
     quoting = csv.QUOTE_NONNUMERIC
-    replace(path, lambda beside: safe.to_csv(beside, index=False, encoding="utf-8", quoting=quoting))
+    write_whole(path, lambda beside: safe.to_csv(beside, index=False, encoding="utf-8", quoting=quoting))
 
 
 def _inert(text: str) -> str:

@@ -14,6 +14,7 @@ from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.measure import REFERENCE, MeasurementError, measure_policies
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
+from ..spaces.files import write_whole
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from .disk import drop_below, find_room, free_disk, is_full
@@ -399,9 +400,7 @@ def outcome_file(session: Session, number: int) -> Path:
 
 
 def _save(path: Path, outcome: Outcome) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(outcome), allow_nan=False))
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_text(json.dumps(asdict(outcome), allow_nan=False)))
 
 
 def _load(path: Path) -> Outcome:

@@ -243,13 +243,12 @@ def test_a_line_that_a_kill_tore_does_not_take_the_next_one_with_it(tmp_path: Pa
 
 CUT_OFF = """
 from pathlib import Path
-from nightpress.evaluators.evaluate import written_whole
+from nightpress.spaces.files import write_whole
 
 disk = Path(sys.argv[1])
 for size in (100, 4 << 20):
     try:
-        with written_whole(disk / "model.onnx") as partial:
-            partial.write_bytes(b"x" * size)
+        write_whole(disk / "model.onnx", lambda partial: partial.write_bytes(b"x" * size))
     except OSError as error:
         assert error.errno == 28
 print([(path.name, path.stat().st_size) for path in disk.iterdir()])

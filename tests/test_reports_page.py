@@ -30,12 +30,12 @@ from nightpress.reports.figures import (
     front_info,
     front_text,
 )
-from nightpress.reports.files import replace as replace_file
 from nightpress.reports.html import embedded_json, unbroken, write_report
 from nightpress.reports.page import why
 from nightpress.reports.tables import COLUMNS, write_tables
 from nightpress.reports.text import digits, duration, local_time, plain, size
 from nightpress.search.records import RunRecord, TrialState, row
+from nightpress.spaces.files import write_whole
 
 ATTACK = "</script><script>alert(1)</script>"
 
@@ -139,7 +139,7 @@ def test_text_that_a_spreadsheet_would_run_is_made_text(start: str, tmp_path: Pa
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "new" / "page.html"
-    replace_file(target, lambda beside: beside.write_text("first"))
+    write_whole(target, lambda beside: beside.write_text("first"))
     assert target.stat().st_mode & 0o777 == 0o644
 
     def fail(beside: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        replace_file(target, fail)
+        write_whole(target, fail)
     assert target.read_text() == "first"
     assert list(target.parent.iterdir()) == [target]
 

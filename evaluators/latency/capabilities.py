@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...spaces.anatomy import Anatomy, Layer, Op
+from ...spaces.files import write_whole
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import FP32, INT8, LayerBits, Policy
 from ..runtime import KERNELS, open_session
@@ -308,9 +309,6 @@ def _cache_path(target: Target) -> Path:
 
 def _keep(path: Path, found: Capabilities) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(found.to_dict(), file)
-        Path(file.name).replace(path)
+        write_whole(path, lambda partial: partial.write_text(json.dumps(found.to_dict())))
     except OSError as error:
         log.warning("%s cannot be kept: %s", path, error)
