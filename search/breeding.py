@@ -35,6 +35,7 @@ def fresh(encoder: Encoder, rows: Array, known: Collection[str]) -> Iterator[tup
     seen = set(known)
     for row in rows:
         policy = encoder.policy(row)
-        if digest(policy) not in seen:
-            seen.add(digest(policy))
+        key = digest(policy)
+        if key not in seen:
+            seen.add(key)
             yield row, policy
