@@ -56,8 +56,7 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
 
 def remeasure_seconds(session: Session) -> float:
     """What it takes to measure as many policies as may lie near the front, at what one took during calibration."""
-    each = session.profile.seconds / max(1, len(session.profile.points))
-    return 0.0 if session.profile.remote else MOST_REMEASURED * each
+    return 0.0 if session.profile.remote else MOST_REMEASURED * session.profile.seconds_each
 
 
 def remeasure_front(session: Session) -> None:
@@ -303,7 +302,7 @@ def _affordable(
 ) -> dict[int, Outcome]:
     """What there is time to measure, at what a model took during calibration: the uncompressed one, then what was
     found, then the rules. The others stay unverified, and that is said."""
-    each = session.profile.seconds / max(1, len(session.profile.points))
+    each = session.profile.seconds_each
     most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / max(each, 1e-9)))
     order = sorted(outcomes, key=lambda n: (trials[n].name != UNCOMPRESSED, trials[n].role == "baseline", n))
     if len(order) > most:

@@ -47,12 +47,11 @@ def plan_verify(session: Session) -> None:
     if rounds < profile.seconds:  # the profile was measured on another day
         return
     models = session.state["rungs"]["finalists"] + rule_count(session.prepared.space)
-    each = profile.seconds / max(1, len(profile.points))
-    planned = min(max(LEAST_VERIFY_SECONDS, 3 * each * models), 0.2 * clock.total_seconds)
+    planned = min(max(LEAST_VERIFY_SECONDS, 3 * profile.seconds_each * models), 0.2 * clock.total_seconds)
     page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
     session.replan(
         {"verify": planned, "report": page},
-        f"a model took {each:.2g} s while the target was calibrated (repeat error of the reference "
+        f"a model took {profile.seconds_each:.2g} s while the target was calibrated (repeat error of the reference "
         f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
     )
 

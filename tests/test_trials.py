@@ -77,7 +77,7 @@ def begun(
     session.state["reference"] = {"accuracy": 0.6, "latency_ms": reference_ms, "size_bytes": 1000 + UNCOMPRESSED.params}
     session.provide(
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=160, step_ms=9.0),
-        profile=SimpleNamespace(points=(), forced=(), seconds=0.0, remote=False),
+        profile=SimpleNamespace(points=(), forced=(), seconds_each=0.0, remote=False),
         jobs=Jobs(Instant(outcome, workers), 64, expected_seconds=lambda job: 1.0, tell=print),
     )  # fmt: skip
     store = Store(record or InMemoryStorage(), sampler_at=lambda trials: sampler_of("random", 0, trials))

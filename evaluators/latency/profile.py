@@ -64,6 +64,11 @@ class Profile:
     forced: tuple[str, ...] = ()
     """In what it differs from the model and device that it was loaded for, where that was overridden."""
 
+    @property
+    def seconds_each(self) -> float:
+        """What a policy took while the target was calibrated."""
+        return self.seconds / max(1, len(self.points))
+
     def predict(self, policies: Sequence[Policy] | Choices) -> NDArray[np.float64]:
         """Latency of each policy and the ends of its 90 % interval in ms, shape (n, 3).
 
