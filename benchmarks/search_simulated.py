@@ -21,6 +21,7 @@ from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.profile import Profile, load_profile
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig, SpaceConfig
+from nightpress.search.costs import trial_effort
 from nightpress.search.encoding import Encoder
 from nightpress.search.pareto import hypervolume, non_dominated
 from nightpress.search.policy_sampler import TrialSuggest
@@ -102,7 +103,7 @@ class World:
 
     def time(self, policy: Policy) -> float:
         """Of a trial, with that of the uncompressed network as the unit."""
-        return 0.3 + 0.7 * plan(self.space.anatomy, policy).macs / self._macs
+        return trial_effort(plan(self.space.anatomy, policy).macs / self._macs)
 
     def sensitivity(self) -> Sensitivity:
         """What probes would show: the needs alone, with an error of about a half."""

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy
 from ..spaces.space import Space
 from .breeding import PARENTS, breed, fresh
-from .costs import ManyCosts
+from .costs import ManyCosts, trial_effort
 from .encoding import Encoder
 from .experience import Experience
 from .gain import Target, expected_gain, front_of, target
@@ -200,7 +200,7 @@ class NightpressSampler(PolicySampler):
         """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
         nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
         gains = expected_gain(*hoped, surrogate.scale, costs, aim)
-        effort = 0.3 + 0.7 * surrogate.describer.macs(rows)
+        effort = trial_effort(surrogate.describer.macs(rows))
         beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
         found = np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
         return np.where(np.isnan(costs).any(axis=1), UNPRICED, found)

@@ -11,6 +11,7 @@ from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from .costs import trial_effort
 from .disk import drop_below, find_room, is_full
 from .policy_sampler import TrialSuggest
 from .promotion import RECENT, Worth, corner_of, gains, promoted
@@ -291,7 +292,7 @@ class Trials:
         corner = corner_of(self.session.state["reference"], self.session.config.limits)
         found: list[Worth | None] = []
         for record, gain in zip(records, gains(records, judge, corner), strict=True):
-            effort = 0.3 + 0.7 * (record.macs or 0) / max(prepared.anatomy.macs, 1)
+            effort = trial_effort((record.macs or 0) / max(prepared.anatomy.macs, 1))
             at_part = record.quality is not None and record.quality.rung == Rung.PART
             rest = rungs["short_steps"] + look - part if at_part else rungs["short_steps"] + look + bool(part) * look
             spent = first if rungs.get("bn", True) else part + look
