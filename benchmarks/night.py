@@ -2,13 +2,15 @@
 
     python benchmarks/night.py kills --kills 100 --seed 0 [--imported]     # the whole: some 20 minutes
     python benchmarks/night.py deadline --budget 10m --runs 10 [--load]    # 100 minutes, and 100 more under load
+    python benchmarks/night.py deadline --runs 10 --at-once 5 --task tiny  # 20 minutes: they are each other's load
 
 Needs the test extra: the tiny task of the tests is what is killed. ``kills`` ends the driver with SIGKILL at random
 moments of a night, resumes it, and compares what comes out with an undisturbed night of the same seed and steps. The
 device's profile is made by a formula, so that latencies, and with them the sampler's proposals, are the same. With
 ``--imported`` drivers begin with their libraries imported, so that most kills fall on the work; workers import theirs.
-``deadline`` runs nights of the built-in example and says by how much they miss their deadline and how much of their
-time went into neither training nor evaluation nor measurement.
+``deadline`` runs nights and says by how much they miss their deadline and how much of their time went into neither
+training nor evaluation nor measurement. Nothing of their length is given, so that each plans its own. A night that is
+refused, because the budget is too short for what its share of the machine can do, has not met its deadline.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,6 +45,8 @@ TRIALS = 24
 LONGEST_SECONDS, IMPORTED_LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 9.0, 3.0
 """Half of the drivers live at most so long, much of it their start; the others so long beyond their first result."""
 IMPORTED = ("__main__", "nightpress.cli.main", "nightpress.reports", "nightpress.search.night", "torch._dynamo")
+TINY = "tiny"
+LATE_SECONDS = 60.0
 LAST_BREATH_SECONDS = 1.5
 """Workers notice within a second that their driver was killed; what they still write is nobody's resumption."""
 Finished = dict[int, tuple[Any, ...]]
@@ -58,13 +63,15 @@ def main() -> None:
     ending.add_argument("--budget", default="10m")
     ending.add_argument("--runs", type=int, default=10)
     ending.add_argument("--load", action="store_true", help="another process keeps every core busy")
+    ending.add_argument("--at-once", type=int, default=1, help="so many nights run at the same time")
+    ending.add_argument("--task", default="mnist5k-resnet", help="a built-in task, or tiny: that of the tests")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-night-") as folder:
         if arguments.command == "kills":
             start = Imported(Path(folder)) if arguments.imported else Fresh()
             kills(Path(folder), arguments.kills, arguments.seed, start)
         else:
-            deadline(Path(folder), arguments.budget, arguments.runs, load=arguments.load)
+            deadline(Path(folder), arguments)
 
 
 class Fresh:
@@ -258,39 +265,70 @@ def _state(run: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def deadline(folder: Path, budget: str, runs: int, *, load: bool) -> None:
-    """Nights of the example, each with its overrun and what it spent on itself."""
+def deadline(folder: Path, asked: argparse.Namespace) -> None:
+    """Nights, each with its overrun and what it spent on itself."""
+    if asked.task == TINY:
+        tiny.write_task(folder)
     config = folder / "config.yaml"
-    config.write_text("task: mnist5k-resnet\n")
-    burning = [multiprocessing.Process(target=burn, daemon=True) for _ in os.sched_getaffinity(0)] if load else []
+    config.write_text(f"task: {'task.py:build' if asked.task == TINY else asked.task}\n")
+    burning = [multiprocessing.Process(target=burn, daemon=True) for _ in os.sched_getaffinity(0)] if asked.load else []
     for process in burning:
         process.start()
-    for number in range(runs):
-        run = folder / f"run{number}"
-        begin = time.time()
-        result = tiny.nightpress("run", config, "--budget", budget, "--out", run, "--json", timeout=24 * 3600)
-        total, end = time.time() - begin, time.time()
-        if result.code:
-            print(
-                f"night {number + 1} of {budget}: refused after {total:.0f} s: {result.err.splitlines()[-1]}",
-                flush=True,
-            )
-            continue
-        state = _state(run)
-        over = end - datetime.fromisoformat(state["deadline"]).timestamp()
-        worked = sum(state["evaluated_seconds"].values()) / state["workers"] + sum(state["measured_seconds"].values())
-        counts = {name: count for name, count in result.json["trials"].items() if count}
-        print(
-            f"night {number + 1} of {budget}{' under load' if load else ''}: {state['state']}, "
-            f"{'over by' if over > 0 else 'before the deadline by'} {abs(over):.1f} s, {counts}, "
-            f"{len(result.json['front'])} points; outside training, evaluation and measurement "
-            f"{1 - worked / total:.1%} ({total - worked:.0f} s of {total:.0f} s)",
-            flush=True,
-        )
-        print(f"   seconds {state['seconds']}, load average at the end {os.getloadavg()[1]:.1f} over five minutes",
-              flush=True)  # fmt: skip
+    late: list[float] = []
+    for first in range(0, asked.runs, asked.at_once):
+        runs = [folder / f"run{number}" for number in range(first, min(first + asked.at_once, asked.runs))]
+        nights = {run: Night(run, [str(config), "--budget", asked.budget, "--out", str(run)]) for run in runs}
+        while nights:
+            for run, night in list(nights.items()):
+                if night.process.poll() is not None:
+                    del nights[run]
+                    late += night.told(f"night {int(run.name.removeprefix('run')) + 1} of {asked.budget}")
+            time.sleep(0.05)
+    print(f"{len(late)} of {asked.runs} nights came to an end, {sum(s <= LATE_SECONDS for s in late)} of them within "
+          f"{LATE_SECONDS:.0f} s after their deadline, the latest {max(late, default=math.nan):+.1f} s")  # fmt: skip
     for process in burning:
         process.kill()
+
+
+class Night:
+    """One night as a user starts it."""
+
+    def __init__(self, run: Path, words: Sequence[str]) -> None:
+        self.run, self.begin = run, time.time()
+        self.errors = run.with_suffix(".txt")
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(tiny.command("run", *words), stdout=subprocess.DEVNULL, stderr=errors)
+
+    def told(self, name: str) -> list[float]:
+        """Print how it went; seconds by which it was late, nothing where it was refused or failed."""
+        end = time.time()
+        total = end - self.begin
+        if self.process.returncode:
+            told = self.errors.read_text().splitlines()[-1:]
+            print(f"{name}: ended with code {self.process.returncode} after {total:.0f} s: {told}", flush=True)
+            return []
+        state = _state(self.run)
+        over = end - datetime.fromisoformat(state["deadline"]).timestamp()
+        counts = Counter(str(trial.state) for trial in read_run(self.run).trials)
+        own = own_seconds(state, total)
+        print(
+            f"{name}: {state['state']}, {over:+.1f} s after the deadline, {dict(counts)}; outside training, evaluation "
+            f"and measurement {sum(own.values()) / total:.1%}: "
+            f"{', '.join(f'{phase} {seconds:.1f}' for phase, seconds in own.items())} of {total:.0f} s; "
+            f"load average {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+        return [over]
+
+
+def own_seconds(state: dict[str, Any], total: float) -> dict[str, float]:
+    """What a night spent on itself, by phase; ``start and end`` is what no phase counts: imports, reading, writing."""
+    worked = state["evaluated_seconds"], state.get("measured_seconds", {})
+    own = {
+        phase: seconds - worked[0].get(phase, 0.0) / state["workers"] - worked[1].get(phase, 0.0)
+        for phase, seconds in state["seconds"].items()
+    }
+    return {"start and end": total - sum(state["seconds"].values()), **own}
 
 
 def burn() -> None:

@@ -1,11 +1,13 @@
 """How far the driver carries: its own time for a trial, two workers against one, and a thousand workers by simulation.
 
     python benchmarks/scale.py driver --trials 5000             # overhead of a trial whose evaluation takes no time
-    python benchmarks/scale.py workers --runner ray             # trials an hour of one worker and of two
+    python benchmarks/scale.py workers --runner ray             # trials an hour of one worker and of two, on two cores
     python benchmarks/scale.py node                             # a node is killed with work in flight
     python benchmarks/scale.py simulate --workers 1000 --trials 100000 --seconds 30
+    python benchmarks/scale.py simulate --workers 100 --trials 500 --sampler nightpress --task mnist5k-resnet
 
-Needs the test extra: the tiny task of the tests is what is searched. Latencies come from a profile made by a formula.
+Needs the test extra: the tiny task of the tests is what is searched, or a built-in one, whose proposals are dearer.
+Latencies come from a profile made by a formula.
 ``simulate`` runs the real driver, study and journal included; only the workers and the clock are made up. The clock
 jumps to the next event where the driver has nothing to do, and moves with the driver's own time where it has.
 """
@@ -17,7 +19,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,19 +46,26 @@ from nightpress.search.cluster import Needs
 from nightpress.search.config import RUNNERS, Resources, RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder
 from nightpress.search.jobs import Jobs
+from nightpress.search.memory import Memory
 from nightpress.search.night import MOST_WAITING
+from nightpress.search.pareto import losses, relative_hypervolume
 from nightpress.search.places import find_places
 from nightpress.search.prepare import space_of
+from nightpress.search.promotion import corner_of
 from nightpress.search.ray_runner import RayRunner
 from nightpress.search.runner import Runner
-from nightpress.search.sampler import make_sampler
+from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.store import Store, open_storage
 from nightpress.search.trials import Trials
 from nightpress.search.worker import Failure
+from nightpress.spaces.policy import Policy
 from ray_nodes import two_nodes
 
 DAY_SECONDS = 86_400.0
+TINY = "tiny"
+WARM = 3
+"""Jobs a worker before time is taken, so that each has made its evaluator."""
 BUSY = "count the driver's CPU time, because others use the machine; what it waits for the disk is left out"
 SHORT_SHARE = 0.1
 """Of a simulated trial's time; the first rung takes the rest, so that a trial which is stopped takes as long."""
@@ -67,53 +77,59 @@ def main() -> None:
     driving = commands.add_parser("driver")
     driving.add_argument("--trials", type=int, default=5000)
     driving.add_argument("--sampler", default="random")
+    driving.add_argument("--task", default=TINY)
     driving.add_argument("--cpu", action="store_true", help=BUSY)
     simulating = commands.add_parser("simulate")
     simulating.add_argument("--workers", type=int, default=1000)
     simulating.add_argument("--trials", type=int, default=100_000)
     simulating.add_argument("--seconds", type=float, default=30.0)
     simulating.add_argument("--sampler", default="random")
+    simulating.add_argument("--task", default=TINY)
     simulating.add_argument("--cpu", action="store_true", help=BUSY)
     working = commands.add_parser("workers")
     working.add_argument("--runner", choices=RUNNERS, default="ray")
     working.add_argument("--jobs", type=int, default=16)
     working.add_argument("--steps", type=int, default=150)
+    working.add_argument("--counts", default="1,2", help="numbers of workers, one after the other")
     commands.add_parser("node")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-scale-") as name:
         folder = Path(name)
         now = time.process_time if getattr(arguments, "cpu", False) else time.perf_counter
         if arguments.command == "driver":
-            driver(folder, arguments.trials, arguments.sampler, now)
+            driver(folder, arguments, now)
         elif arguments.command == "workers":
-            workers(folder, arguments.runner, arguments.jobs, arguments.steps)
+            counts = [int(count) for count in arguments.counts.split(",")]
+            workers(folder, arguments.runner, arguments.jobs, arguments.steps, counts)
         elif arguments.command == "node":
             node(folder)
         else:
             simulated = Simulation(arguments.workers, arguments.seconds, now)
-            simulate(folder, simulated, arguments.trials, arguments.sampler)
+            simulate(folder, simulated, arguments)
 
 
-def begun(folder: Path, runner: Runner, times: Times, sampler: str) -> Trials:
-    """A night on the tiny task at the moment when its search begins."""
-    task = tiny.write_task(folder)
-    anatomy = tiny.anatomy_of(task)
+def begun(folder: Path, runner: Runner, times: Times, asked: argparse.Namespace) -> Trials:
+    """A night at the moment when its search begins."""
+    name = f"{tiny.write_task(folder)}:build" if asked.task == TINY else asked.task
+    loaded = load_task(name)
+    anatomy, _ = inspect(loaded, step_of=Target().channel_step)
     profile = tiny.write_profile(folder / "profile.json", anatomy)
-    config: RunConfig = load_config(tiny.write_config(folder, target=str(profile), search={"sampler": sampler}))
+    keys = {"task": name, "target": str(profile), "search": {"sampler": asked.sampler}}
+    config: RunConfig = load_config(tiny.write_config(folder, **keys))
     config.out.mkdir()
     clock = Clock(times.wall() + 1000 * DAY_SECONDS, times=times)
     session = Session(config=config, folder=RunFolder(config.out), clock=clock, watch=lambda session: None)
-    session.state |= {
-        "rungs": {"part_steps": 1, "short_steps": 3}, "phase": "search",
-        "reference": {"accuracy": 0.6, "latency_ms": 1.0, "size_bytes": 1e6},
-    }  # fmt: skip
-    loaded = load_task(f"{task}:build")
+    session.state |= {"rungs": {"part_steps": 1, "short_steps": 3}, "phase": "search"}
     session.provide(
         prepared=Prepared(task=loaded, anatomy=anatomy, space=space_of(anatomy, config), train_items=180, step_ms=15.0),
         profile=load_profile(profile, anatomy),
         jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print, now=times.awake),
     )
-    made = make_sampler(sampler, 0, 0, session.prepared.space, session.costs_of)
+    plain = session.predict(Policy(model=anatomy.digest))
+    session.state["reference"] = {"accuracy": 0.6, "latency_ms": plain[0], "size_bytes": plain[3]}
+    made = make_sampler(asked.sampler, 0, 0, session.prepared.space, session.costs_of)
+    if isinstance(made, NightpressSampler):
+        made.reference, made.memory = losses(*corner_of(session.state["reference"], config.limits)), Memory(config.out)
     session.provide(store=Store(open_storage(config.out, None), made), sampler=made)
     return Trials(session, most_waiting=MOST_WAITING * session.workers)
 
@@ -128,9 +144,9 @@ def outcome(job: Job, seconds: float) -> Outcome:
     return Outcome(search=score, seconds=seconds)
 
 
-def driver(folder: Path, count: int, sampler: str, now: Callable[[], float]) -> None:
+def driver(folder: Path, asked: argparse.Namespace, now: Callable[[], float]) -> None:
     """Milliseconds of a trial, by where in the night it stands."""
-    trials = begun(folder, Instant(partial(outcome, seconds=0.0), 2), Times(), sampler)
+    trials, count = begun(folder, Instant(partial(outcome, seconds=0.0), 2), Times(), asked), int(asked.trials)
     marks: list[float] = [now()]
     while trials.finished < count:
         trials.fill(1)
@@ -139,7 +155,7 @@ def driver(folder: Path, count: int, sampler: str, now: Callable[[], float]) -> 
             marks.append(now())
     spans = [1000 * (b - a) for a, b in itertools.pairwise(marks)]
     part = max(1, count // 10)
-    print(f"{count} trials, sampler {sampler}: {statistics.mean(spans):.1f} ms a trial")
+    print(f"{count} trials, sampler {asked.sampler}: {statistics.mean(spans):.1f} ms a trial")
     for start in range(0, count, part):
         some = spans[start : start + part]
         print(f"  {start + 1:6} – {start + len(some):6}: mean {statistics.mean(some):6.1f} ms, "
@@ -192,13 +208,13 @@ class Simulation:
         self._queue.clear()
 
 
-def simulate(folder: Path, simulated: Simulation, count: int, sampler: str) -> None:
-    """How busy the driver keeps so many workers, over the whole and by tenths."""
-    now, workers = simulated.now, simulated.workers
-    trials = begun(folder, simulated, Times(wall=now, awake=now, boot=now), sampler)
+def simulate(folder: Path, simulated: Simulation, asked: argparse.Namespace) -> None:
+    """How busy the driver keeps so many workers, over the whole and by tenths, and what the front covers in the end."""
+    now, workers, count = simulated.now, simulated.workers, int(asked.trials)
+    trials = begun(folder, simulated, Times(wall=now, awake=now, boot=now), asked)
     start = now()
     before = (start, 0.0, simulated.skipped)
-    print(f"{workers} workers, {count} trials of {simulated.seconds:.0f} s, sampler {sampler}", flush=True)
+    print(f"{workers} workers, {count} trials of {simulated.seconds:.0f} s, sampler {asked.sampler}, {asked.task}")
     for part in range(1, 11):
         while trials.finished < count * part // 10:
             more = trials.fill(workers)
@@ -212,10 +228,18 @@ def simulate(folder: Path, simulated: Simulation, count: int, sampler: str) -> N
     total = before[0] - start
     print(f"  all: {before[1] / workers / total:.1%} busy over {total / 3600:.2f} simulated hours, "
           f"{total - before[2]:.0f} s of them the driver's")  # fmt: skip
+    session = trials.session
+    covered = relative_hypervolume(
+        [point for point, _ in session.store.tally().front], losses(**session.state["reference"])
+    )
+    states = Counter(str(trial.state) for trial in session.store.trials())
+    print(f"  {dict(states)}, {len({t.digest for t in session.store.trials()})} different policies; the front covers "
+          f"{covered:.1%} of the box")  # fmt: skip
 
 
-def workers(folder: Path, runner: str, count: int, steps: int) -> None:
-    """Fine-tunes an hour of one worker and of two with one thread each, on the built-in example."""
+def workers(folder: Path, runner: str, count: int, steps: int, numbers: Sequence[int]) -> None:
+    """Fine-tunes an hour of so many workers with one thread each, on the built-in example: of one policy, so that all
+    take as long and no worker idles while the last one ends."""
     task = load_task("mnist5k-resnet")
     anatomy, _ = inspect(task, step_of=Target().channel_step)
     recipe = Recipe(
@@ -223,25 +247,27 @@ def workers(folder: Path, runner: str, count: int, steps: int) -> None:
     )
     space = space_of(anatomy, RunConfig(task="", base=None, out=folder))
     generator = np.random.default_rng(0)
-    policies = [space.random(generator) for _ in range(count)]
-    hours: dict[int, float] = {}
-    for number in (1, 2):
+    policy = space.random(generator)
+    hours: list[float] = []
+    for turn, number in enumerate(numbers):
         config = SearchConfig(runner=runner, workers=number, resources=Resources(cpu=1))
         places = find_places(config, folder)
         running = places.start(partial(Evaluator, recipe), folder)
         jobs = Jobs(running, 64, expected_seconds=lambda job: 60.0, tell=print)
-        for key in range(number):  # makes the evaluators, teacher and all
-            jobs.submit(key, Job(policy=policies[0], rung="short", seed=0, steps=4, folder=folder / f"warm{key}"))
-        gather(jobs, number)
+        for key in range(WARM * number):  # makes the evaluators, teacher and all
+            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=4, folder=folder / f"warm{turn}-{key}"))
+        gather(jobs, WARM * number)
         start = time.perf_counter()
-        for key, policy in enumerate(policies):
-            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=steps, folder=folder / f"{number}-{key}"))
+        for key in range(count):
+            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=steps, folder=folder / f"{turn}-{key}"))
         failed = [found for found in gather(jobs, count).values() if isinstance(found, Failure)]
-        hours[number] = count / (time.perf_counter() - start) * 3600
-        print(f"{runner}, {number} workers: {hours[number]:.0f} trials an hour, {len(failed)} failed", flush=True)
+        hours.append(count / (time.perf_counter() - start) * 3600)
+        print(f"{runner}, {number} workers: {hours[-1]:.0f} trials an hour, {len(failed)} failed", flush=True)
         running.close()
         places.close()
-    print(f"two workers: {hours[2] / (2 * hours[1]):.3f} of twice one worker")
+    if len(numbers) > 1:
+        share = hours[-1] * numbers[0] / (hours[0] * numbers[-1])
+        print(f"{numbers[-1]} workers: {share:.3f} of {numbers[-1] / numbers[0]:g} times {numbers[0]}")
 
 
 def gather(jobs: Jobs, count: int) -> dict[int, Outcome | Failure]:

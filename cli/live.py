@@ -43,13 +43,14 @@ class View:
 
     def update(self, session: "Session") -> None:
         """Copy what is shown; the study is read at most twice a second."""
-        from ..search.glance import glance
+        from ..search.glance import apart, glance
 
         self.state = dict(session.state)
         if time.monotonic() - self._read < _REFRESH_SECONDS:
             return
         self._read = time.monotonic()
-        self.counts, self.best, self.progress = glance(session, _BEST)
+        counts, self.best, self.progress = glance(session, _BEST)
+        self.counts = apart(counts, self.state.get("waiting") or 0)
 
     def __rich__(self) -> RenderableType:
         left = max(0, round(float(self.state.get("deadline_epoch", 0)) - time.time()))

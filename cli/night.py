@@ -79,13 +79,15 @@ def status(folder: RunDir, json: Json = False) -> None:
     """How a run stands, also while it goes on. Example: nightpress status runs/plates"""
     from ..reports import summary
     from ..search.folder import read_run
+    from ..search.glance import apart
 
     data = summary(read_run(folder))
     if json:
         emit(data)
         return
     left = _left(data)
-    counts = ", ".join(f"{count} {name.lower()}" for name, count in data["trials"].items() if count)
+    shown = apart(data["trials"], data["waiting"])
+    counts = ", ".join(f"{count} {name.lower()}" for name, count in shown.items() if count)
     say(f"{data['run']}: {data['state']}, phase {data['phase']}, deadline {data['deadline']}{left}")
     say(f"trials: {counts or 'none yet'}")
     _print_rows("Best points so far", data["front"])

@@ -202,10 +202,16 @@ def unfinished(run: RunRecord) -> list[Unfinished]:
     tables: list[Unfinished] = []
     for state in (TrialState.FAILED, TrialState.STOPPED, TrialState.INFEASIBLE, TrialState.RUNNING):
         trials = [trial for trial in run.trials if trial.state is state]
-        rows = tuple((t.number, title(t), cut(t.reason or "no reason recorded")) for t in trials[:MOST_ROWS])
+        rows = tuple((t.number, title(t), cut(t.reason or _stands(t))) for t in trials[:MOST_ROWS])
         if trials:
             tables.append(Unfinished(str(state), len(trials), rows))
     return tables
+
+
+def _stands(trial: TrialRecord) -> str:
+    if trial.state is not TrialState.RUNNING:
+        return "no reason recorded"
+    return f"waiting or being trained after rung {trial.quality.rung}" if trial.quality else "being evaluated"
 
 
 # What the script reads

@@ -30,6 +30,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
                 TrialState.RUNNING,
             )
         },
+        "waiting": _waiting(run, counts[TrialState.RUNNING]),
         "front": [row(trial) for trial in front(run)],
         "baselines": [row(trial) for trial in run.trials if trial.role == "baseline"],
         "hypervolume": covered["search"],
@@ -38,6 +39,12 @@ def summary(run: RunRecord) -> dict[str, Any]:
         "seconds": dict(run.state.get("seconds") or {}),
     }
     return plain(data)
+
+
+def _waiting(run: RunRecord, running: int) -> int:
+    """Of the trials that are RUNNING, those that pause at a rung; others promise more."""
+    noted = run.state.get("waiting")
+    return min(noted, running) if isinstance(noted, int) else 0
 
 
 def summary_table(run: RunRecord) -> list[dict[str, Any]]:

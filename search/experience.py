@@ -22,12 +22,13 @@ _COUNTED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """What one trial has shown; ``full`` where nobody stopped it."""
+    """What one trial has shown; ``full`` where nobody stopped it, ``open`` where it has not ended."""
 
     row: Array
     costs: tuple[float, float] | None
     seen: tuple[Observation, ...]
     full: bool
+    open: bool = False
 
 
 class Experience:
@@ -93,8 +94,13 @@ class Experience:
         return _Entry(
             row=row, costs=(float(latency), float(size)) if latency is not None and size is not None else None,
             seen=_observations(row, [_triple(quality) for quality in attrs.get("qualities", [])]),
-            full=attrs.get("state") == TrialState.COMPLETE,
+            full=attrs.get("state") == TrialState.COMPLETE, open=trial.state is optuna.trial.TrialState.RUNNING,
         )  # fmt: skip
+
+    @property
+    def pending(self) -> Array:
+        """Rows of trials that have not ended, the latest last."""
+        return self.rows[[entry.open for entry in self._entries]]
 
     def observations(self, *, cheap: bool = True) -> list[Observation]:
         """Every accuracy that was seen; without ``cheap`` only the highest rung of trials that were not stopped."""

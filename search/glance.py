@@ -1,5 +1,6 @@
 """How a night stands, for those who look on while it goes on."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .clock import length
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 def minute_line(session: "Session") -> str:
     """How the night stands, in one line for the log."""
     counts, best, _ = glance(session, 1000)
+    counts = apart(counts, session.state.get("waiting") or 0)
     words = [f"{count} {name.lower()}" for name, count in counts.items() if count]
     parts = [f"{session.state.get('phase')}, {length(session.clock.left_seconds)} left"]
     if activity := session.state.get("activity"):
@@ -23,6 +25,12 @@ def minute_line(session: "Session") -> str:
         parts.append(f"most accurate {best[0]['accuracy']:.4f} in {best[0]['latency_ms']:.3f} ms")
         parts.append(f"fastest {fastest['latency_ms']:.3f} ms with {fastest['accuracy']:.4f}")
     return "; ".join(parts)
+
+
+def apart(counts: Mapping[str, int], waiting: int) -> dict[str, int]:
+    """Counts of trials by state for people: those that wait for a worker are not being evaluated."""
+    waiting = min(waiting, counts.get(TrialState.RUNNING, 0))
+    return {**counts, TrialState.RUNNING.value: counts.get(TrialState.RUNNING, 0) - waiting, "waiting": waiting}
 
 
 def glance(session: "Session", most: int) -> tuple[dict[str, int], list[dict[str, Any]], float]:

@@ -51,6 +51,10 @@ class _Replay(JournalStorageReplayResult):
         self._changing.clear()
         super().apply_logs(logs)
 
+    def count(self, study_id: int) -> int:
+        """How many trials a study has."""
+        return len(self._study_id_to_trial_ids[study_id])
+
     def _apply_create_trial(self, log: dict[str, Any]) -> None:
         before = len(self._trials)
         known = {name: _distribution(text) for name, text in log.get("distributions", {}).items()}
@@ -99,6 +103,13 @@ class OneWriterJournal(JournalStorage):
         waits = template_trial is not None and template_trial.state is TrialState.WAITING
         self._may_wait = self._may_wait or waits
         return super().create_new_trial(study_id, template_trial)
+
+    def get_n_trials(self, study_id: int, state: TrialState | tuple[TrialState, ...] | None = None) -> int:
+        if state is not None or self._replay is None:
+            return super().get_n_trials(study_id, state)
+        with self._thread_lock:
+            self._sync_with_backend()
+            return self._replay.count(study_id)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None

@@ -24,15 +24,17 @@ class PolicySampler(optuna.samplers.BaseSampler):
     seed: int
 
     def __post_init__(self) -> None:
+        self.wanted = 1  # proposals at once, the next one included
         self._described = distributions(self.space)
 
     @abstractmethod
     def propose(self, study: Study, number: int) -> Policy:
         """The policy of the trial of this number."""
 
-    def proposed(self, study: Study, number: int, attrs: Mapping[str, Any]) -> FrozenTrial:
+    def proposed(self, study: Study, number: int, attrs: Mapping[str, Any], wanted: int = 1) -> FrozenTrial:
         """A running trial with the proposal's answers and these user attributes, to be created as it is: one entry of
-        the record in place of one a parameter."""
+        the record in place of one a parameter. ``wanted`` is how many will be asked for at once, this one included."""
+        self.wanted = wanted
         params = self.space.params(self.propose(study, number))
         return optuna.trial.create_trial(
             state=optuna.trial.TrialState.RUNNING, params={name: params[name] for name in self._described},

@@ -6,6 +6,7 @@ hypervolume after the long fine-tune.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, fields
 from typing import Any
 
@@ -13,10 +14,12 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 from threadpoolctl import threadpool_limits
 
-from ..spaces.policy import Policy
+from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
+from .batch import CANDIDATES, MOST, TOGETHER, Batch, Looked
 from .breeding import PARENTS, breed, fresh
 from .costs import ManyCosts, trial_effort
 from .encoding import Encoder
@@ -86,7 +89,8 @@ class NightpressSampler(PolicySampler):
     """Proposes the policy with the largest expected hypervolume gain out of a population bred for it.
 
     Policies that are being evaluated count as if they had come out as expected, so workers in parallel get
-    different ones.
+    different ones. Where several are wanted at once, they come from one population (:mod:`~nightpress.search.batch`),
+    until it is used up or as many results have come as it was meant for.
     """
 
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
@@ -104,8 +108,17 @@ class NightpressSampler(PolicySampler):
         self._survivors: Array | None = None
         self._spread = 0.2
         self._recalled = False
+        self._batch: Batch | None = None
+        self._news = 0  # results since the batch was made
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:  # fmt: skip
+        self._news += 1
 
     def propose(self, study: Study, number: int) -> Policy:
+        if (policy := self._from_batch()) is not None:
+            return policy
         generator = np.random.default_rng((self.seed, number))
         self.experience.read(study)
         self._recall(number)
@@ -121,9 +134,28 @@ class NightpressSampler(PolicySampler):
             return self.space.random(generator)
         surrogate = self.surrogate()
         aim, best_known = self._aim(surrogate, self.reference)
-        rows = self._bred(surrogate, aim, best_known, generator)
-        best = next(fresh(self.encoder, rows, known.digests), None)
-        return best[1] if best is not None else self.space.random(generator)
+        looked = Looked(lambda rows: self._worth(rows, surrogate, aim))
+        best = next(fresh(self.encoder, self._bred(looked, best_known, generator), known.digests), None)
+        if best is None:
+            return self.space.random(generator)
+        if self.wanted >= TOGETHER:
+            self._keep_batch(looked.best(CANDIDATES), best, surrogate, aim)
+        return best[1]
+
+    def _keep_batch(self, rows: Array, best: tuple[Array, Policy], surrogate: Surrogate, aim: Target) -> None:
+        """Keep a population for the proposals that are wanted beside its best."""
+        self._news, known = 0, self.experience
+        self._batch = Batch(
+            self.encoder, surrogate, aim, min(SHORT, surrogate.rung), rows=rows, costs=self._costs(rows),
+            taken=(best[0], self._costs(best[0][None])[0]), pending=known.pending,
+            known={*known.digests, digest(best[1])}, most=min(self.wanted, MOST) - 1,
+        )  # fmt: skip
+
+    def _from_batch(self) -> Policy | None:
+        if self._batch is None or self._news > self._batch.size:
+            return None
+        with threadpool_limits(limits=1, user_api="blas"):
+            return self._batch.take()
 
     def _remembered(self) -> dict[str, Array]:
         found = {"spread": np.array(self._spread)}
@@ -175,10 +207,10 @@ class NightpressSampler(PolicySampler):
         parents = rows[front] if len(front) >= LEAST_FRONT else rows
         return target(points[front], corner, top=float(expected.max())), parents
 
-    def _bred(self, surrogate: Surrogate, aim: Target, best: Array, generator: np.random.Generator) -> Array:
+    def _bred(self, worth: Looked, best: Array, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
         parents = np.vstack([best, self._survivors]) if self._survivors is not None else best
-        found = breed(self.encoder, parents, lambda rows: self._worth(rows, surrogate, aim), generator)
+        found = breed(self.encoder, parents, worth, generator)
         self._survivors = found[:PARENTS]
         return found
 

@@ -45,6 +45,8 @@ log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 T = TypeVar("T")
 MINUTE_SECONDS = 60.0
+STATE_SECONDS = 10.0
+"""How old what ``status`` reads may be."""
 
 
 class InterruptionError(Exception):
@@ -81,6 +83,7 @@ class Session:
     followers: tuple[str, ...] = ()
     """Phases whose time the running one must not touch, whatever it is busy with."""
     _told: float = 0.0
+    _written: float = 0.0
     _parts: dict[str, Any] = field(default_factory=dict[str, Any])
     _cost_cache: dict[str, tuple[float, float, float, int]] = field(
         default_factory=dict[str, tuple[float, float, float, int]]
@@ -181,6 +184,7 @@ class Session:
     def update(self, **values: Any) -> None:
         """Change the state file; ``status`` reads it from other terminals."""
         self.state.update(values)
+        self._written = time.monotonic()
         self.folder.write_json(STATE, self.state)
         self.watch(self)
 
@@ -222,6 +226,7 @@ class Session:
         if time.monotonic() - self._told >= MINUTE_SECONDS:
             self._told = time.monotonic()
             log.info("%s", minute_line(self))
+        if time.monotonic() - self._written >= STATE_SECONDS:
             self.update()
         self.watch(self)
         self.check()

@@ -68,7 +68,8 @@ class Store:
         self._study_id = storage.get_study_id_from_name(study)
         self._asked: list[Trial] = []
         self._seen: list[TrialRecord | None] = []  # by number, None where a trial has not begun
-        self._open: set[int] = set()  # whose records may still change
+        self._open: set[int] = set()  # that have not ended
+        self._changed: set[int] = set()  # since they were last read
         self._tally = Tally()
         self._look(*range(len(self.study.get_trials(deepcopy=False))))
         self.claims: Claims = OneDriver()
@@ -94,16 +95,17 @@ class Store:
             self.study.set_user_attr("model", model)
         return len(self.trials())
 
-    def ask(self) -> Trial:
-        """The next proposal; first those that a killed driver had asked for and not begun."""
+    def ask(self, wanted: int = 1) -> Trial:
+        """The next proposal, one of so many that are wanted at once; first those that a killed driver had asked for and
+        not begun."""
         if self._asked:
             return self._asked.pop(0)
         if self._sampler_at is not None:
-            self.study.sampler = self._sampler_at(len(self.study.get_trials(deepcopy=False)))
+            self.study.sampler = self._sampler_at(self._storage.get_n_trials(self._study_id))
         mine = {} if self.driver is None else {"driver": self.driver}
         sampler = self.study.sampler
         if isinstance(sampler, PolicySampler) and not self._waiting():
-            whole = sampler.proposed(self.study, len(self.study.get_trials(deepcopy=False)), mine)
+            whole = sampler.proposed(self.study, self._storage.get_n_trials(self._study_id), mine, wanted)
             return Trial(self.study, self._storage.create_new_trial(self._study_id, whole))
         trial = self.study.ask()
         for key, value in mine.items():
@@ -145,6 +147,7 @@ class Store:
         storage, trial_id = self._storage, self._id(number)
         for key, value in values.items():
             storage.set_trial_user_attr(trial_id, key, value)
+        self._changed.add(number)
 
     def noted(self, key: str) -> dict[int, Any]:
         """One attribute of all trials that have it, by number."""
@@ -177,6 +180,7 @@ class Store:
     def tell(self, number: int) -> None:
         """Tell the sampler of a trial whose state is on record."""
         record = self.trial(number)
+        self._changed.add(number)
         quality, latency = record.quality, record.latency
         if record.state in {TrialState.COMPLETE, TrialState.STOPPED} and quality and latency and record.size_bytes:
             self.study.tell(number, [quality.accuracy, latency.latency_ms, float(record.size_bytes)])
@@ -216,12 +220,16 @@ class Store:
         """Trials that there are now."""
         self._seen += [None] * (max(numbers, default=-1) + 1 - len(self._seen))
         self._open.update(numbers)
+        self._changed.update(numbers)
 
     def _refresh(self) -> None:
+        """Read what was written since; of a shared study all that has not ended, because others write there, too."""
         extra = self._attached()
-        if self.driver is not None:  # others add trials, and what they learn of theirs
+        if self.driver is not None:
             self._look(*range(len(self._seen), len(self.study.get_trials(deepcopy=False))))
-        for number in sorted(self._open):
+            self._changed |= self._open
+        changed, self._changed = sorted(self._changed & self._open), set()
+        for number in changed:
             frozen = self._storage.get_trial(self._id(number))
             if "policy" in frozen.user_attrs:
                 record = self._record(frozen, extra)

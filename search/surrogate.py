@@ -287,11 +287,12 @@ class Surrogate:
         """
         mean, spread, own = self._posterior(rows, rung)
         if rung == self.rung:
-            return mean, (spread**2 / np.sqrt(spread**2 + self._typical_noise(rung))).astype(np.float64)
+            return mean, (spread**2 / np.sqrt(spread**2 + self.noise_at(rung))).astype(np.float64)
         top, _, shared = own
-        return top.astype(np.float64), np.abs(shared) / np.sqrt(spread**2 + self._typical_noise(rung))
+        return top.astype(np.float64), np.abs(shared) / np.sqrt(spread**2 + self.noise_at(rung))
 
-    def _typical_noise(self, rung: int) -> float:
+    def noise_at(self, rung: int) -> float:
+        """Variance of a typical observation at a rung."""
         at = self._noise[self._rungs == rung]
         return float(np.median(at if len(at) else self._noise))
 
@@ -299,13 +300,8 @@ class Surrogate:
         """Mean and standard deviation at a rung; then the mean and standard deviation at ``self.rung`` and the
         covariance with it."""
         asked = self.describer(rows)
-        near = self.kernel.near(asked, self._rows)
-        halves: dict[int, tuple[Array, Array]] = {}
-        for r in {rung, self.rung}:
-            cross = self.kernel(near, np.array([r]), self._rungs)
-            half = solve_triangular(self._factor[0], cross.T, lower=True, check_finite=False)
-            halves[r] = cross @ self._alpha + self._mean, half
-        (mean, half), (top, other) = halves[rung], halves[self.rung]
+        known = self.explained(asked, rung)
+        (mean, half), (top, other) = known[rung], known[self.rung]
         return (
             mean,
             self._spread(asked, rung, half),
@@ -315,6 +311,17 @@ class Surrogate:
                 self.kernel.prior(asked, rung, self.rung) - np.einsum("ij,ij->j", half, other),
             ),
         )
+
+    def explained(self, asked: Parts, rung: int) -> dict[int, tuple[Array, Array]]:
+        """What the observations say of rows at ``rung`` and at ``self.rung``: the mean of u, shape (n,), and a factor,
+        shape (observations, n), whose products are what they take off the prior's covariances."""
+        near = self.kernel.near(asked, self._rows)
+        found: dict[int, tuple[Array, Array]] = {}
+        for r in {rung, self.rung}:
+            cross = self.kernel(near, np.array([r]), self._rungs)
+            half = solve_triangular(self._factor[0], cross.T, lower=True, check_finite=False)
+            found[r] = cross @ self._alpha + self._mean, half
+        return found
 
     def _spread(self, asked: Parts, rung: int, half: Array) -> Array:
         variance = self.kernel.prior(asked, rung, rung) - np.einsum("ij,ij->j", half, half)

@@ -20,6 +20,8 @@ class Tally:
 
     begun: int = 0
     """Trials that are no baselines, ended or not."""
+    changes: int = 0
+    """How often those by which others are judged have changed."""
     spans: list[float] = field(default_factory=list[float])
     """Seconds that each COMPLETE trial was evaluated for, ascending."""
     front: list[tuple[Losses, TrialRecord]] = field(default_factory=list[tuple[Losses, TrialRecord]])
@@ -42,12 +44,14 @@ class Tally:
             self._done.setdefault(record.digest, record.number)
         if record.state is not TrialState.COMPLETE or record.reused_from is not None:
             return
+        self.changes += 1
         insort(self.spans, sum(q.seconds for q in record.qualities))
         self._recent.append(record)
         self._join(record)
 
     def refront(self, records: Iterable[TrialRecord]) -> None:
         """The front anew, after a latency was measured."""
+        self.changes += 1
         self.front.clear()
         for record in records:
             if record.state is TrialState.COMPLETE and record.reused_from is None:

@@ -4,22 +4,22 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.profile import Point
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .costs import trial_effort
 from .disk import drop_below, find_room, is_full
+from .judging import Judging
 from .policy_sampler import TrialSuggest
-from .promotion import RECENT, Worth, corner_of, gains, promoted
+from .promotion import RECENT, Worth, promoted
 from .records import NOT_CONTINUED, Latency, Rung, TrialRecord, TrialState
 from .session import TICK_SECONDS, Session, quality_of
-from .stopping import Judge, spared
+from .stopping import spared
 from .store import policy_of
-from .study import BEGIN_STEPS, end_study, first_steps, look_steps, next_rung, rungs_of, studying
+from .study import end_study, next_rung, rungs_of, studying
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
@@ -47,12 +47,16 @@ class Trials:
     """How many had finished when the search was last judged."""
     held: dict[int, Job] = field(default_factory=dict[int, Job])
     """Jobs that found the disk full; they go on when there is room."""
+    judging: Judging = field(init=False)
+    _digests: dict[int, str] = field(default_factory=dict[int, str])
+    """Of the trials that have begun and not ended."""
     _points: dict[str, Point] = field(default_factory=dict[str, Point])
     _spared: set[int] = field(default_factory=set[int])
     _worths: deque[Worth] = field(default_factory=lambda: deque(maxlen=RECENT))
     """What the latest trials promised after their first rung."""
 
     def __post_init__(self) -> None:
+        self.judging = Judging(self.session)
         store = self.session.store  # an earlier driver knew more than what it left unfinished
         self._spared.update(store.noted("spared"))
         self._worths.extend(Worth(*worth) for _, worth in sorted(store.noted("worth").items()))
@@ -74,6 +78,7 @@ class Trials:
         Ends after a tick in any case, because results and signals wait meanwhile; returns whether that was why.
         """
         self._take_up_held()
+        self.session.state["waiting"] = len(self.paused)
         begun, end = 0, time.monotonic() + TICK_SECONDS
         while len(self.running) < self.session.workers:
             new = begun < most and not self.dry
@@ -82,7 +87,7 @@ class Trials:
             elif go_on and (number := self._promoted(new=new)) is not None:
                 self._go_on(self.paused.pop(number))
             elif new:
-                self.begin()
+                self.begin(min(self.session.workers - len(self.running), most - begun))
                 begun += 1
             else:
                 break
@@ -94,39 +99,38 @@ class Trials:
         """The paused trial to go on with now; those that have become hopeless meanwhile are stopped."""
         if not self.paused:
             return None
-        judge = self.judge()
-        for number, record in list(self.paused.items()):
-            if self._hopeless(record, judge):
+        for number, record in self.judging.unseen(self.paused).items():
+            if self._hopeless(record):
                 del self.paused[number]
             elif number in self._spared:
                 return number
-        waiting = list(self.paused.values())
-        worths = self.worths(waiting, judge)
-        new = new and len(waiting) < self.most_waiting
-        return promoted([(t.number, w) for t, w in zip(waiting, worths, strict=True)], list(self._worths), new=new)
+        self.judging.look(self.paused)
+        new = new and len(self.paused) < self.most_waiting
+        return promoted([(n, self.judging.waiting[n]) for n in self.paused], list(self._worths), new=new)
 
     def _adopt(self, record: TrialRecord) -> None:
         """Go on after the trial's last result; from its start where that was not yet on record."""
         log.info("trial %d is taken up again", record.number)
+        self._digests[record.number] = record.digest
         if record.qualities and record.params is not None:
             self._onward(record)
         else:
             self._start(record.number, policy_of(record), record.role)
 
-    def begin(self) -> None:
-        """Ask for one policy and start it."""
+    def begin(self, wanted: int = 1) -> None:
+        """Ask for one policy, of so many that are wanted at once, and start it."""
         store = self.session.store
-        trial = store.ask()
+        trial = store.ask(wanted)
         policy = self._policy(trial.user_attrs, TrialSuggest(trial))
         mine = store.claims.take(f"policy:{digest(policy)}") == (store.driver or "")
-        begun = {t.digest for t in self.paused.values()} | {digest(job.policy) for job in self.running.values()}
-        if "given" not in trial.user_attrs and digest(policy) in begun:
+        if "given" not in trial.user_attrs and digest(policy) in self._digests.values():
             mine = False
         if not mine and self._known(digest(policy), trial.number) is None:  # somebody is at it already
             store.drop(trial)
             self.repeats += 1
             return
         store.begin(trial, policy, self.session.clock.now())
+        self._digests[trial.number] = digest(policy)
         self._start(trial.number, policy, str(trial.user_attrs["role"]))
 
     def _start(self, number: int, policy: Policy, role: str) -> None:
@@ -200,12 +204,13 @@ class Trials:
         """End the trials that wait, or the ``most`` that promise least."""
         waiting = list(self.paused.values())
         if most is not None:
-            worths = self.worths(waiting, self.judge())
+            worths = self.judging.worths(waiting)
             rates = {t.number: math.inf if w is None else w.rate for t, w in zip(waiting, worths, strict=True)}
             waiting = sorted(waiting, key=lambda t: (rates[t.number], t.number))[:most]
         for record in waiting:
             del self.paused[record.number]
             self._finish(record.number, TrialState.STOPPED, NOT_CONTINUED)
+        self.session.state["waiting"] = len(self.paused)
 
     def make_room(self) -> bool:
         """Room on the disk where it lacks, if need be by ending half of the trials that wait; whether there is any."""
@@ -252,10 +257,9 @@ class Trials:
         elif record.role != "search" or "rungs" in config.search.without or self._studied:
             self._go_on(record)
         else:
-            judge = self.judge()
             if record.quality is not None and record.quality.rung == rungs_of(rungs)[0]:
-                self._note_worth(record, judge)
-            if self._hopeless(record, judge):
+                self._note_worth(record)
+            if self._hopeless(record):
                 return
             if self.straight or record.number in self._spared:
                 self._go_on(record)
@@ -276,40 +280,17 @@ class Trials:
         """Whether trials are looked at for the study of the rungs, and therefore never stopped."""
         return not self.straight and studying(self.session.state["rungs"])
 
-    def judge(self) -> Judge:
-        """By what trials of this night are judged, as it stands."""
-        session = self.session
-        return Judge(session.store.tally().judges(), session.config.limits.min_accuracy,
-                     session.state["rungs"].get("part_steps"))  # fmt: skip
-
-    def worths(self, records: Sequence[TrialRecord], judge: Judge) -> list[Worth | None]:
-        """What it is worth to go on with trials that have come to a rung."""
-        if not records:
-            return []
-        prepared, rungs = self.session.prepared, self.session.state["rungs"]
-        items, batch = prepared.train_items, self.session.config.finetune.batch_size
-        first, look, part = first_steps(items, batch), look_steps(items, batch), rungs.get("part_steps") or 0
-        corner = corner_of(self.session.state["reference"], self.session.config.limits)
-        found: list[Worth | None] = []
-        for record, gain in zip(records, gains(records, judge, corner), strict=True):
-            effort = trial_effort((record.macs or 0) / max(prepared.anatomy.macs, 1))
-            at_part = record.quality is not None and record.quality.rung == Rung.PART
-            rest = rungs["short_steps"] + look - part if at_part else rungs["short_steps"] + look + bool(part) * look
-            spent = first if rungs.get("bn", True) else part + look
-            found.append(None if gain is None else Worth(gain, effort * rest, BEGIN_STEPS + effort * spent))
-        return found
-
-    def _note_worth(self, record: TrialRecord, judge: Judge) -> None:
-        [worth] = self.worths([record], judge)
+    def _note_worth(self, record: TrialRecord) -> None:
+        [worth] = self.judging.worths([record])
         if worth is not None:
             self.session.store.note(record.number, worth=worth)
             self._worths.append(worth)
 
-    def _hopeless(self, record: TrialRecord, judge: Judge) -> bool:
+    def _hopeless(self, record: TrialRecord) -> bool:
         """Stop a trial that the rule gives up, but for a sample that is finished to count the rule's errors."""
         if record.number in self._spared:
             return False
-        found = judge.verdict(record)
+        found = self.judging.judge().verdict(record)
         if found is None:
             return False
         if spared(record.digest):
@@ -324,6 +305,7 @@ class Trials:
         return next_rung({**rungs, "part_steps": 0, "bn": True} if self.straight else rungs, reached)
 
     def _go_on(self, record: TrialRecord) -> None:
+        self.judging.waiting.pop(record.number, None)
         reached = record.quality.rung if record.quality is not None else None
         self._submit(record.number, policy_of(record), self._next(reached))
 
@@ -373,6 +355,8 @@ class Trials:
 
     def _finish(self, number: int, state: TrialState, reason: str | None) -> None:
         self.session.store.finish(number, state, finished=self.session.clock.now(), reason=reason)
+        self._digests.pop(number, None)
+        self.judging.waiting.pop(number, None)
         self.finished += 1
         record = self.session.store.trial(number)
         quality = f" accuracy {record.quality.accuracy:.4f}" if record.quality else ""

@@ -202,7 +202,7 @@ def test_half_of_those_who_wait_give_their_room_first(tmp_path: Path) -> None:
     while len(trials.paused) < 4:
         trials.fill(1)
         trials.collect(0.0)
-    worths = dict(zip(trials.paused, trials.worths(list(trials.paused.values()), trials.judge()), strict=True))
+    worths = dict(zip(trials.paused, trials.judging.worths(list(trials.paused.values())), strict=True))
 
     trials.close_paused(2)
 
