@@ -37,6 +37,8 @@ from nightpress.cli.config import load_config
 from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Outcome, Recipe
 from nightpress.evaluators.inspect import inspect
+from nightpress.evaluators.latency.insitu import UnseenKernelError
+from nightpress.evaluators.latency.measure import measure_policies
 from nightpress.evaluators.latency.profile import load_profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.quality import Score
@@ -44,6 +46,7 @@ from nightpress.evaluators.task import load_task
 from nightpress.search.clock import Clock, Times
 from nightpress.search.cluster import Needs
 from nightpress.search.config import RUNNERS, Resources, RunConfig, SearchConfig
+from nightpress.search.feedback import feed_back
 from nightpress.search.folder import RunFolder
 from nightpress.search.jobs import Jobs
 from nightpress.search.memory import Memory
@@ -125,6 +128,7 @@ def begun(folder: Path, runner: Runner, times: Times, asked: argparse.Namespace)
         profile=load_profile(profile, anatomy),
         jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print, now=times.awake),
     )
+    session.provide(measure_unseen=learn_formula)
     plain = session.predict(Policy(model=anatomy.digest))
     session.state["reference"] = {"accuracy": 0.6, "latency_ms": plain[0], "size_bytes": plain[3]}
     made = make_sampler(asked.sampler, 0, 0, session.prepared.space, session.costs_of)
@@ -132,6 +136,13 @@ def begun(folder: Path, runner: Runner, times: Times, asked: argparse.Namespace)
         made.reference, made.memory = losses(*corner_of(session.state["reference"], config.limits)), Memory(config.out)
     session.provide(store=Store(open_storage(config.out, None), made), sampler=made)
     return Trials(session, most_waiting=MOST_WAITING * session.workers)
+
+
+def learn_formula(session: Session, policy: Policy, error: UnseenKernelError) -> None:
+    """A kind of kernel that the made-up profile does not know is measured by the same formula."""
+    found = {"unseen": policy}
+    timings, sizes = measure_policies(session.prepared.anatomy, found, Target(), tiny.FormulaTimer(), kernels=True)
+    feed_back(session, found, timings, sizes)
 
 
 def outcome(job: Job, seconds: float) -> Outcome:
