@@ -130,7 +130,7 @@ class NightpressSampler(PolicySampler):
 
     def _propose(self, generator: np.random.Generator) -> Policy:
         known = self.experience
-        if len(known.rows) < LEAST_TRIALS or self.reference is None:
+        if len(known.rows) < LEAST_TRIALS or self.reference is None or not known.observations(cheap=self.options.rungs):
             return self.space.random(generator)
         surrogate = self.surrogate()
         aim, best_known = self._aim(surrogate, self.reference)

@@ -101,6 +101,12 @@ def test_the_best_of_a_batch_is_what_a_single_worker_would_get(tmp_path: Path) -
     assert ask(alone)[1] == ask(many, 8)[1]
 
 
+def test_many_workers_can_begin_before_anything_is_known(tmp_path: Path) -> None:
+    store = made_store(tmp_path, SPACE, "nightpress")
+    found = [ask(store, 20 - i)[1] for i in range(20)]
+    assert len({digest(policy) for policy in found}) == 20
+
+
 def test_a_batch_is_given_up_once_as_many_results_have_come_as_it_was_made_for(tmp_path: Path) -> None:
     store, counted = begun(tmp_path)
     running = [ask(store, 5), *(ask(store, 3) for _ in range(2))]
