@@ -46,6 +46,8 @@ LONGEST_SECONDS, IMPORTED_LONGEST_SECONDS, BEYOND_SECONDS = 18.0, 9.0, 3.0
 """Half of the drivers live at most so long, much of it their start; the others so long beyond their first result."""
 IMPORTED = ("__main__", "nightpress.cli.main", "nightpress.reports", "nightpress.search.night", "torch._dynamo")
 TINY = "tiny"
+MORE_PICTURES = "def larger():\n    return build(train=pictures(12_000, 0), test=pictures(1_000, 1))\n"
+"""Enough that a night of ten minutes does not come to the end of what its fine-tunes can use."""
 LATE_SECONDS = 60.0
 LAST_BREATH_SECONDS = 1.5
 """Workers notice within a second that their driver was killed; what they still write is nobody's resumption."""
@@ -64,7 +66,9 @@ def main() -> None:
     ending.add_argument("--runs", type=int, default=10)
     ending.add_argument("--load", action="store_true", help="another process keeps every core busy")
     ending.add_argument("--at-once", type=int, default=1, help="so many nights run at the same time")
-    ending.add_argument("--task", default="mnist5k-resnet", help="a built-in task, or tiny: that of the tests")
+    ending.add_argument(
+        "--task", default="mnist5k-resnet", help="a built-in task, or tiny: that of the tests with more pictures"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nightpress-night-") as folder:
         if arguments.command == "kills":
@@ -268,9 +272,9 @@ def _state(run: Path) -> dict[str, Any]:
 def deadline(folder: Path, asked: argparse.Namespace) -> None:
     """Nights, each with its overrun and what it spent on itself."""
     if asked.task == TINY:
-        tiny.write_task(folder)
+        tiny.write_task(folder, MORE_PICTURES)
     config = folder / "config.yaml"
-    config.write_text(f"task: {'task.py:build' if asked.task == TINY else asked.task}\n")
+    config.write_text(f"task: {'task.py:larger' if asked.task == TINY else asked.task}\n")
     burning = [multiprocessing.Process(target=burn, daemon=True) for _ in os.sched_getaffinity(0)] if asked.load else []
     for process in burning:
         process.start()
