@@ -273,9 +273,9 @@ def workers(folder: Path, runner: str, count: int, steps: int, numbers: Sequence
             jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=steps, folder=folder / f"{turn}-{key}"))
         failed = [found for found in gather(jobs, count).values() if isinstance(found, Failure)]
         hours.append(count / (time.perf_counter() - start) * 3600)
-        print(f"{runner}, {number} workers: {hours[-1]:.0f} trials an hour, {len(failed)} failed", flush=True)
         running.close()
-        places.close()
+        places.close()  # only then is stdout ours again: a Ray cluster's messages must not reach it
+        print(f"{runner}, {number} workers: {hours[-1]:.0f} trials an hour, {len(failed)} failed", flush=True)
     if len(numbers) > 1:
         share = hours[-1] * numbers[0] / (hours[0] * numbers[-1])
         print(f"{numbers[-1]} workers: {share:.3f} of {numbers[-1] / numbers[0]:g} times {numbers[0]}")

@@ -302,6 +302,7 @@ def _runs_before(session: Session) -> list[RunRecord]:
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     looked = -math.inf
+    planning.plan_finalists(session)  # first, or time that they cannot use ends a search before it begins
     while (reason := enough(session, trials)) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
