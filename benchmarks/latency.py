@@ -1,12 +1,14 @@
 """How well latency is predicted: five networks on this machine's ONNX Runtime, 60 fresh policies each.
 
 For each (network, threads) the script keeps in ``--cache``: the anatomy, the truth of 60 random policies (their seed is
-used nowhere else), and a calibration made with the product's own code. The truth is the lowest of eight windows that
-are spread in time and interleaved with the uncompressed network; eight more windows between them say how far the truth
-agrees with itself. A step that is in the cache is not repeated, so the script can be stopped at any time.
+used nowhere else), and a calibration made with the product's own code. The truth is measured in four passes, minutes
+apart and each in another order: it is the lowest of eight windows, those of the first and the third pass; the eight of
+the second and the fourth say how far the truth agrees with itself. A step that is in the cache is not repeated, so the
+script can be stopped at any time.
 
-    python benchmarks/latency.py measure vgg16 --cache DIR            # one network on a silent machine, 2 to 4 minutes
-    python benchmarks/latency.py measure vgg16 --cache DIR --threads 2
+    python benchmarks/latency.py calibrate vgg16 --cache DIR          # one network on a silent machine, 1 to 2 minutes
+    python benchmarks/latency.py truth vgg16 --cache DIR              # the next pass, half a minute; four are needed
+    python benchmarks/latency.py truth vgg16 --cache DIR --threads 2
     python benchmarks/latency.py isolate vgg16 --cache DIR            # the layers of some policies on their own
     python benchmarks/latency.py evaluate --cache DIR                 # the figures, from what was measured
     python benchmarks/latency.py table --cache DIR --out docs/results/latency.txt
@@ -39,12 +41,13 @@ from nightpress.search.proposals import baselines
 from nightpress.spaces.anatomy import Anatomy, Layer, Op, anatomy_from_json, anatomy_to_json
 from nightpress.spaces.plan import Plan, PlannedOp, plan
 from nightpress.spaces.plans import choices_of
-from nightpress.spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from nightpress.spaces.policy import Policy, policy_from_dict, policy_to_dict
 from nightpress.spaces.space import Space
 
 SIDES = {"resnet56": 32, "vgg16": 32, "mobilenet_v2": 96, "resnet18": 64, "efficientnet_b0": 96}
 CALIBRATION_SEED, MOST_CALIBRATION = 7, 80
-TRUTH_SEED, TRUTH_POLICIES, TRUTH_WINDOWS = 20_261_124, 60, 8
+TRUTH_SEED, TRUTH_POLICIES = 20_261_124, 60
+PASSES, PASS_WINDOWS = 4, 4
 ISOLATED_POLICIES, MOST_REMEASURED, BATCH = 12, 25, 10_000
 Array = NDArray[np.float64]
 
@@ -85,34 +88,52 @@ def random_policies(anatomy: Anatomy, count: int, seed: int) -> list[Policy]:
     return [space.random(generator) for _ in range(count)]
 
 
-def measure_truth(anatomy: Anatomy, target: Target) -> dict[str, Any]:
-    """Windows of the 60 fresh policies."""
+def measure_truth(anatomy: Anatomy, target: Target, number: int) -> dict[str, Any]:
+    """Windows of the 60 fresh policies; each pass has an order of its own, for those timed together share a level."""
     start = time.perf_counter()
-    policies = {digest(p): p for p in random_policies(anatomy, TRUTH_POLICIES, TRUTH_SEED)}
+    policies = random_policies(anatomy, TRUTH_POLICIES, TRUTH_SEED)
+    order = np.random.default_rng(number).permutation(len(policies)).tolist()
     with tempfile.TemporaryDirectory() as folder, Timer(target) as timer:
-        files = {key: Path(folder) / f"{key}.onnx" for key in policies}
-        for key, path in files.items():
-            write_random(plan(anatomy, policies[key]), path)
+        files = {str(i): Path(folder) / f"{i}.onnx" for i in order}
+        for i in order:
+            write_random(plan(anatomy, policies[i]), files[str(i)])
         reference = Path(folder) / "reference.onnx"
         write_random(plan(anatomy, Policy(model=anatomy.digest)), reference)
-        rounds = 2 * TRUTH_WINDOWS
-        timings = timer.time(files, reference, least_rounds=rounds, most_rounds=rounds)
+        timings = timer.time(files, reference, least_rounds=PASS_WINDOWS, most_rounds=PASS_WINDOWS)
     return {
-        "policies": [
-            {"policy": policy_to_dict(policies[key]), "windows_ms": timing.windows_ms}
-            for key, timing in timings.items()
-            if key != REFERENCE
-        ],
+        "policies": [policy_to_dict(policy) for policy in policies],
+        "windows_ms": [timings[str(i)].windows_ms for i in range(len(policies))],
         "reference_ms": timings[REFERENCE].latency_ms,
         "seconds": time.perf_counter() - start,
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
-def read_truth(path: Path) -> tuple[list[Policy], np.ndarray]:
-    data = json.loads(path.read_text())
-    policies = [policy_from_dict(p["policy"], str(path)) for p in data["policies"]]
-    return policies, np.array([p["windows_ms"] for p in data["policies"]])
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What was measured of the policies; ``windows_ms`` has the shape (policy, pass, window)."""
+
+    policies: list[Policy]
+    windows_ms: Array
+    reference_ms: list[float]
+    dates: list[str]
+
+    @property
+    def lowest_ms(self) -> Array:
+        return self.windows_ms[:, ::2].min(axis=(1, 2))
+
+    @property
+    def again_ms(self) -> Array:
+        return self.windows_ms[:, 1::2].min(axis=(1, 2))
+
+
+def read_truth(path: Path) -> Truth:
+    passes = json.loads(path.read_text())
+    return Truth(
+        policies=[policy_from_dict(p, str(path)) for p in passes[0]["policies"]],
+        windows_ms=np.array([p["windows_ms"] for p in passes]).swapaxes(0, 1),
+        reference_ms=[p["reference_ms"] for p in passes], dates=[p["date"] for p in passes],
+    )  # fmt: skip
 
 
 def files_of(name: str, target: Target, cache: Path) -> tuple[Path, Path]:
@@ -121,13 +142,19 @@ def files_of(name: str, target: Target, cache: Path) -> tuple[Path, Path]:
     return cache / f"{key}.truth.json", cache / f"{key}.profile.json"
 
 
-def measure(name: str, target: Target, cache: Path) -> None:
-    anatomy = anatomy_of(name, cache)
-    path, profile = files_of(name, target, cache)
+def pass_truth(name: str, target: Target, cache: Path) -> None:
+    """One pass more, unless there are all."""
+    anatomy, path = anatomy_of(name, cache), files_of(name, target, cache)[0]
+    passes: list[Any] = json.loads(path.read_text()) if path.is_file() else []
+    if len(passes) < PASSES:
+        passes.append(measure_truth(anatomy, target, len(passes)))
+        path.write_text(json.dumps(passes))
+
+
+def calibrate(name: str, target: Target, cache: Path) -> None:
+    path = files_of(name, target, cache)[1]
     if not path.is_file():
-        path.write_text(json.dumps(measure_truth(anatomy, target)))
-    if not profile.is_file():
-        profile.write_text(json.dumps(measure_profile(anatomy, target)))
+        path.write_text(json.dumps(measure_profile(anatomy_of(name, cache), target)))
 
 
 def measure_profile(anatomy: Anatomy, target: Target) -> dict[str, Any]:
@@ -178,8 +205,8 @@ def isolate(name: str, target: Target, cache: Path) -> None:
     path = files_of(name, target, cache)[0].with_suffix(".isolated.json")
     if not path.is_file():
         anatomy = anatomy_of(name, cache)
-        policies, _ = read_truth(files_of(name, target, cache)[0])
-        path.write_text(json.dumps(measure_isolated(anatomy, target, policies[:ISOLATED_POLICIES])))
+        policies = random_policies(anatomy, TRUTH_POLICIES, TRUTH_SEED)[:ISOLATED_POLICIES]
+        path.write_text(json.dumps(measure_isolated(anatomy, target, policies)))
 
 
 # Figures
@@ -253,8 +280,7 @@ def evaluate(name: str, target: Target, cache: Path) -> dict[str, Any]:
     """All figures of one (network, target); kept beside its data."""
     anatomy = anatomy_of(name, cache)
     truth_path, profile_path = files_of(name, target, cache)
-    policies, windows = read_truth(truth_path)
-    truth, again = windows[:, ::2].min(axis=1), windows[:, 1::2].min(axis=1)
+    measured_truth = read_truth(truth_path)
     made = json.loads(profile_path.read_text())
     text = json.dumps(made["profile"])
     with tempfile.TemporaryDirectory() as folder:
@@ -263,9 +289,9 @@ def evaluate(name: str, target: Target, cache: Path) -> dict[str, Any]:
         start = time.process_time()
         profile = load_profile(path, anatomy, here=fingerprint_from_dict(made["profile"]["device"]))
         refit = time.process_time() - start
-    kept = [i for i, policy in enumerate(policies) if _predictable(profile, policy)]
-    refused, policies, windows = len(policies) - len(kept), [policies[i] for i in kept], windows[kept]
-    truth, again = truth[kept], again[kept]
+    kept = [i for i, policy in enumerate(measured_truth.policies) if _predictable(profile, policy)]
+    refused, policies = len(measured_truth.policies) - len(kept), [measured_truth.policies[i] for i in kept]
+    truth, again = measured_truth.lowest_ms[kept], measured_truth.again_ms[kept]
     predicted, low, high = profile.predict(policies).T
     macs, known = _macs(anatomy, policies), _macs(anatomy, [p.policy for p in profile.points])
     measured = np.array([p.latency_ms for p in profile.points])
@@ -275,7 +301,7 @@ def evaluate(name: str, target: Target, cache: Path) -> dict[str, Any]:
     rate, single_ms = speed_of(profile, anatomy)
     rows = {
         "predictor": errors_of(predicted, truth), "truth again": errors_of(again, truth),
-        "FLOPs × k": errors_of(k * macs, truth), "one window": errors_of(windows[:, 1], truth),
+        "FLOPs × k": errors_of(k * macs, truth), "one window": errors_of(measured_truth.windows_ms[kept, 1, 0], truth),
     }  # fmt: skip
     isolated = truth_path.with_suffix(".isolated.json")
     if isolated.is_file():
@@ -284,12 +310,12 @@ def evaluate(name: str, target: Target, cache: Path) -> dict[str, Any]:
     return {
         "network": name, "runtime": target.runtime, "threads": target.threads, "policies": len(profile.points),
         "design": profile.predictor.design, "seconds": profile.seconds, "reason": made["reason"],
-        "designs": profile.predictor.candidates, "stages": made["stages"], "dates": [made["date"]],
+        "designs": profile.predictor.candidates, "stages": made["stages"], "dates": measured_truth.dates,
         "rows": {key: asdict(row) for key, row in rows.items()},
         "coverage": float(np.mean((low <= truth) & (truth <= high))),
         "half_width": float(np.exp(profile.predictor.log_margin) - 1), "bytes": len(text), "refit_seconds": refit,
         "refused": refused, "calibrated": made["date"], "reference_then_ms": profile.reference_ms,
-        "reference_ms": json.loads(truth_path.read_text())["reference_ms"],
+        "reference_ms": measured_truth.reference_ms,
         "calibration_noise": profile.truth_repeat(),
         "regret": front_regret(accuracy, predicted, truth), "regret_flops": front_regret(accuracy, k * macs, truth),
         "regret_remeasured": front_regret(accuracy, better, truth), "remeasured": count,
@@ -338,7 +364,8 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{head}calibrated {row['calibrated']}, {row['reason']}; its halves differ by "
             f"{row['calibration_noise']['mape']:.1%}; the uncompressed network took {row['reference_then_ms']:.2f} ms "
-            f"then, {row['reference_ms']:.2f} ms during the truth; {row['refused']} policies refused"
+            f"then, {', '.join(f'{ms:.2f}' for ms in row['reference_ms'])} ms in the passes of the truth "
+            f"({row['dates'][0][-5:]} to {row['dates'][-1][-5:]}); {row['refused']} policies refused"
         )
         yield f"{head}{'; '.join(_missed(row)) or 'all goals met'}"
         yield ""
@@ -371,7 +398,7 @@ def _missed(row: dict[str, Any]) -> Iterator[str]:
 
 
 def targets_in(cache: Path) -> Iterator[tuple[str, Target]]:
-    """Those that are measured in full, in the order of the networks."""
+    """Those that were measured, in the order of the networks."""
     for runtime, threads in (("onnxruntime", 1), ("onnxruntime", 2), ("openvino", 1)):
         for name in SIDES:
             target = Target(runtime=runtime, threads=threads)
@@ -395,18 +422,18 @@ def _head() -> Iterator[str]:
     yield f"{device.cpu}, {device.cores} cores, {', '.join(device.flags)}; onnxruntime {device.runtime_version},"
     yield "batch 1."
     yield ""
-    yield "truth: lowest of 8 windows spread in time, between them those of the uncompressed network and 8 more, whose"
-    yield "lowest is 'truth again'. FLOPs × k: one factor fitted to the calibration. one window: a single"
-    yield f"measurement of 25 ms. isolated kernels: each layer of the first {ISOLATED_POLICIES} policies timed as a"
-    yield "model of its own, summed. n: measured policies; cover, ±: of the 90 % interval. Front regret: how much"
-    yield "slower than the best the policy is that the predictor would take at each accuracy of the true front, with a"
-    yield "stand-in for the accuracy. Seconds of a calibration are those of a clock, refit, policies a second and one"
-    yield "prediction are CPU time."
+    yield "truth: lowest of 8 windows of two passes minutes apart, between them those of the uncompressed network; the"
+    yield "lowest of 8 windows of two passes between and after these is 'truth again'. FLOPs × k: one factor fitted to"
+    yield "the calibration. one window: a single measurement of 25 ms. isolated kernels: each layer of the first"
+    yield f"{ISOLATED_POLICIES} policies timed as a model of its own, summed. n: measured policies; cover, ±: of the"
+    yield "90 % interval. Front regret: how much slower than the best the policy is that the predictor would take at"
+    yield "each accuracy of the true front, with a stand-in for the accuracy. Seconds of a calibration are those of a"
+    yield "clock, refit, policies a second and one prediction are CPU time."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("measure", "isolate", "evaluate", "table"))
+    parser.add_argument("step", choices=("truth", "calibrate", "isolate", "evaluate", "table"))
     parser.add_argument("network", nargs="?", choices=tuple(SIDES))
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
@@ -423,7 +450,7 @@ def main() -> None:
             path = files_of(name, found, args.cache)[0].with_suffix(".row.json")
             path.write_text(json.dumps(evaluate(name, found, args.cache)))
         return
-    (measure if args.step == "measure" else isolate)(args.network, target, args.cache)
+    {"truth": pass_truth, "calibrate": calibrate, "isolate": isolate}[args.step](args.network, target, args.cache)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/search.py nights --out bench-search --task mnist5k-resnet --seeds 3 --budget 6m
     python benchmarks/search.py table --out bench-search
-    python benchmarks/latency.py measure resnet56 --cache DIR
+    python benchmarks/latency.py calibrate resnet56 --cache DIR
     python benchmarks/search.py overhead --cache DIR
 
 ``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All

@@ -13,10 +13,10 @@ from ..evaluators.latency.measure import Timer
 from ..evaluators.latency.target import Target
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.task import load_task
-from ..search.finalists import verified_of
 from ..search.records import RunRecord, TrialRecord, Verified
 from ..search.session import latency_of
 from ..search.store import policy_of
+from ..search.verification import verified_of
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy

@@ -124,7 +124,7 @@ def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
         "title": cut(title(trial)),
         "name": cut(trial.name) if trial.name else None,
         "reason": cut(trial.reason) if trial.reason else None,
-        "struck_out": cut(verified.struck_out) if verified and verified.struck_out else None,
+        "struck_out": cut(trial.struck_out) if trial.struck_out else None,
         "beyond": breaches(allowed, found) if found else None,
         "reused_from": trial.reused_from,
         "predicted_ms": trial.predicted.latency_ms if trial.predicted else None,

@@ -112,10 +112,9 @@ def _dot(trial: TrialRecord, allowed: Limits, on_front: bool) -> Dot | None:
     quality = trial.verified.quality if trial.verified else trial.quality
     if found is None or latency is None or quality is None:
         return None
-    struck = trial.verified.struck_out if trial.verified else None
     broken = breaches(allowed, found)
-    if struck:
-        kind, note = "struck out", struck
+    if trial.struck_out:
+        kind, note = "struck out", trial.struck_out
     elif trial.role == "baseline":
         kind, note = "baseline", "; ".join(broken)
     else:

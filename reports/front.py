@@ -98,9 +98,9 @@ def candidates(run: RunRecord) -> list[TrialRecord]:
     As long as nothing is verified: the complete ones. Test and search split are never mixed.
     """
     if verified_any(run):
-        chosen = [t for t in run.trials if t.verified is not None and t.verified.struck_out is None]
+        chosen = [t for t in run.trials if t.verified is not None and t.struck_out is None]
     else:
-        chosen = [t for t in run.trials if t.state is TrialState.COMPLETE]
+        chosen = [t for t in run.trials if t.state is TrialState.COMPLETE and t.struck_out is None]
     return [trial for trial in chosen if point(trial) is not None]
 
 
@@ -242,9 +242,10 @@ def reference(run: RunRecord) -> Losses | None:
 
 
 def all_baselines_verified(run: RunRecord) -> bool:
-    """Whether every baseline that ended was verified. Where the deadline left some out, comparing verified trials of
-    the search with the few verified baselines would flatter the search."""
-    return all(t.verified is not None for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE)
+    """Whether every baseline that ended was verified, or was known to end beyond the limits. Where the deadline left
+    some out, comparing verified trials of the search with the few verified baselines would flatter the search."""
+    ended = [t for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE]
+    return all(t.verified is not None or t.hopeless is not None for t in ended)
 
 
 class Sides(NamedTuple):

@@ -118,8 +118,7 @@ def why(run: RunRecord, label: str) -> str:
 def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_front: bool) -> TableRow:
     """A trial in words; what is not known is a dash."""
     found, values = point(trial), row(trial)
-    struck = trial.verified.struck_out if trial.verified else None
-    note = (struck and f"struck out: {struck}") or trial.reason or ""
+    note = (trial.struck_out and f"struck out: {trial.struck_out}") or trial.reason or ""
     if not note and found is not None:
         note = "; ".join(breaches(limits(run), found))
     if not note and trial.verified is None and verified_any(run):

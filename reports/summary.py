@@ -62,7 +62,7 @@ def summary_table(run: RunRecord) -> list[dict[str, Any]]:
                 "picked": labels.get(trial.number, []),
                 **_figures(run, trial),
                 "on_front": trial.number in on_front,
-                "struck_out": trial.verified.struck_out if trial.verified else None,
+                "struck_out": trial.struck_out,
             }
         )
         for trial in chosen

@@ -28,6 +28,7 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
         started=attrs.get("started"),
         finished=attrs.get("finished"),
         verified=_verified(extra.get(f"verified:{number}")),
+        hopeless=(extra.get(f"hopeless:{number}") or {}).get("reason"),
         driver=attrs.get("driver"),
         looks=tuple((int(step), float(accuracy)) for step, accuracy in attrs.get("looks", ())),
     )

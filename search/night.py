@@ -16,7 +16,7 @@ import yaml
 from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, planning, prepare
+from . import finalists, long_tuning, planning, prepare
 from .clock import Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
@@ -37,6 +37,7 @@ from .storages import close, open_storage
 from .store import Store, policy_of
 from .study import end_study, studying
 from .trials import Trials, enqueue
+from .verification import verify
 from .why import record_why
 
 log = logging.getLogger("nightpress")
@@ -144,7 +145,7 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         session.jobs.runner.close()
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
-        finalists.verify(session)
+        verify(session)
         if session.places.target_node:
             session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
             return
@@ -165,11 +166,11 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _aim(session)
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
-        finalists.train_rules(session)
+        long_tuning.train_rules(session)
         search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
-        finalists.train_long(session)
+        long_tuning.train_long(session)
 
 
 def _check_storage(config: RunConfig) -> None:

@@ -3,8 +3,9 @@
 from ..evaluators.latency.calibrate import FIRST
 from ..spaces.errors import InputError
 from .clock import SHARES, length
-from .finalists import MOST_EPOCHS, choose, complete, long_costs, ours, outcome_file
+from .finalists import choose, complete
 from .folder import TARGET
+from .long_tuning import MOST_EPOCHS, long_costs, ours, outcome_file
 from .prepare import COMPRESSED_STEP, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
@@ -24,7 +25,7 @@ def plan_finalists(session: Session) -> None:
     to be trained for longer than before."""
     rungs, clock = session.state["rungs"], session.clock
     queue = ours(session, complete(session, "baseline") + choose(session))
-    queue = [t for t in queue if not outcome_file(session, t.number).is_file()]
+    queue = [t for t in queue if t.struck_out is None and not outcome_file(session, t.number).is_file()]
     if not queue:
         return
     fixed, a_step = (sum(parts) / session.workers for parts in zip(*(long_costs(session, t) for t in queue),

@@ -330,7 +330,7 @@ def judge_given(session: Session) -> None:
     prepared = session.prepared
     job = Job(policy=Policy(model=prepared.anatomy.digest), rung=GIVEN, seed=session.config.seed, steps=0,
               folder=session.folder.path)  # fmt: skip
-    for _, result in session.run_all({0: job}):
+    for _, result in session.run_all([(0, job)]):
         if isinstance(result, Failure) or result.exported is None:
             text = f"{result.kind}: {result.text}" if isinstance(result, Failure) else "no accuracy"
             raise InputError(f"{session.config.task}: the given model cannot be evaluated: {text}.")
@@ -360,7 +360,7 @@ def probe_sensitivity(session: Session) -> None:
     until = session.clock.left_seconds - session.clock.share_seconds("sensitivity")
     damages = {
         asked[number][0]: math.nan if isinstance(result, Failure) or result.divergence is None else result.divergence
-        for number, result in session.run_all(jobs, until)
+        for number, result in session.run_all(jobs.items(), until)
     }  # fmt: skip
     sensitivity = sensitivity_of(damages)
     session.provide(sensitivity=sensitivity)

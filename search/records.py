@@ -114,6 +114,8 @@ class TrialRecord:
     started: float | None = None
     finished: float | None = None
     verified: Verified | None = None
+    hopeless: str | None = None
+    """Why a rule got no long fine-tune although there was time: it could not have come within the limits."""
     driver: str | None = None
     """The run that evaluates it, where several share a study."""
     looks: tuple[tuple[int, float], ...] = ()
@@ -123,6 +125,11 @@ class TrialRecord:
     def quality(self) -> Quality | None:
         """The search-split accuracy at the highest rung reached."""
         return self.qualities[-1] if self.qualities else None
+
+    @property
+    def struck_out(self) -> str | None:
+        """Why it is taken off the front, in one sentence; None while it stands."""
+        return self.verified.struck_out if self.verified is not None else self.hopeless
 
     @property
     def latency(self) -> Latency | None:
@@ -193,7 +200,7 @@ def row(trial: TrialRecord) -> dict[str, Any]:
         "size_bytes": verified.size_bytes if verified else trial.size_bytes,
         "macs": trial.macs,
         "params": trial.params,
-        "struck_out": verified.struck_out if verified else None,
+        "struck_out": trial.struck_out,
         "reason": trial.reason,
         "policy": dict(trial.policy),
     }

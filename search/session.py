@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -249,17 +249,23 @@ class Session:
         notify(self.config.notify, self.folder.path, "trouble", text)
 
     def run_all(
-        self, jobs: Mapping[int, Job], until_left_seconds: float | None = None
+        self, jobs: Iterable[tuple[int, Job]], until_left_seconds: float | None = None
     ) -> Iterator[tuple[int, Outcome | Failure]]:
-        """Run independent jobs, never more at once than there are workers; starts none past the time limit."""
-        waiting, running = list(jobs.items()), 0
-        while waiting or running:
-            while waiting and running < self.workers:
-                if until_left_seconds is not None and self.clock.left_seconds < until_left_seconds:
-                    waiting = []
-                    break
-                self.jobs.submit(*waiting.pop(0))
+        """Run independent jobs, each taken when a worker is free for it; starts none past the time limit."""
+        waiting, running = iter(jobs), 0
+
+        def begin() -> bool:
+            late = until_left_seconds is not None and self.clock.left_seconds < until_left_seconds
+            job = None if late else next(waiting, None)
+            if job is not None:
+                self.jobs.submit(*job)
+            return job is not None
+
+        while True:
+            while running < self.workers and begin():
                 running += 1
+            if not running:
+                return
             for key, result in self.results():
                 running -= 1
                 yield key, result

@@ -35,7 +35,7 @@ LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 MEASURED = "measured:"
 """Study attribute with a trial's latency as it was measured after the trial had ended."""
-_LATER = (MEASURED, "verified:")
+_LATER = (MEASURED, "verified:", "hopeless:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 
@@ -191,6 +191,10 @@ class Store:
 
     def verify(self, number: int, verified: Verified) -> None:
         self._attach(number, "verified", asdict(verified))
+
+    def strike_out(self, number: int, reason: str) -> None:
+        """Keep why a trial is not worth a long fine-tune, and so takes no part in the comparison."""
+        self._attach(number, "hopeless", {"reason": reason})
 
     def remeasure(self, number: int, latency: Latency) -> None:
         self._attach(number, "measured", asdict(latency))

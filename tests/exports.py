@@ -14,11 +14,11 @@ from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.target import Target
-from nightpress.search.finalists import verified_of
 from nightpress.search.folder import read_run
 from nightpress.search.records import RunRecord
 from nightpress.search.session import latency_of
 from nightpress.search.store import Store, open_storage
+from nightpress.search.verification import verified_of
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import uniform

@@ -22,10 +22,10 @@ from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.target import Target, target_to_dict
 from nightpress.export import Options, export_trial
 from nightpress.export.folder import swap
-from nightpress.search.finalists import verified_of
 from nightpress.search.mark import mark
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 from nightpress.search.session import latency_of
+from nightpress.search.verification import verified_of
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_dict
 

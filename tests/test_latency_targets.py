@@ -1,8 +1,13 @@
 """What holds for every runtime: the policy's bits are run, the answers are torch's, times come with their nodes."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
@@ -26,7 +31,7 @@ from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target,
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
-from nightpress.search.finalists import LEAST_AGREEMENT
+from nightpress.search.verification import LEAST_AGREEMENT
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy
@@ -198,8 +203,60 @@ def test_windows_that_never_agree_end_with_the_rounds(tmp_path: Path) -> None:
         "disabled_optimizers": [], "least_rounds": 2, "most_rounds": 6, "window_ms": 1, "round_ms": 1, "agree": -1.0,
         "kernel_passes": 0,
     }  # fmt: skip
-    assert len(script.measure(request)["windows_ms"]["it"]) == 6  # no two windows lie less than no share apart
-    assert len(script.measure({**request, "agree": 100.0})["windows_ms"]["it"]) == 2
+    assert len(script.measure(request, {})["windows_ms"]["it"]) == 6  # no two windows lie less than no share apart
+    assert len(script.measure({**request, "agree": 100.0}, {})["windows_ms"]["it"]) == 2
+
+
+def test_a_round_is_calm_where_the_reference_takes_what_it_can() -> None:
+    assert script.calm_rounds([1.0, 1.04, 1.2], np.inf) == 2
+    assert script.calm_rounds([1.0, 1.0, 1.0], 0.7) == 0  # it was faster an hour ago: something slows the machine
+
+
+@pytest.mark.slow
+def test_while_something_slows_the_reference_windows_that_agree_do_not_end_the_rounds(tmp_path: Path) -> None:
+    for name in ("it.onnx", "reference.onnx"):
+        write_random(plan(tiny().anatomy, POLICIES["uncompressed"]), tmp_path / name)
+    request = {
+        "models": {name: str(tmp_path / f"{name}.onnx") for name in ("reference", "it")}, "runtime": "onnxruntime",
+        "threads": 1, "batch": 1, "disabled_optimizers": [], "least_rounds": 2, "most_rounds": 5, "window_ms": 1,
+        "round_ms": 1, "agree": 100.0, "kernel_passes": 0,
+    }  # fmt: skip
+    known = {script.digest(tmp_path / "reference.onnx"): 1e-6}
+
+    assert {len(found) for found in script.measure(request, known)["windows_ms"].values()} == {5}
+    assert list(known.values()) == [1e-6]
+    fresh: script.Lowest = {}
+    windows = script.measure(request, fresh)["windows_ms"]["reference"]
+    assert fresh == {script.digest(tmp_path / "reference.onnx"): min(windows)}
+
+
+SHARED = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import timer
+request = json.loads(sys.argv[2])
+models = [timer.load(sys.argv[3], request) for _ in range(8)]
+for model in models:
+    model.run()
+print(len(os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted where Linux lists them")
+@pytest.mark.slow
+def test_models_on_several_threads_share_them(tmp_path: Path) -> None:
+    write_random(plan(tiny().anatomy, POLICIES["uncompressed"]), tmp_path / "model.onnx")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+    def threads(count: int) -> int:
+        request = {"runtime": "onnxruntime", "threads": count, "disabled_optimizers": [], "batch": 1}
+        words = [str(Path(script.__file__).parent), json.dumps(request), str(tmp_path / "model.onnx")]
+        done = subprocess.run(
+            [sys.executable, "-c", SHARED, *words], env=environment, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    assert threads(3) == threads(1) + 2  # three work: the one that calls and two of the pool
 
 
 def test_what_disturbed_a_measurement_is_said_with_its_figures() -> None:

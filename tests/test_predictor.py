@@ -169,6 +169,17 @@ def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:
         predictor.predict(choices_of(ANATOMY, [floats[0], integers]))
 
 
+def test_a_kind_of_kernel_that_the_profiler_has_no_time_for_is_predicted_all_the_same() -> None:
+    known = measured(known_policies(40, 3))
+    kept = np.array([op.kind != "linear" for op in ANATOMY.ops])
+    silent = [replace(t, kernels=np.where(kept, t.kernels, np.nan)) for t in known.timed if t is not None]
+
+    predictor = fit(replace(known, timed=silent))
+
+    assert predictor.design.startswith("units")
+    assert errors(predictor, random_policies(20, 7)).mean() < 0.1
+
+
 @pytest.mark.parametrize("profiled", [True, False])
 def test_in_a_whole_population_only_what_was_not_measured_is_unknown(profiled: bool) -> None:
     floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
@@ -230,7 +241,13 @@ def test_times_of_nodes_come_back_from_their_data() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("conv_nchwc", "Conv"), ("conv_token_7", "QLinearConv"), ("relu_nchwc", "Conv"), ("conv_pre_q", "Conv")],
+    [
+        ("conv_nchwc", "Conv"),
+        ("conv_token_7", "QLinearConv"),
+        ("relu_nchwc", "Conv"),
+        ("conv_pre_q", "Conv"),
+        ("conv/WithoutBiases/DequantizationMultiply", "Convolution"),
+    ],
 )
 def test_a_layer_is_found_under_the_names_that_optimisers_give_it(name: str, kind: str) -> None:
     layer = next(op for op in ANATOMY.ops if op.kind == "conv")

@@ -21,6 +21,7 @@ from fakes_run import (
     trial,
     verify,
 )
+from nightpress.reports.front import candidates
 from nightpress.reports.summary import summary, summary_table
 from nightpress.reports.verdict import answer, doubts, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
@@ -199,6 +200,25 @@ def test_a_gain_is_judged_by_its_noise() -> None:
     assert "The search beat the baselines: " not in said
     assert "The search beat the baselines: " in (said := " ".join(findings(far)))
     assert " points, more than the " in said
+
+
+def test_a_rule_that_was_not_worth_a_long_fine_tune_does_not_spoil_the_comparison() -> None:
+    reason = "expected to end below min_accuracy 0.85: 0.700 ± 0.050"
+    int8 = verify(trial(3, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8))
+    beside = [verify(original(0.9)), verify(trial(1, 0.9, 0.05, 200_000)), int8]
+    rule = trial(2, 0.6, 0.02, 100_000, role="baseline", name="uniform 25% INT8", policy=INT8)
+    known, left_out = (limited([*beside, replace(rule, hopeless=why)], min_accuracy=0.85) for why in (reason, None))
+
+    assert "The search beat the baselines: " in (said := " ".join(findings(known)))
+    assert "not all baselines got" not in said
+    assert "not all baselines got" in " ".join(findings(left_out))
+    assert any(
+        doubt.startswith("Not trained long, since they were expected to end below min_accuracy: uniform 25% INT8")
+        for doubt in doubts(known)
+    )
+    [row] = [row for row in summary_table(known) if row["name"] == "uniform 25% INT8"]
+    assert row["struck_out"] == reason
+    assert 2 not in {t.number for t in candidates(known)}
 
 
 def test_a_night_without_a_fault_raises_no_doubt() -> None:

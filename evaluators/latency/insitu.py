@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from .nodes import Timed
-from .units import DEQUANTISE, Units, Work, streams
+from .units import DEQUANTISE, STREAM_MB, Units, Work, streams
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -129,6 +129,8 @@ def learn(work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mas
         if known.any():
             ms = _without(times[known], overhead, 1.0) * factors[units.row[known]]
             kinds[units.kind] = _learn_kind(_taken(units, known), ms, work.model_mb, len(operations))
+        elif use[units.row].any():
+            kinds[units.kind] = _untimed(units, len(operations))
     costs: dict[str, Array] = {}
     for name, amounts in work.conversions.items():
         known = use & (converted[name] > 0) & (amounts[:, 0] > 0)
@@ -173,6 +175,15 @@ def _learn_kind(units: Units, ms: Array, model_mb: Array, operations: int) -> Ki
     return Kind(
         costs=costs[:width], stream=costs[width:], shape=shape[:-2], model_shape=shape[-2:],
         centre=float(centre @ shape), own=own, spans=spans,
+    )  # fmt: skip
+
+
+def _untimed(units: Units, operations: int) -> Kind:
+    """A kind that ran and that the profiler has no time for: the levels bring its share to those that it has."""
+    return Kind(
+        costs=np.zeros(units.terms.shape[1]), stream=np.zeros(len(STREAM_MB)),
+        shape=np.zeros(_features(units).shape[1]), model_shape=np.zeros(2), centre=0.0, own=np.zeros((operations, 3)),
+        spans=np.ones((operations, 2)),
     )  # fmt: skip
 
 

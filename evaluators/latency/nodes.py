@@ -20,7 +20,9 @@ CONVERSION_OF = {
     "ReorderInput": "block", "ReorderOutput": "unblock",
 }  # fmt: skip
 # What the runtime's optimisers append to a node's name when they rewrite it.
-_SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+|/duplicated|/QuickGeluFusion/|/WithoutBiases)+$")
+_SUFFIX = re.compile(
+    r"(_nchwc|_pre_q|_token_\d+|/duplicated|/QuickGeluFusion/|/WithoutBiases|/DequantizationMultiply)+$"
+)
 _WEIGHTS = (".weight", ".bias", ".weight.wide")
 _FUSED_DEPTH = 3
 

@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 
 Kernels = dict[str, tuple[str, float]]
+Lowest = dict[str, float]
+"""What each reference has taken at the least so far, by the digest of its file."""
 PROVIDERS = {
     "onnxruntime": ["CPUExecutionProvider"],
     "onnxruntime-cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -39,6 +41,8 @@ LEAST_RUNS, MOST_RUNS = 5, 80
 """Of a profiled pass; the profiler writes a line a kernel and run."""
 MOST_REASON = 400
 REFERENCE = "reference"
+CALM, LEAST_CALM = 0.05, 2
+"""A round is calm when the reference is so near to the lowest it ever took; a model is timed in so many of them."""
 KIT, RESULTS = "kit.json", "results.json"
 _KERNEL = "_kernel_time"
 
@@ -50,8 +54,11 @@ class OnnxRuntime:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = request["threads"]
-        options.inter_op_num_threads = 1
+        if request["threads"] > 1 and _shared_pool(request["threads"]):
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = request["threads"]
+            options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_profiling = profile
         self._folder = tempfile.TemporaryDirectory(prefix="nightpress-") if profile else None
@@ -125,6 +132,21 @@ class OpenVino:
         return {node: (self._types[node], _low_mean(found)) for node, found in self._times.items()}
 
 
+_pools: list[int] = []
+"""Threads of the pool that this process's sessions share: there can be one."""
+
+
+def _shared_pool(threads: int) -> bool:
+    """Whether ONNX Runtime's sessions share a pool of so many threads. The threads of a session's own pool spin for a
+    while after its run and take the cores from the model that is timed next, which takes up to four times as long."""
+    import onnxruntime
+
+    if not _pools and hasattr(onnxruntime, "set_global_thread_pool_sizes"):
+        onnxruntime.set_global_thread_pool_sizes(threads, 1)
+        _pools.append(threads)
+    return threads in _pools
+
+
 Model = OnnxRuntime | OpenVino
 BACKENDS: dict[str, Callable[..., Model]] = {**dict.fromkeys(PROVIDERS, OnnxRuntime), "openvino": OpenVino}
 
@@ -175,21 +197,33 @@ def settled(windows: list[float], share: float) -> bool:
     return len(lowest) == 2 and lowest[1] <= lowest[0] * (1 + share)
 
 
-def measure(request: Mapping[str, Any]) -> dict[str, Any]:
-    """All models in turn, round after round, until the two lowest windows of each agree or the rounds are up.
+def calm_rounds(windows: list[float], lowest_ms: float) -> int:
+    """Rounds in which the reference took no longer than it can: a neighbour on the same hardware slows a machine for
+    seconds on end, in which windows agree with each other all the same."""
+    floor = min([lowest_ms, *windows])
+    return sum(window <= floor * (1 + CALM) for window in windows)
 
-    Rounds beyond the least hold the models that have not settled, and the first of the request beside them.
+
+def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
+    """All models in turn, round after round, until the two lowest windows of each agree and two rounds were calm, or
+    the rounds are up. ``known`` is read and brought up to date.
+
+    Rounds beyond the least hold the models that have not settled, and the first of the request beside them; all models
+    as long as there is no second calm round.
     """
     paths: dict[str, str] = request["models"]
     models = {key: load(path, request) for key, path in paths.items()}
     for model in models.values():
         model.run()
+    reference = digest(Path(paths[REFERENCE])) if REFERENCE in paths else None
     windows: dict[str, list[float]] = {key: [] for key in models}
     passes: dict[str, list[Kernels]] = {key: [] for key in models}
     first, before, began = next(iter(models), ""), busy_seconds(), time.perf_counter()
     for number in range(request["most_rounds"]):
         start = time.perf_counter()
         open_ = {key for key in models if not settled(windows[key], request["agree"])}
+        if reference is not None and calm_rounds(windows[REFERENCE], known.get(reference, np.inf)) < LEAST_CALM:
+            open_ = set(models)
         if number >= request["least_rounds"] and not open_:
             break
         for key, model in models.items():
@@ -200,9 +234,16 @@ def measure(request: Mapping[str, Any]) -> dict[str, Any]:
                 passes[key].append(kernel_pass(path, request))
         if number + 1 < request["most_rounds"]:
             time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
+    if reference is not None:
+        known[reference] = min([known.get(reference, np.inf), *windows[REFERENCE]])
     busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
     kernels = {key: lowest(found) for key, found in passes.items() if found}
     return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}"}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def lowest(passes: list[Kernels]) -> Kernels:
@@ -282,9 +323,10 @@ def _cpuinfo() -> dict[str, str]:
 
 def serve() -> None:
     """Answer requests until standard input closes."""
+    known: Lowest = {}
     for line in sys.stdin:
         try:
-            answer = measure(json.loads(line))
+            answer = measure(json.loads(line), known)
         except Exception as error:  # noqa: BLE001  the answer is the only way to tell the parent
             answer = {"error": " ".join(str(error).split()) or type(error).__name__}
         sys.stdout.write(json.dumps(answer) + "\n")
@@ -305,17 +347,18 @@ def measure_kit(folder: Path) -> dict[str, Any]:
         raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
     probes = kit.get("probes", {})
     for entry in [*models.values(), *probes.values()]:
-        if hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() != entry["sha256"]:
+        if digest(folder / entry["file"]) != entry["sha256"]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
     began = time.perf_counter()
     keys = [key for key in models if key != REFERENCE]
     results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
     results |= {"reference_ms": {}, "sessions": {}, "busy_cores": None}
+    known: Lowest = {}
     for start in range(0, len(keys), kit["at_once"]):
         chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
         sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
         paths = {key: str(folder / models[key]["file"]) for key in chosen}
-        answer = measure({**kit["request"], **target, "models": paths})
+        answer = measure({**kit["request"], **target, "models": paths}, known)
         results["windows_ms"].update(answer["windows_ms"])
         results["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
         results["sessions"].update(dict.fromkeys(chosen, answer["session"]))
@@ -324,7 +367,7 @@ def measure_kit(folder: Path) -> dict[str, Any]:
     if probes:
         sys.stderr.write(f"measuring {len(probes)} single layers\n")
         start, paths = time.perf_counter(), {key: str(folder / entry["file"]) for key, entry in probes.items()}
-        answer = measure({**kit["probe_request"], **target, "models": paths})
+        answer = measure({**kit["probe_request"], **target, "models": paths}, known)
         results["probes"] = {**answer, "seconds": time.perf_counter() - start}
     return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 

@@ -1,0 +1,232 @@
+"""The long fine-tune: how long it is, who gets it, and what comes of it."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.quality import Score
+from ..spaces.files import write_whole
+from .disk import find_room, free_disk, is_full
+from .finalists import choose, complete, expected_accuracies, hopeful, surrogate_of
+from .records import Rung, TrialRecord
+from .rungs import judge_rungs
+from .session import Session, quality_of
+from .store import policy_of
+from .surrogate import RUNGS
+from .worker import Failure
+
+OUTCOME = "long.json"
+UNCOMPRESSED = "uncompressed"
+MOST_EPOCHS, LEAST_EPOCHS = 20, 4
+"""Of a long fine-tune: what it can use, and what it should have. One of an epoch and a half left even the uncompressed
+ResNet-20 worse than it had been."""
+LONGER, LEAST_FINALISTS = 3, 3
+"""A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
+LONG_SHARES = (0.5, 0.6)
+"""Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
+whole front, and more trials only its choice. The second where the first cannot pay for what they should have."""
+SIMULATED = 1.3
+"""What simulated activations make of a step's cost."""
+
+
+def train_rules(session: Session) -> None:
+    """The long fine-tune of the baselines, before the search: they get the same training as the finalists, or the
+    comparison with them would be worth nothing, and the search learns from them what it will give."""
+    rules = _rules(session)
+    left = session.clock.left_before("verify", "report")
+    _size_long(session, rules, left)
+    _train(session, rules, session.clock.left_seconds - LONG_SHARES[-1] * left)
+
+
+def train_long(session: Session) -> None:
+    """The long fine-tune of the finalists, each exported. What the deadline leaves no time for is said."""
+    end = session.clock.share_seconds("verify") + session.clock.share_seconds("report")
+    _train(session, _rules(session), end)  # those that there was no time for before the search
+    chosen = choose(session)
+    if chosen:
+        expected = expected_accuracies(session, chosen)
+        session.folder.decide(
+            "finalists", f"trials {', '.join(str(t.number) for t in chosen)}",
+            "chosen greedily by the hypervolume that each adds to those before it, at the accuracy to be expected "
+            "after the long fine-tune", expected={str(number): round(value, 4) for number, value in expected.items()},
+            alternatives=len(complete(session, "search")),
+        )  # fmt: skip
+    _train(session, ours(session, chosen), end)
+    judge_rungs(session)
+
+
+def _rules(session: Session) -> list[TrialRecord]:
+    """The most promising first: of those it is learned what can be expected of the others."""
+    rules = ours(session, complete(session, "baseline"))
+    return sorted(rules, key=lambda t: (t.name != UNCOMPRESSED, -_accuracy(t), t.number))
+
+
+def _accuracy(trial: TrialRecord) -> float:
+    return trial.quality.accuracy if trial.quality is not None else 0.0
+
+
+def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
+    """Those whose checkpoints lie in this run's folder; of a shared study each driver trains its own."""
+    return [t for t in trials if session.store.ours(t)]
+
+
+def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
+    """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
+    deadline."""
+    waiting = {t.number: t for t in trials if t.struck_out is None and not outcome_file(session, t.number).is_file()}
+    if not waiting:
+        return
+    if not find_room(session, waiting):
+        session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the disk is full")
+        return
+    one = _expected_seconds(session, trials) / len(trials) * session.workers
+    session.update(activity=f"{len(waiting)} long fine-tunes to go")
+    for number, result in session.run_all(_worthwhile(session, waiting), end + one):
+        if is_full(result):
+            free_disk(session, waiting)
+        if isinstance(result, Failure):
+            session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
+        else:
+            _save(outcome_file(session, number), result)
+            session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
+        session.update(activity=f"{len(waiting)} long fine-tunes to go")
+    session.update(activity=None)
+    if waiting:
+        session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the deadline")
+
+
+def _worthwhile(session: Session, waiting: dict[int, TrialRecord]) -> Iterator[tuple[int, Job]]:
+    """Jobs of those that wait, each judged when a worker is free for it, by all that is known then."""
+    for number, trial in list(waiting.items()):
+        del waiting[number]
+        if not _hopeless(session, trial):
+            yield number, _job(session, trial)
+
+
+def _hopeless(session: Session, rule: TrialRecord) -> bool:
+    """Whether even an optimistic extrapolation leaves a rule below ``min_accuracy``, so that it cannot stand on the
+    front: then its long fine-tune would show nothing. That is recorded. Without such a limit every rule is trained, and
+    so is the uncompressed network, against which all are judged."""
+    least = session.config.limits.min_accuracy
+    if least is None or rule.role != "baseline" or rule.name == UNCOMPRESSED or hopeful(session, rule):
+        return False
+    surrogate = surrogate_of(session)
+    if RUNGS[surrogate.rung] != Rung.LONG:  # nobody knows yet what a long fine-tune gives
+        return False
+    row = surrogate.describer.encoder.row(policy_of(rule))
+    expected, _, hope = (float(value[0]) for value in surrogate.accuracy(row[None]))
+    if hope >= least:
+        return False
+    reason = f"expected to end below min_accuracy {least}: {expected:.3f} ± {hope - expected:.3f}"
+    session.store.strike_out(rule.number, reason)
+    session.folder.decide(
+        "search", f"no long fine-tune of {rule.name}", reason, trial=rule.number,
+        short=_accuracy(rule), expected=round(expected, 4), hope=round(hope, 4),
+    )  # fmt: skip
+    return True
+
+
+def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
+    """What the long fine-tunes of these trials will take on all workers together."""
+    steps = session.state["rungs"]["long_steps"]
+    costs = (long_costs(session, t) for t in trials)
+    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
+
+
+class _Size(NamedTuple):
+    """Of the long fine-tunes that a share of the time pays for."""
+
+    steps: int
+    rules: int
+    finalists: int
+
+
+def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) -> None:
+    """The length that lets the baselines and the finalists finish, from what the short fine-tunes took: rather fewer
+    finalists than shorter ones; the config wins."""
+    rungs, given = session.state["rungs"], session.config.finetune
+    if given.long_steps is not None or rungs.get("long_sized") or not rules:
+        return
+    most = MOST_EPOCHS * rungs["epoch_steps"]
+    enough = min(most, max(LONGER * rungs["short_steps"], LEAST_EPOCHS * rungs["epoch_steps"]))
+    wanted = rungs["finalists"]
+    fewest = wanted if given.finalists is not None else min(wanted, LEAST_FINALISTS)
+    usual, stretched = (share * left_seconds for share in LONG_SHARES)
+    size = _affordable(session, rules, wanted, enough, usual)
+    while size.steps < enough and size.finalists > fewest:
+        size = _affordable(session, rules, size.finalists - 1, enough, usual)
+    if size.steps < enough:
+        size = _affordable(session, rules, fewest, enough, stretched)
+        size = size._replace(steps=min(size.steps, enough))
+    steps = max(rungs["short_steps"], min(most, size.steps))
+    session.folder.decide(
+        "search", f"long fine-tunes of {steps} steps",
+        f"{size.rules} baselines that may come within the limits and {size.finalists} finalists, at what the short "
+        f"ones took, fit into the time for it; {enough} steps are wanted",
+        affordable=size.steps, least=rungs["short_steps"], wanted=enough, most=most,
+    )  # fmt: skip
+    session.update(rungs={**rungs, "long_steps": steps, "finalists": size.finalists, "long_sized": True})
+
+
+def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enough: int, seconds: float) -> _Size:
+    """The steps that all can have in this time. A finalist is taken to cost what the median baseline does. Of the rules
+    those are counted that may come within the limits with ``enough`` steps, or with more where there are more."""
+    steps, trained = enough, rules
+    for _ in range(2):
+        trained = [t for t in rules if _within_reach(session, t, rules, max(steps, enough))]
+        costs = np.array([long_costs(session, t) for t in trained])
+        fixed, a_step = costs.sum(axis=0) + finalists * np.median(costs, axis=0)
+        steps = int((0.9 * seconds * session.workers - fixed) / max(a_step, 1e-9))
+    return _Size(steps, len(trained), finalists)
+
+
+def _within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], steps: int) -> bool:
+    """Whether a rule may end within the limits, were its error to fall with the square root of the steps: a guess, for
+    the plan alone. Measured on ResNet-20, errors fell by at most 1.5 with three times the steps."""
+    least = session.config.limits.min_accuracy
+    if least is None or rule.name == UNCOMPRESSED or hopeful(session, rule):
+        return True
+    top = max(session.state["given"]["search"]["accuracy"], *(_accuracy(t) for t in rules))
+    return top - _accuracy(rule) <= max(top - least, 0.0) * math.sqrt(steps / session.state["rungs"]["short_steps"])
+
+
+def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
+    """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
+
+    The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
+    the data.
+    """
+    spent = {q.rung: q.seconds for q in trial.qualities}
+    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
+    a_step = max(short - low, 0.3 * short) / session.state["rungs"]["short_steps"]
+    return 4 * low, a_step * (SIMULATED if trial.policy["bits"] else 1.0)
+
+
+def _job(session: Session, trial: TrialRecord) -> Job:
+    session.state["current"] = {"trial": trial.number, "rung": Rung.LONG.value}
+    return Job(
+        policy=policy_of(trial), rung=Rung.LONG.value, seed=session.config.seed + 1,
+        steps=session.state["rungs"]["long_steps"], folder=session.folder.artifacts(trial.number),
+    )  # fmt: skip
+
+
+def outcome_file(session: Session, number: int) -> Path:
+    return session.folder.artifacts(number) / OUTCOME
+
+
+def _save(path: Path, outcome: Outcome) -> None:
+    write_whole(path, lambda partial: partial.write_text(json.dumps(asdict(outcome), allow_nan=False)))
+
+
+def load_outcome(path: Path) -> Outcome:
+    data: dict[str, Any] = json.loads(path.read_text())
+    for key in ("search", "simulated", "exported"):
+        data[key] = Score(**data[key]) if data[key] else None
+    data["losses"] = tuple(data["losses"])
+    return Outcome(**data)

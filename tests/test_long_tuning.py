@@ -1,0 +1,160 @@
+"""The long fine-tune: which rules get it, and how long it is."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from optuna.storages import BaseStorage, InMemoryStorage
+
+from fakes_jobs import Instant
+from nightpress.evaluators.evaluate import Job, Outcome
+from nightpress.evaluators.quality import Score
+from nightpress.search.clock import Clock, Times
+from nightpress.search.config import FineTuneConfig, Limits, RunConfig
+from nightpress.search.folder import RunFolder, read_run
+from nightpress.search.jobs import Jobs
+from nightpress.search.long_tuning import outcome_file, train_rules
+from nightpress.search.proposals import baselines
+from nightpress.search.records import Quality, TrialState
+from nightpress.search.session import Prepared, Session
+from nightpress.search.store import Store
+from nightpress.search.trials import enqueue
+from nightpress.spaces.policy import FP32, INT8, Policy
+from nightpress.spaces.space import Space
+from strategies import toy_anatomy
+from test_planning import TASK
+
+SPACE = Space(anatomy=toy_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8))
+RULES = baselines(SPACE.anatomy, distill=True)
+EPOCH, SHORT = 700, 350
+
+
+def accuracy(policy: Policy, rung: str) -> float:
+    """Errors that a cut multiplies, and that each rung lowers by as much."""
+    lost = 0.02 + 0.9 * max(policy.prune.values(), default=0.0) ** 2
+    return 0.98 - lost * {"bn": 1.0, "short": 0.6, "long": 0.4}[rung]
+
+
+def outcome(job: Job) -> Outcome:
+    return Outcome(search=Score(accuracy=accuracy(job.policy, "long"), accuracy_se=0.003, samples=5000, seconds=0.0))
+
+
+def judged(
+    folder: Path, *, hours: float = 2.0, least: float | None = 0.87, record: BaseStorage | None = None,
+    finetune: FineTuneConfig | None = None,
+) -> Session:  # fmt: skip
+    """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of."""
+    limits, finetune = Limits(min_accuracy=least), finetune or FineTuneConfig()
+    config = RunConfig(task="t", base=None, out=folder, limits=limits, finetune=finetune)
+    (folder / "config.yaml").write_text("{task: t}")
+    clock = Clock(Times().wall() + 3600 * hours)
+    session = Session(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
+    session.state |= {
+        "state": "running", "phase": "search", "given": {"search": {"accuracy": 0.97}},
+        "rungs": {"short_steps": SHORT, "long_steps": 2 * EPOCH, "finalists": 8, "epoch_steps": EPOCH},
+        "reference": {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6},
+    }  # fmt: skip
+    store = Store(record or InMemoryStorage())
+    session.provide(
+        store=store, jobs=Jobs(Instant(outcome), 64, expected_seconds=lambda job: 1.0, tell=print),
+        prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=64 * EPOCH, step_ms=140),
+        profile=SimpleNamespace(remote=False),
+    )  # fmt: skip
+    for name, policy in RULES.items() if not store.trials() else ():
+        enqueue(session, policy, "baseline", name)
+        trial = store.study.ask()
+        store.begin(trial, policy, 0.0)
+        latency = {"latency_ms": 0.5, "low_ms": 0.4, "high_ms": 0.6, "measured": False}
+        store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
+        for rung, seconds in (("bn", 1.0), ("short", 50.0)):
+            store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=accuracy(policy, rung),
+                                                     accuracy_se=0.003, samples=5000, seconds=seconds))  # fmt: skip
+        store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
+    return session
+
+
+def trained(session: Session) -> list[str | None]:
+    runner = session.runner
+    assert isinstance(runner, Instant)
+    return [session.store.trial(number).name for number, _ in runner.asked]
+
+
+def test_a_rule_that_is_bound_to_end_below_the_limit_is_not_trained_long_and_says_why(tmp_path: Path) -> None:
+    session = judged(tmp_path)
+
+    train_rules(session)
+
+    gone = [t for t in session.store.trials() if t.struck_out]
+    assert {t.name for t in gone} >= {"uniform 25% fp32", "uniform 25% INT8"}
+    assert {t.name for t in gone} | set(trained(session)) == set(RULES)
+    assert not {t.name for t in gone} & set(trained(session))
+    for rule in gone:
+        said = rule.struck_out or ""
+        assert said.startswith("expected to end below min_accuracy 0.87: ")
+        expected, _, spread = said.rpartition(": ")[2].partition(" ± ")
+        assert float(expected) + float(spread) < 0.871  # both are rounded
+        assert rule.quality is not None
+        assert rule.quality.rung == "short"  # it stays on record with what it showed
+    told = {d["decision"] for d in read_run(tmp_path).decisions}
+    assert told >= {f"no long fine-tune of {t.name}" for t in gone}
+
+
+def test_rules_within_the_limits_are_trained_the_most_promising_first(tmp_path: Path) -> None:
+    session = judged(tmp_path)
+    train_rules(session)
+    assert trained(session)[:4] == ["uncompressed", "uniform INT8", "uniform 75% fp32", "uniform 75% INT8"]
+
+
+def test_without_a_limit_on_accuracy_every_rule_is_trained(tmp_path: Path) -> None:
+    session = judged(tmp_path, least=None)
+    train_rules(session)
+    assert set(trained(session)) == set(RULES)
+    assert not any(t.struck_out for t in session.store.trials())
+
+
+def test_a_resumed_night_neither_trains_nor_judges_a_rule_twice(tmp_path: Path) -> None:
+    record = InMemoryStorage()
+    session = judged(tmp_path, record=record)
+    train_rules(session)
+    again = judged(tmp_path, record=record)
+    again.state["rungs"] = session.state["rungs"]
+    decisions = len(read_run(tmp_path).decisions)
+
+    train_rules(again)
+
+    assert trained(again) == []
+    assert len(read_run(tmp_path).decisions) == decisions
+    assert [t.struck_out for t in again.store.trials()] == [t.struck_out for t in session.store.trials()]
+
+
+def test_long_fine_tunes_have_four_epochs_where_fewer_finalists_make_room_for_them(tmp_path: Path) -> None:
+    rungs = sized(tmp_path, hours=3.5)
+    assert rungs["long_steps"] >= 4 * EPOCH
+    assert 3 <= rungs["finalists"] < 8
+
+
+def test_where_four_epochs_do_not_fit_three_finalists_share_more_of_the_time(tmp_path: Path) -> None:
+    rungs, more = sized(tmp_path, hours=1.0), sized(tmp_path, hours=1.5)
+    assert rungs["finalists"] == more["finalists"] == 3
+    assert rungs["long_steps"] < more["long_steps"] < 4 * EPOCH
+
+
+def test_hopeless_rules_leave_their_time_to_longer_fine_tunes(tmp_path: Path) -> None:
+    assert sized(tmp_path, hours=1.0)["long_steps"] > 1.2 * sized(tmp_path, hours=1.0, least=None)["long_steps"]
+
+
+@pytest.mark.parametrize("given", [{"long_steps": 123}, {"finalists": 5}, {"long_steps": 123, "finalists": 5}])
+def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path, given: dict[str, int]) -> None:
+    finetune = FineTuneConfig(**given)
+    session = judged(tmp_path, hours=1.0, finetune=finetune)
+    session.state["rungs"] |= given
+    train_rules(session)
+    assert session.state["rungs"] | given == session.state["rungs"]
+
+
+def sized(folder: Path, **keys: float | None) -> dict[str, int]:
+    session = judged(folder, **keys)  # type: ignore[arg-type]
+    train_rules(session)
+    for number in range(len(RULES)):
+        outcome_file(session, number).unlink(missing_ok=True)
+    return session.state["rungs"]
