@@ -7,8 +7,9 @@
     python benchmarks/search.py twice --trials 24
 
 ``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All
-nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device. ``twice`` runs a night on a tiny
-network two times with the same seed, one worker and lengths in steps, and compares their trials.
+nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device.
+``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares their
+trials.
 """
 
 import argparse
@@ -31,10 +32,10 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import tiny
 from latency import anatomy_of, files_of, space_of
 from optuna.study import Study
 
+import tiny
 from nightpress.evaluators.latency.profile import Profile, load_profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.search.folder import read_run
@@ -234,8 +235,8 @@ def run_twice(trials: int, seed: int) -> None:
     first, second = ([_fixed(trial) for trial in run.trials] for run in runs)
     same = sum(one == other for one, other in zip(first, second, strict=False))
     states = Counter(str(trial.state) for trial in runs[0].trials)
-    print(f"trials {len(first)} and {len(second)}, {same} of them the same: policy, role, state, reason and the accuracy "
-          f"at each rung ({', '.join(f'{count} {state}' for state, count in states.items())})")  # fmt: skip
+    print(f"trials {len(first)} and {len(second)}, {same} of them the same: policy, role, state, reason and the "
+          f"accuracy at each rung ({', '.join(f'{count} {state}' for state, count in states.items())})")  # fmt: skip
     longs = [{t.number: t.verified.quality.accuracy for t in run.trials if t.verified} for run in runs]
     both = longs[0].keys() & longs[1].keys()
     print(f"exported: {sorted(longs[0])} and {sorted(longs[1])}; of {len(both)} in both, "
