@@ -8,8 +8,8 @@
 
 ``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All
 nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device.
-``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares their
-trials.
+``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
+what they tried.
 """
 
 import argparse
