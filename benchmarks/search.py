@@ -4,9 +4,12 @@
     python benchmarks/search.py table --out bench-search
     python benchmarks/latency.py calibrate resnet56 --cache DIR
     python benchmarks/search.py overhead --cache DIR
+    python benchmarks/search.py twice --trials 24
 
 ``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All
 nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device.
+``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
+what they tried.
 """
 
 import argparse
@@ -19,15 +22,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
 from latency import anatomy_of, files_of, space_of
 from optuna.study import Study
 
+import tiny
 from nightpress.evaluators.latency.profile import Profile, load_profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.search.folder import read_run
@@ -69,6 +77,9 @@ def main() -> None:
     overhead.add_argument("--cache", type=Path, required=True, help="as of benchmarks/latency.py, with resnet56 in it")
     overhead.add_argument("--trials", default="100,500,2000")
     overhead.add_argument("--samplers", default="nightpress,random,nsga2,nsga3,tpe")
+    twice = parts.add_parser("twice")
+    twice.add_argument("--trials", type=int, default=24)
+    twice.add_argument("--seed", type=int, default=0)
     resume = parts.add_parser("resume", help="one line of overhead's table, as JSON")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--sampler", required=True)
@@ -78,6 +89,8 @@ def main() -> None:
         run_nights(arguments)
     elif arguments.part == "table":
         print_table(arguments.out)
+    elif arguments.part == "twice":
+        run_twice(arguments.trials, arguments.seed)
     elif arguments.part == "resume":
         print_resume(arguments.folder, arguments.sampler, arguments.cache)
     else:
@@ -199,6 +212,45 @@ def _losses(trial: TrialRecord, level: float) -> tuple[float, float]:
         raise ValueError(f"trial {trial.number} is not verified")
     latency = trial.verified.latency
     return -trial.verified.quality.accuracy, latency.latency_ms / (latency.reference_ms or level) * level
+
+
+# Twice
+
+
+def run_twice(trials: int, seed: int) -> None:
+    """Two nights that should be the same, and whether they are: all but times, and latencies that were measured."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        task = tiny.write_task(folder)
+        profile = tiny.write_profile(folder / "profile.json", tiny.anatomy_of(task))
+        keys: dict[str, Any] = {
+            "seed": seed, "target": str(profile), "budget": "20m", "search": {"max_trials": trials, "workers": 1},
+            "finetune": {"part_steps": 2, "short_steps": 8, "long_steps": 16, "finalists": 3},
+        }  # fmt: skip
+        runs: list[RunRecord] = []
+        for turn in range(2):
+            config = tiny.write_config(folder, f"night-{turn}.yaml", **keys, out=str(folder / f"run-{turn}"))
+            _nightpress("run", config)
+            runs.append(read_run(folder / f"run-{turn}"))
+    first, second = ([_fixed(trial) for trial in run.trials] for run in runs)
+    same = sum(one == other for one, other in zip(first, second, strict=False))
+    states = Counter(str(trial.state) for trial in runs[0].trials)
+    print(f"trials {len(first)} and {len(second)}, {same} of them the same: policy, role, state, reason and the "
+          f"accuracy at each rung ({', '.join(f'{count} {state}' for state, count in states.items())})")  # fmt: skip
+    longs = [{t.number: t.verified.quality.accuracy for t in run.trials if t.verified} for run in runs]
+    both = longs[0].keys() & longs[1].keys()
+    print(f"exported: {sorted(longs[0])} and {sorted(longs[1])}; of {len(both)} in both, "
+          f"{sum(longs[0][n] == longs[1][n] for n in both)} are as accurate; "
+          f"trained in {' and '.join(str(run.state['compute']) for run in runs)}")  # fmt: skip
+    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            print(f"trial {number}: {one} and {other}")
+            break
+
+
+def _fixed(trial: TrialRecord) -> tuple[Any, ...]:
+    seen = tuple((quality.rung, quality.accuracy) for quality in trial.qualities)
+    return trial.digest, trial.role, str(trial.state), trial.reason, seen
 
 
 # Overhead
