@@ -45,8 +45,7 @@ log = logging.getLogger("nightpress")
 TICK_SECONDS = 0.25
 T = TypeVar("T")
 MINUTE_SECONDS = 60.0
-STATE_SECONDS = 10.0
-"""How old what ``status`` reads may be."""
+STATE_SECONDS = 10.0  # how old what ``status`` reads may be
 
 
 class InterruptionError(Exception):
@@ -82,8 +81,8 @@ class Session:
     stop: bool = False
     followers: tuple[str, ...] = ()
     """Phases whose time the running one must not touch, whatever it is busy with."""
-    _told: float = 0.0
-    _written: float = 0.0
+    _told: float = 0.0  # of the minute line
+    _written: float = 0.0  # of the state
     _parts: dict[str, Any] = field(default_factory=dict[str, Any])
     _cost_cache: dict[str, tuple[float, float, float, int]] = field(
         default_factory=dict[str, tuple[float, float, float, int]]

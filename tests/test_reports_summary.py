@@ -27,6 +27,13 @@ from nightpress.reports.verdict import answer, doubts, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 
 
+@pytest.mark.parametrize(("noted", "waiting"), [(1, 1), (5, 2), (None, 0), ("<b>", 0)])
+def test_who_waits_is_counted_among_the_running(noted: object, waiting: int) -> None:
+    trials = [replace(trial(n), state=TrialState.RUNNING) for n in range(2)]
+    data = summary(run(trials, state={**run().state, "waiting": noted}))
+    assert (data["trials"]["RUNNING"], data["waiting"]) == (2, waiting)
+
+
 def test_summary_has_the_keys_that_scripts_rely_on() -> None:
     data = summary(full_run())
     assert list(data) == [
@@ -35,6 +42,7 @@ def test_summary_has_the_keys_that_scripts_rely_on() -> None:
         "phase",
         "deadline",
         "trials",
+        "waiting",
         "front",
         "baselines",
         "hypervolume",

@@ -167,11 +167,14 @@ def test_who_waits_when_the_search_ends_is_closed_and_the_record_says_so(tmp_pat
         trials.fill(1)
         trials.collect(0.0)
     waiting = set(trials.paused)
+    trials.fill(0, go_on=False)
+    assert trials.session.state["waiting"] == len(waiting)
 
     trials.drain()
     trials.close_paused()
 
     ended = {t.number: t for t in trials.session.store.trials()}
+    assert waiting
     assert all(ended[number].state is TrialState.STOPPED for number in waiting)
     assert all(ended[number].reason == NOT_CONTINUED for number in waiting)
     assert not any(t.state is TrialState.RUNNING for t in ended.values())
