@@ -9,8 +9,8 @@ from ..spaces.policy import Policy, digest
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 6
-POPULATION = 1700
+GENERATIONS = 8
+POPULATION = 900
 PARENTS = 200
 
 
