@@ -1,4 +1,4 @@
-"""A population search over more than ten thousand policies, none of which is trained."""
+"""A population search over more than seven thousand policies, none of which is trained."""
 
 from collections.abc import Callable, Collection, Iterator
 
