@@ -60,7 +60,7 @@ class FileSpace:
     prune: PruneConfig | None = field(default_factory=PruneConfig)
     bits: BitsConfig = field(default_factory=BitsConfig)
     blocks: bool = True
-    distill: tuple[str, ...] | bool = True
+    distill: tuple[str, ...] | bool = ("logit",)
     sparsity: bool = False
     importance: tuple[str, ...] = ("l2",)
     stages: tuple[int, ...] = (1,)

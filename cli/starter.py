@@ -38,7 +38,7 @@ space:
   prune: {max_ratio: 0.8}
   bits: {weights: [8, 32], activations: [8, 32]}
   blocks: true
-  distill: true
+  distill: [logit]             # true: six methods, for nights long enough to compare them; false: none
 search: {sampler: nightpress, runner: local, workers: 1}     # workers: auto; runner: ray, see docs/cluster.md
 device: auto                   # cpu | cuda
 max_disk: 20GB                 # what the run folder's checkpoints may take

@@ -1,4 +1,4 @@
-"""A population search over more than ten thousand policies, none of which is trained."""
+"""A population search over more than seven thousand policies, none of which is trained."""
 
 from collections.abc import Callable, Collection, Iterator
 
@@ -9,8 +9,8 @@ from ..spaces.policy import Policy, digest
 from .encoding import Encoder
 
 Array = NDArray[np.float64]
-GENERATIONS = 6
-POPULATION = 1700
+GENERATIONS = 8
+POPULATION = 900
 PARENTS = 200
 
 

@@ -67,10 +67,10 @@ class Scale:
 
 def scale_of(observations: Sequence[Observation]) -> Scale:
     """The ceiling is a standard error above the best that was seen: no zero behind the logarithm."""
-    best = max(o.accuracy for o in observations)
-    errors = [o.se for o in observations if o.se > 0]
-    worst, middle = min(o.accuracy for o in observations), float(np.median([o.accuracy for o in observations]))
-    margin = max(1.5 * float(np.median(errors)) if errors else 0.0, 0.01 * max(best - worst, 1e-6), 1e-6)
+    seen = np.array([(o.accuracy, o.se) for o in observations])
+    best, worst, middle = (float(f(seen[:, 0])) for f in (np.max, np.min, np.median))
+    errors = seen[seen[:, 1] > 0, 1]
+    margin = max(1.5 * float(np.median(errors)) if len(errors) else 0.0, 0.01 * max(best - worst, 1e-6), 1e-6)
     return Scale(ceiling=best + margin, floor=best - max(_COLLAPSE * abs(best), best - middle, margin))
 
 
@@ -350,8 +350,8 @@ def _useful(observations: Sequence[Observation]) -> list[Observation]:
     """At most :data:`MOST_OBSERVATIONS`: the dear rungs first, of each the latest and the best."""
     if len(observations) <= MOST_OBSERVATIONS:
         return list(observations)
-    ranked = sorted(range(len(observations)), key=lambda i: (-observations[i].rung, -observations[i].accuracy))
-    dear = ranked[: MOST_OBSERVATIONS // 2]
+    seen = np.array([(-o.rung, -o.accuracy) for o in observations])
+    dear = np.lexsort((seen[:, 1], seen[:, 0]))[: MOST_OBSERVATIONS // 2].tolist()
     taken = set(dear)
     latest = [i for i in range(len(observations) - 1, -1, -1) if i not in taken]
     return [observations[i] for i in sorted(dear + latest[: MOST_OBSERVATIONS - len(dear)])]

@@ -79,7 +79,7 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "prune": {"max_ratio": 0.8},
             "bits": {"weights": (8, 32), "activations": (8, 32)},
             "blocks": True,
-            "distill": ("none", "logit", "feature", "attention", "logit+feature", "logit+attention"),
+            "distill": ("logit",),
             "sparsity": False,
             "importance": ("l2",),
             "stages": (1,),

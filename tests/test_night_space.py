@@ -18,7 +18,7 @@ def test_a_night_tries_all_that_is_on_offer(tmp_path_factory: pytest.TempPathFac
         search={"max_trials": 20, "sampler": "random"}, finetune={"short_steps": 2, "long_steps": 2, "finalists": 1},
         space={
             "bits": {"weights": [4, 8, 32], "activations": [8, 32]}, "importance": list(IMPORTANCES),
-            "stages": [1, 3], "ranges": list(RANGES), "scales": list(SCALES), "sparsity": True,
+            "stages": [1, 3], "ranges": list(RANGES), "scales": list(SCALES), "sparsity": True, "distill": True,
         },
     )  # fmt: skip
 
