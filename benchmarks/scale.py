@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -265,13 +265,11 @@ def workers(folder: Path, runner: str, count: int, steps: int, numbers: Sequence
         places = find_places(config, folder)
         running = places.start(partial(Evaluator, recipe), folder)
         jobs = Jobs(running, 64, expected_seconds=lambda job: 60.0, tell=print)
-        for key in range(WARM * number):  # makes the evaluators, teacher and all
-            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=4, folder=folder / f"warm{turn}-{key}"))
-        gather(jobs, WARM * number)
-        start = time.perf_counter()
-        for key in range(count):
-            jobs.submit(key, Job(policy=policy, rung="short", seed=0, steps=steps, folder=folder / f"{turn}-{key}"))
-        failed = [found for found in gather(jobs, count).values() if isinstance(found, Failure)]
+        job = Job(policy=policy, rung="short", seed=0, steps=4, folder=folder)  # makes the evaluators, teacher and all
+        gather(jobs, [replace(job, folder=folder / f"warm{turn}-{key}") for key in range(WARM * number)], number)
+        start, job = time.perf_counter(), replace(job, steps=steps)
+        found = gather(jobs, [replace(job, folder=folder / f"{turn}-{key}") for key in range(count)], number)
+        failed = [outcome for outcome in found.values() if isinstance(outcome, Failure)]
         hours.append(count / (time.perf_counter() - start) * 3600)
         running.close()
         places.close()  # only then is stdout ours again: a Ray cluster's messages must not reach it
@@ -281,9 +279,13 @@ def workers(folder: Path, runner: str, count: int, steps: int, numbers: Sequence
         print(f"{numbers[-1]} workers: {share:.3f} of {numbers[-1] / numbers[0]:g} times {numbers[0]}")
 
 
-def gather(jobs: Jobs, count: int) -> dict[int, Outcome | Failure]:
+def gather(jobs: Jobs, wanted: Sequence[Job], workers: int) -> dict[int, Outcome | Failure]:
+    """What comes of jobs, as many at a time as there are workers, which is how a night submits them."""
     found: dict[int, Outcome | Failure] = {}
-    while len(found) < count:
+    waiting = list(enumerate(wanted))
+    while len(found) < len(wanted):
+        while waiting and len(wanted) - len(waiting) - len(found) < workers:
+            jobs.submit(*waiting.pop(0))
         found |= dict(jobs.as_completed(0.25))
     return found
 
