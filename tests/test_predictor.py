@@ -180,6 +180,16 @@ def test_a_kind_of_kernel_that_the_profiler_has_no_time_for_is_predicted_all_the
     assert errors(predictor, random_policies(20, 7)).mean() < 0.1
 
 
+def test_conversions_inside_the_kernels_have_no_time_of_their_own() -> None:
+    known = measured(known_policies(40, 3))
+    silent = [replace(t, conversions=dict.fromkeys(t.conversions, 0.0)) for t in known.timed if t is not None]
+
+    predictor = fit(replace(known, timed=silent))
+
+    assert np.isfinite(predictor.latencies(choices_of(ANATOMY, random_policies(20, 7)))).all()
+    assert errors(predictor, random_policies(20, 7)).mean() < 0.2
+
+
 @pytest.mark.parametrize("profiled", [True, False])
 def test_in_a_whole_population_only_what_was_not_measured_is_unknown(profiled: bool) -> None:
     floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]

@@ -137,6 +137,8 @@ def learn(work: Work, timed: Sequence[Timed | None], latency_ms: Array, use: Mas
         if known.any():
             ms = _without(converted[name][known], overhead, amounts[known, 0]) * factors[known]
             costs[name] = relative_nnls(amounts[known], ms)
+        elif (use & (amounts[:, 0] > 0)).any():  # the runtime does it inside its kernels, as OpenVINO does
+            costs[name] = np.zeros(amounts.shape[1])
     return InSitu(kinds=kinds, conversions=costs, operations=operations)
 
 
