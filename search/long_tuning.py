@@ -82,14 +82,15 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     waiting = {t.number: t for t in trials if t.struck_out is None and not outcome_file(session, t.number).is_file()}
     if not waiting:
         return
-    if not find_room(session, waiting):
+    needed = tuple(waiting)  # also while they run: their checkpoints and what they are writing
+    if not find_room(session, needed):
         session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the disk is full")
         return
     one = _expected_seconds(session, trials) / len(trials) * session.workers
     session.update(activity=f"{len(waiting)} long fine-tunes to go")
     for number, result in session.run_all(_worthwhile(session, waiting), end + one):
         if is_full(result):
-            free_disk(session, waiting)
+            free_disk(session, needed)
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
