@@ -125,7 +125,7 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
     if hope >= least:
         return False
     reason = f"expected to end below min_accuracy {least}: {expected:.3f} ± {hope - expected:.3f}"
-    session.store.strike_out(rule.number, reason)
+    session.store.note_hopeless(rule.number, reason)
     session.folder.decide(
         "search", f"no long fine-tune of {rule.name}", reason, trial=rule.number,
         short=_accuracy(rule), expected=round(expected, 4), hope=round(hope, 4),

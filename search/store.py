@@ -192,7 +192,7 @@ class Store:
     def verify(self, number: int, verified: Verified) -> None:
         self._attach(number, "verified", asdict(verified))
 
-    def strike_out(self, number: int, reason: str) -> None:
+    def note_hopeless(self, number: int, reason: str) -> None:
         """Keep why a trial is not worth a long fine-tune, and so takes no part in the comparison."""
         self._attach(number, "hopeless", {"reason": reason})
 
