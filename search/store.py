@@ -100,12 +100,13 @@ class Store:
         not begun."""
         if self._asked:
             return self._asked.pop(0)
+        number = self._storage.get_n_trials(self._study_id)
         if self._sampler_at is not None:
-            self.study.sampler = self._sampler_at(self._storage.get_n_trials(self._study_id))
+            self.study.sampler = self._sampler_at(number)
         mine = {} if self.driver is None else {"driver": self.driver}
         sampler = self.study.sampler
         if isinstance(sampler, PolicySampler) and not self._waiting():
-            whole = sampler.proposed(self.study, self._storage.get_n_trials(self._study_id), mine, wanted)
+            whole = sampler.proposed(self.study, number, mine, wanted)
             return Trial(self.study, self._storage.create_new_trial(self._study_id, whole))
         trial = self.study.ask()
         for key, value in mine.items():
