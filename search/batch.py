@@ -27,7 +27,9 @@ MOST = 64
 CANDIDATES = 800
 """Of the rows that a breeding has looked at: those that are kept to choose from."""
 MOST_PENDING = 64
+"""Trials under way that are counted, the latest: each is a row of every factor."""
 HEAD = 64
+"""Of the list, looked at anew together: one by one would be as many products of small matrices."""
 
 
 @dataclass(slots=True)

@@ -141,7 +141,7 @@ def _shared_pool(threads: int) -> bool:
     while after its run and take the cores from the model that is timed next, which takes up to four times as long."""
     import onnxruntime
 
-    if not _pools and hasattr(onnxruntime, "set_global_thread_pool_sizes"):
+    if not _pools and hasattr(onnxruntime, "set_global_thread_pool_sizes"):  # a kit's device may have an older one
         onnxruntime.set_global_thread_pool_sizes(threads, 1)
         _pools.append(threads)
     return threads in _pools
