@@ -75,8 +75,8 @@ def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord
     return sorted(near, key=lambda t: -(t.quality.accuracy if t.quality else 0))
 
 
-def choose(session: Session) -> list[TrialRecord]:
-    """A spread of the search's front within the limits, most hypervolume first.
+def choose(session: Session, more: int = 0) -> list[TrialRecord]:
+    """A spread of the search's front within the limits, most hypervolume first; so many ``more`` than are planned.
 
     Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
     short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best.
@@ -90,7 +90,7 @@ def choose(session: Session) -> list[TrialRecord]:
     reference, limits = session.state["reference"], session.config.limits
     floor = max(reference["accuracy"], limits.min_accuracy or reference["accuracy"])
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
-    wanted = session.state["rungs"]["finalists"]
+    wanted = session.state["rungs"]["finalists"] + more
     chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ MOST_EPOCHS, LEAST_EPOCHS = 20, 4
 ResNet-20 worse than it had been."""
 LONGER, LEAST_FINALISTS = 3, 3
 """A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
+MOST_FURTHER = 8
+"""Finalists beyond the planned ones, where there is time for them at the end."""
 LONG_SHARES = (0.5, 0.6)
 """Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
 whole front, and more trials only its choice. The second where the first cannot pay for what they should have."""
@@ -58,7 +60,31 @@ def train_long(session: Session) -> None:
             alternatives=len(complete(session, "search")),
         )  # fmt: skip
     _train(session, ours(session, chosen), end)
+    if session.config.finetune.finalists is None:
+        _train_further(session, end)
     judge_rungs(session)
+
+
+def _train_further(session: Session, end: float) -> None:
+    """What is left of the time goes to those that were chosen next, by all that is known then, as many at once as there
+    are workers. Each has to be verified, too."""
+    tried: set[int] = set()
+    while further := [t for t in ours(session, choose(session, MOST_FURTHER)) if _untrained(session, t, tried)]:
+        further = further[: session.workers]
+        tried.update(t.number for t in further)
+        end += len(further) * session.profile.seconds_each
+        one = _expected_seconds(session, further) / len(further) * session.workers
+        if session.clock.left_seconds < end + one:
+            return
+        session.folder.decide(
+            "finalists", f"also trials {', '.join(str(t.number) for t in further)}",
+            f"{session.clock.left_seconds - end:.0f} s are left before the verification, and one takes {one:.0f} s",
+        )  # fmt: skip
+        _train(session, further, end)
+
+
+def _untrained(session: Session, trial: TrialRecord, tried: Collection[int]) -> bool:
+    return trial.number not in tried and not outcome_file(session, trial.number).is_file()
 
 
 def _rules(session: Session) -> list[TrialRecord]:

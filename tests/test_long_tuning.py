@@ -13,7 +13,7 @@ from nightpress.search.clock import Clock, Times
 from nightpress.search.config import FineTuneConfig, Limits, RunConfig
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.long_tuning import outcome_file, train_rules
+from nightpress.search.long_tuning import outcome_file, train_long, train_rules
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.session import Prepared, Session
@@ -58,19 +58,37 @@ def judged(
     session.provide(
         store=store, jobs=Jobs(Instant(outcome), 64, expected_seconds=lambda job: 1.0, tell=print),
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=64 * EPOCH, step_ms=140),
-        profile=SimpleNamespace(remote=False),
+        profile=SimpleNamespace(remote=False, seconds_each=1.0),
     )  # fmt: skip
     for name, policy in RULES.items() if not store.trials() else ():
-        enqueue(session, policy, "baseline", name)
-        trial = store.study.ask()
-        store.begin(trial, policy, 0.0)
-        latency = {"latency_ms": 0.5, "low_ms": 0.4, "high_ms": 0.6, "measured": False}
-        store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
-        for rung, seconds in (("bn", 1.0), ("short", 50.0)):
-            store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=accuracy(policy, rung),
-                                                     accuracy_se=0.003, samples=5000, seconds=seconds))  # fmt: skip
-        store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
+        finish(session, policy, "baseline", name, latency_ms=0.5)
     return session
+
+
+def finish(session: Session, policy: Policy, role: str, name: str | None, latency_ms: float) -> None:
+    """A trial that has had its short fine-tune."""
+    store = session.store
+    enqueue(session, policy, role, name)
+    trial = store.study.ask()
+    store.begin(trial, policy, 0.0)
+    latency = {"latency_ms": latency_ms, "low_ms": 0.8 * latency_ms, "high_ms": 1.2 * latency_ms, "measured": False}
+    store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
+    for rung, seconds in (("bn", 1.0), ("short", 50.0)):
+        store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=accuracy(policy, rung),
+                                                 accuracy_se=0.003, samples=5000, seconds=seconds))  # fmt: skip
+    store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
+
+
+def searched(folder: Path, *, hours: float, finalists: int | None) -> int:
+    """How many of six trials, each the faster the less accurate, are trained long where one is planned."""
+    session = judged(folder, hours=hours, least=None, finetune=FineTuneConfig(finalists=finalists))
+    session.state["rungs"] |= {"finalists": finalists or 1, "long_sized": True}
+    group = SPACE.anatomy.groups[0].name
+    for k in range(6):
+        policy = Policy(model=SPACE.anatomy.digest, prune={group: 0.1 * (k + 1)})
+        finish(session, policy, "search", None, latency_ms=0.4 - 0.05 * k)
+    train_long(session)
+    return sum(name is None for name in trained(session))
 
 
 def trained(session: Session) -> list[str | None]:
@@ -150,6 +168,21 @@ def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path,
     session.state["rungs"] |= given
     train_rules(session)
     assert session.state["rungs"] | given == session.state["rungs"]
+
+
+def test_time_that_is_left_goes_to_further_finalists(tmp_path: Path) -> None:
+    count = searched(tmp_path, hours=4.0, finalists=None)
+    assert count > 1
+    told = [d["decision"] for d in read_run(tmp_path).decisions]
+    assert sum(text.startswith("also trials ") for text in told) == count - 1  # one worker, one at a time
+
+
+def test_a_number_of_finalists_in_the_config_is_kept(tmp_path: Path) -> None:
+    assert searched(tmp_path, hours=4.0, finalists=2) == 2
+
+
+def test_where_no_time_is_left_no_finalist_is_added(tmp_path: Path) -> None:
+    assert searched(tmp_path, hours=0.05, finalists=None) == 0
 
 
 def sized(folder: Path, **keys: float | None) -> dict[str, int]:
