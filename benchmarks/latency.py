@@ -1,13 +1,13 @@
 """How well latency is predicted: five networks on this machine's ONNX Runtime, 60 fresh policies each.
 
 For each (network, threads) the script keeps in ``--cache``: the anatomy, the truth of 60 random policies (their seed is
-used nowhere else), and a calibration made with the product's own code. The truth is measured in four passes, minutes
-apart and each in another order: it is the lowest of eight windows, those of the first and the third pass; the eight of
-the second and the fourth say how far the truth agrees with itself. A step that is in the cache is not repeated, so the
+used nowhere else), and a calibration made with the product's own code. The truth is measured in eight passes (fewer
+will do), minutes apart and each in another order: it is the lowest window of every other pass; those of the others say
+how far the truth agrees with itself. A step that is in the cache is not repeated, so the
 script can be stopped at any time.
 
     python benchmarks/latency.py calibrate vgg16 --cache DIR          # one network on a silent machine, 1 to 2 minutes
-    python benchmarks/latency.py truth vgg16 --cache DIR              # the next pass, half a minute; four are needed
+    python benchmarks/latency.py truth vgg16 --cache DIR              # the next pass, half a minute; eight in all
     python benchmarks/latency.py truth vgg16 --cache DIR --threads 2
     python benchmarks/latency.py isolate vgg16 --cache DIR            # the layers of some policies on their own
     python benchmarks/latency.py evaluate --cache DIR                 # the figures, from what was measured
@@ -47,7 +47,7 @@ from nightpress.spaces.space import Space
 SIDES = {"resnet56": 32, "vgg16": 32, "mobilenet_v2": 96, "resnet18": 64, "efficientnet_b0": 96}
 CALIBRATION_SEED, MOST_CALIBRATION = 7, 80
 TRUTH_SEED, TRUTH_POLICIES = 20_261_124, 60
-PASSES, PASS_WINDOWS = 4, 4
+PASSES, PASS_WINDOWS = 8, 4
 ISOLATED_POLICIES, MOST_REMEASURED, BATCH = 12, 25, 10_000
 Array = NDArray[np.float64]
 
@@ -422,8 +422,8 @@ def _head() -> Iterator[str]:
     yield f"{device.cpu}, {device.cores} cores, {', '.join(device.flags)}; onnxruntime {device.runtime_version},"
     yield "batch 1."
     yield ""
-    yield "truth: lowest of 8 windows of two passes minutes apart, between them those of the uncompressed network; the"
-    yield "lowest of 8 windows of two passes between and after these is 'truth again'. FLOPs × k: one factor fitted to"
+    yield "truth: lowest window of every other pass, four windows each, passes minutes apart (16 windows; with OpenVINO"
+    yield "8); the lowest of the passes between and after these is 'truth again'. FLOPs × k: one factor fitted to"
     yield "the calibration. one window: a single measurement of 25 ms. isolated kernels: each layer of the first"
     yield f"{ISOLATED_POLICIES} policies timed as a model of its own, summed. n: measured policies; cover, ±: of the"
     yield "90 % interval. Front regret: how much slower than the best the policy is that the predictor would take at"

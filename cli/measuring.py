@@ -73,7 +73,7 @@ def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: 
     """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit; with the probes of
     what the device can do, where the runtime's times of nodes tell the kernels."""
     draw, always = _drawing(anatomy, target, seed, task)
-    policies = covering(Worker(anatomy), [*always, *draw(count)], draw(CANDIDATES))
+    policies = covering(Worker(anatomy, target.runtime), [*always, *draw(count)], draw(CANDIDATES))
     try:
         return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
     except OSError as error:

@@ -35,7 +35,7 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
     if policies is None and config.calibration_policies is not None:
         asked = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
-        policies = covering(Worker(prepared.anatomy), asked, draw(CANDIDATES))
+        policies = covering(Worker(prepared.anatomy, config.target.runtime), asked, draw(CANDIDATES))
     with session.timer("calibrate") as timer:
         if policies is not None:
             profile = calibrate(

@@ -303,7 +303,7 @@ class FormulaTimer(Timer):
         self.timed: list[str] = []
 
     def time(
-        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 12,
+        self, models: Mapping[str, Path], reference: Path | None, *, least_rounds: int = 4, most_rounds: int = 20,
         kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
     ) -> dict[str, Timing]:  # fmt: skip
         del least_rounds, most_rounds, kernels, window_ms, round_ms

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,16 +29,19 @@ from nightpress.evaluators.latency.measure import (
     noise_warnings,
     write_random,
 )
+from nightpress.evaluators.latency.nodes import Matcher
 from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
+from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
 from nightpress.search.verification import LEAST_AGREEMENT
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
+from nightpress.spaces.plans import choices_of
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import uniform
-from strategies import compressor_of, images, seeded, task_of, tiny
+from strategies import compressor_of, images, seeded, space_of, task_of, tiny
 
 POLICIES = {
     "uncompressed": Policy(model=tiny().anatomy.digest),
@@ -110,6 +115,48 @@ def test_a_runtime_times_models_and_their_nodes(target: Target, tmp_path: Path) 
         assert timing.latency_ms > 0
         assert timing.kernels
         assert all(kernel.ms > 0 and kernel.op_type for kernel in timing.kernels.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_openvino_runs_on_integers_what_its_predictor_counts_so(seed: int, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    anatomy, target = tiny().anatomy, Target(runtime="openvino")
+    policy = space_of(anatomy).random(np.random.default_rng(seed))
+    path = tmp_path / "model.onnx"
+    write_random(plan(anatomy, policy), path)
+    model = openvino.Core().read_model(path)
+    model.reshape({model.inputs[0]: openvino.PartialShape([1, 3, 8, 8])})
+    options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request.infer([np.zeros((1, 3, 8, 8), np.float32)])
+    nodes = [n for n in request.get_profiling_info() if n.exec_type.endswith("I8")]
+
+    ran = Matcher(anatomy).match({n.node_name: (n.node_type, 1.0) for n in nodes}).kernels
+
+    units = Worker(anatomy, target.runtime).work(choices_of(anatomy, [policy])).units
+    counted = {int(site) for u in units if u.layer and u.kind.endswith(".int8") for site in u.site}
+    convolutions = {i for i, op in enumerate(anatomy.ops) if op.kind == "conv"}  # a last linear layer loses its name
+    assert {i for i in convolutions if not np.isnan(ran[i])} == counted & convolutions
+
+
+def test_nodes_of_openvino_are_timed_without_the_runs_that_warm_it_up() -> None:
+    class Warming(script.OpenVino):
+        """Says what OpenVINO says: the mean of all runs there were."""
+
+        def __init__(self, runs_ms: list[float]) -> None:
+            self._profile, self._runs, self._warming, self._runs_ms = True, 0, {}, runs_ms
+            self._infer = SimpleNamespace(infer=lambda: None, get_profiling_info=self._told)
+
+        def _told(self) -> list[SimpleNamespace]:
+            mean = timedelta(milliseconds=float(np.mean(self._runs_ms[: self._runs])))
+            return [SimpleNamespace(status="Status.EXECUTED", node_name="n", node_type="Convolution", real_time=mean)]
+
+    runs_ms = [90.0, 20.0, 1.0, 2.0, 3.0]
+    model = Warming(runs_ms)
+    for _ in runs_ms:
+        model.run()
+    assert model.kernels() == {"n": ("Convolution", pytest.approx(2.0))}
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)

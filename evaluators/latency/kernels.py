@@ -9,6 +9,8 @@ is one integer with a bit for each policy.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...spaces.anatomy import WEIGHTED, Op
 from ...spaces.plan import FUSED_ACTIVATIONS
 from ...spaces.plans import Flags, Planner, Plans, pack_rows
@@ -26,12 +28,13 @@ FLAT = frozenset({"flatten", "reshape"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """Flags by the position of an operation: it runs on blocks of channels; its weights are dequantised in each run;
-    a kernel before it computes it, so it has none of its own; a SiLU is two kernels, because its input is dequantised
-    for each; a maximum runs on what was quantised before it; a product runs channels-last; a convolution adds a second
-    tensor. ``conversions`` by name: tensors that are converted, a position once
-    for each kernel."""
+    """Flags by the position of an operation: it runs on integers; it runs on blocks of channels; its weights are
+    dequantised in each run; a kernel before it computes it, so it has none of its own; a SiLU is two kernels, because
+    its input is dequantised for each; a maximum runs on what was quantised before it; a product runs channels-last; a
+    convolution adds a second tensor. ``conversions`` by name: tensors that are converted, a position once for each
+    kernel."""
 
+    int8: list[Flags]
     blocked: list[Flags]
     stored: list[Flags]
     absorbed: list[Flags]
@@ -51,8 +54,8 @@ def kernels(planner: Planner, plans: Plans) -> Kernels:
             if flags:
                 conversions[name].append((tensor, flags))
     return Kernels(
-        blocked=layouts.block_kernel, stored=layouts.stored, absorbed=layouts.absorbed, split=layouts.split,
-        early=layouts.early, last=layouts.product_last, sums=layouts.sums, conversions=conversions,
+        int8=plans.int8, blocked=layouts.block_kernel, stored=layouts.stored, absorbed=layouts.absorbed,
+        split=layouts.split, early=layouts.early, last=layouts.product_last, sums=layouts.sums, conversions=conversions,
     )  # fmt: skip
 
 
@@ -66,7 +69,8 @@ class _Layouts:
         self.blocked, self.bytes_, self.last, self.plain_conv = ([0] * size for _ in range(4))
         self.block_kernel, self.stored, self.absorbed, self.split, self.sums = ([0] * size for _ in range(5))
         self.early, self.fused_float, self.product_last = ([0] * size for _ in range(3))
-        grids = (plans.axes % 4 == 0, plans.axes % 16 == 0, plans.axes >= 16)
+        sizes = plans.axes.astype(np.int32)
+        grids = (sizes & 3 == 0, sizes & 15 == 0, sizes >= 16)
         self._fours, self._blocks, self._wide = (pack_rows(grid) for grid in grids)
         for position, op in enumerate(self.ops):
             self._lay_out(position, op)

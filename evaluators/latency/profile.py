@@ -129,7 +129,7 @@ def profile_of(
     sizes: Mapping[str, int], *, seconds: Callable[[], float], device: Fingerprint | None = None,
 ) -> Profile:  # fmt: skip
     """A profile of policies that were measured, by the keys of their timings. Raises ValueError."""
-    matcher, worker = Matcher(anatomy), Worker(anatomy)
+    matcher, worker = Matcher(anatomy), Worker(anatomy, target.runtime)
     points = tuple(point_of(policies[key], timings[key], sizes[key], matcher) for key in policies)
     reference = timings[REFERENCE]
     predictor, overheads = _fitted(worker, points), _overheads(anatomy, points)
@@ -244,7 +244,7 @@ def _profile_from_dict(
     )  # fmt: skip
     if not all(np.isfinite(p.latency_ms) and p.latency_ms > 0 for p in points):
         raise InputError(f"{path}: measured_ms must be positive numbers in every point.")
-    worker = Worker(anatomy)
+    worker = Worker(anatomy, target.runtime)
     return Profile(
         model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),

@@ -1,7 +1,7 @@
 """Sums of units for batches of policies by looking them up: what a unit costs depends on its variant and on two sizes
 that take few values, so that each combination is worked out once."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +78,16 @@ class Tables:
         total = groups.sum(axis=0) + others[0].sum(axis=0) + sum(conversions.values())
         return Sums(total=total, groups=groups, nodes=state.nodes, model_mb=state.model_mb)
 
-    def _by_group(self, state: State, found: Array) -> Array:
+    def _by_group(self, state: State, found: Sequence[Array]) -> Array:
         """Milliseconds of layers by variant, then of dequantised weights, shape (groups, n)."""
         factors, further = self._of_model(state.model_mb)
         variant = state.layer_codes & 3
         kind = self._kind_of + variant
         place = kind * state.count + np.arange(state.count)
         ms = found[0] * factors.take(place) + found[1] * further.take(place)
-        groups = [np.einsum("sn,sn->n", variant == number, ms) for number in range(len(LAYER_VARIANTS))]
+        by_kind = np.bincount(place.ravel(), ms.ravel(), len(factors) * state.count)
+        by_kind = by_kind.reshape(-1, state.count)[: len(self._bases) * len(LAYER_VARIANTS)]
+        groups = by_kind.reshape(-1, len(LAYER_VARIANTS), state.count).sum(axis=0)
         stored = found[2].sum(axis=0) * factors[-1] + found[3].sum(axis=0) * further[-1]
         return np.array([*groups, stored])
 
@@ -126,9 +128,9 @@ class _Axes:
     def __init__(self, worker: Worker) -> None:
         self._least, self._step, self.counts = worker.planner.axis_range()
 
-    def steps(self, axes: Array) -> Index:
+    def steps(self, axes: Array) -> NDArray[np.int32]:
         """Of each axis and policy; the last row is 0."""
-        return ((axes - self._least[:, None]) / self._step[:, None] + 0.5).astype(np.int64)
+        return ((axes - self._least[:, None]) / self._step[:, None] + 0.5).astype(np.int32)
 
 
 class _Table:
@@ -142,18 +144,21 @@ class _Table:
         self._first = np.array([first for first, _ in pairs], np.int64)
         self._second = np.array([second for _, second in pairs], np.int64)
         counts = np.array([*axes.counts[:-1], 1])
-        self._width = counts[self._second][:, None] if len(sites) else np.zeros((0, 1), np.int64)
+        width = counts[self._second][:, None] if len(sites) else np.zeros((0, 1), np.int64)
         sizes = counts[self._first] * counts[self._second] if len(sites) else np.zeros(0, np.int64)
-        self._each = sizes[:, None]
         starts = np.concatenate([[0], np.cumsum(sizes * (nothing + 1))])
-        self._start = starts[:-1, None]
+        # Half as wide as an index while places are worked out: the passes over them are what takes time.
+        self._width, self._each, self._start = (
+            part.astype(np.int32) for part in (width, sizes[:, None], starts[:-1, None])
+        )
         self._prices = np.zeros((depth, int(starts[-1])), np.float32)
         self._depth = depth
         self._known = np.zeros(int(starts[-1]), np.bool_)
 
-    def look_up(self, codes: NDArray[np.int8], steps: Index, price: Callable[[Mask], Array]) -> Array:
-        """Prices of each operation and policy, shape (4, operations, n)."""
+    def look_up(self, codes: NDArray[np.int8], steps: NDArray[np.int32], price: Callable[[Mask], Array]) -> list[Array]:
+        """Prices of each operation and policy, four of shape (operations, n)."""
         where = self._start + codes * self._each + steps[self._first] * self._width + steps[self._second]
+        where = where.astype(np.int64)
         unknown = ~self._known.take(where) & self._kept[:, None] & (codes != self._nothing)
         if unknown.any():
             new = np.zeros(where.shape, np.bool_)
@@ -162,8 +167,8 @@ class _Table:
             priced = price(new)
             self._prices[:, where[new]] = priced[: self._depth, new]
             self._known[where[new]] = True
-        found = np.stack([plane.take(where) for plane in self._prices])
+        found = [plane.take(where) for plane in self._prices]
         each_time = ~self._kept[:, None] & (codes != self._nothing)
         if each_time.any():
-            found += price(each_time)[: self._depth]
+            found = [known + new for known, new in zip(found, price(each_time), strict=False)]
         return found

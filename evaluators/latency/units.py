@@ -7,14 +7,16 @@ Conversions of precision and layout are counted in total, because the runtime gi
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...spaces.anatomy import WEIGHTED, Anatomy, Op
 from ...spaces.plans import Choices, Flags, Planner, Plans, unpack
+from . import kernels_openvino
 from .kernels import Kernels, kernels
 
 Array = NDArray[np.float64]
@@ -68,7 +70,8 @@ class State:
 
     count: int
     axes: Array
-    elements: Array
+    elements: Callable[[], Array]
+    """Only what has to be worked out anew asks for them."""
     layer_codes: NDArray[np.int8]
     other_codes: NDArray[np.int8]
     weights: Array
@@ -78,10 +81,11 @@ class State:
 
 
 class Worker:
-    """Tells the work of batches of policies of one anatomy."""
+    """Tells the work of batches of policies of one anatomy on a runtime, see :attr:`Target.runtime`."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, runtime: str = "onnxruntime") -> None:
         self.anatomy = anatomy
+        self._kernels = kernels_openvino.kernels if runtime == "openvino" else kernels
         self.planner = Planner(anatomy)
         ops, inputs = anatomy.ops, self.planner.inputs
         self.layers = np.array([i for i, op in enumerate(ops) if op.kind in WEIGHTED], np.int64)
@@ -96,6 +100,9 @@ class Worker:
         constants = np.array([self._constants(i) for i in self.layers], np.float64).reshape(-1, 2)
         self._kernel, self._width = constants[:, :1], constants[:, 1:]
         self._sizes = [self._element_axes(i) for i in range(len(ops))]
+        self._fixed = np.array([fixed for fixed, _ in self._sizes], np.float32)
+        self._row = np.array([rows[0] if rows else -1 for _, rows in self._sizes], np.int64)
+        self._plain = np.array([len(rows) <= 1 for _, rows in self._sizes], np.bool_)
 
     def axes_of(self, position: int) -> tuple[int, ...]:
         """Rows of the axes that the work of an operation depends on."""
@@ -114,7 +121,7 @@ class Worker:
     def states(self, choices: Choices, at_once: int = BLOCK) -> Iterator[State]:
         """The policies in order, so many at once that their arrays stay in the cache of a core."""
         plans = self.planner.plans(choices)
-        made = kernels(self.planner, plans)
+        made = self._kernels(self.planner, plans)
         codes = self._layer_codes(plans, made), self._other_codes(plans, made)
         converted = {
             name: ([position for position, _ in found], unpack([flags for _, flags in found], plans.count))
@@ -129,15 +136,15 @@ class Worker:
         self, axes: Array, layer_codes: NDArray[np.int8], other_codes: NDArray[np.int8],
         converted: Mapping[str, tuple[list[int], Mask]],
     ) -> State:  # fmt: skip
-        elements = self._all_elements(axes)
         weights = self.weights(axes)
-        conversions = {name: _converted(flags, elements[positions]) for name, (positions, flags) in converted.items()}
+        conversions = {name: self._converted(*found, axes) for name, found in converted.items()}
         stored = (layer_codes & 3 == 3) & (layer_codes != NO_LAYER)
-        nodes = (layer_codes != NO_LAYER).sum(axis=0) + stored.sum(axis=0) + (other_codes != NO_OTHER).sum(axis=0)
-        nodes = nodes + (other_codes == 2).sum(axis=0) + sum(amounts[:, 0] for amounts in conversions.values())
+        counted = (layer_codes != NO_LAYER, stored, other_codes != NO_OTHER, other_codes == 2)
+        nodes = sum((_count(flags) for flags in counted), np.zeros(axes.shape[1]))
+        nodes += sum(amounts[:, 0] for amounts in conversions.values())
         return State(
-            count=axes.shape[1], axes=axes, elements=elements, layer_codes=layer_codes, other_codes=other_codes,
-            weights=weights, conversions=conversions, nodes=nodes.astype(np.float64),
+            count=axes.shape[1], axes=axes, elements=cache(lambda: self._all_elements(axes)), layer_codes=layer_codes,
+            other_codes=other_codes, weights=weights, conversions=conversions, nodes=nodes,
             model_mb=(weights * _WEIGHT_BYTES[layer_codes]).sum(axis=0) / 2**20 + 1e-3,
         )  # fmt: skip
 
@@ -177,40 +184,50 @@ class Worker:
     def _all_elements(self, axes: Array) -> Array:
         """Elements of each operation's tensor, shape (operations, n)."""
         found = np.empty((len(self._sizes), axes.shape[1]))
-        for position, (fixed, rows) in enumerate(self._sizes):
-            if not rows:
-                found[position] = fixed
-                continue
-            np.multiply(axes[rows[0]], fixed, out=found[position])
-            for row in rows[1:]:
-                found[position] *= axes[row]
+        for position in range(len(self._sizes)):
+            found[position] = self._elements_of(position, axes)
         return found
 
-    def _layer_codes(self, plans: Plans, made: Kernels) -> NDArray[np.int8]:
-        def of(flags: list[Flags]) -> Mask:
-            return unpack([flags[i] for i in self.layers], plans.count)
+    def _elements_of(self, position: int, axes: Array) -> Array:
+        fixed, rows = self._sizes[position]
+        return fixed * axes[rows].prod(axis=0)
 
-        alive, blocked, stored = of(plans.alive), of(made.blocked), of(made.stored)
-        codes = np.full(alive.shape, 2, np.int8)
-        codes[blocked] = 1
-        codes[stored] = 3
-        codes[of(plans.int8)] = 0
-        codes[of(made.sums)] += WITH_SUM
-        codes[~alive] = NO_LAYER
-        return codes
+    def _converted(self, positions: list[int], flags: Mask, axes: Array) -> Array:
+        """Kernels of one conversion and the millions of elements that they convert, shape (n, 2)."""
+        at = np.array(positions, np.int64)
+        amounts = np.zeros(axes.shape[1])
+        plain = self._plain[at]
+        if plain.any():  # tensors that change with one axis: a product of matrices sums those of each axis
+            rows, row_of = np.unique(self._row[at], return_inverse=True)
+            matrix = np.zeros((len(rows), len(at)), np.float32)
+            matrix[row_of, np.arange(len(at))] = self._fixed[at] * plain
+            with np.errstate(invalid="ignore"):  # OpenBLAS may read beyond a small matrix, and says so of what it read
+                sums = matrix @ flags.astype(np.float32)
+            amounts += np.einsum("rn,rn->n", sums, axes[rows])
+        for i in np.flatnonzero(~plain):
+            amounts += flags[i] * self._elements_of(positions[i], axes)
+        return np.stack([_count(flags), amounts / _MILLION], axis=1)
+
+    def _layer_codes(self, plans: Plans, made: Kernels) -> NDArray[np.int8]:
+        digits: list[tuple[Flags, ...]] = []
+        for i in self.layers:
+            gone = plans.full & ~plans.alive[i]
+            _, stored, blocked, plain = _first_of(
+                plans.full & ~gone, made.int8[i], made.stored[i], made.blocked[i], plans.full
+            )
+            digits.append((blocked | stored, plain | stored, made.sums[i] & ~gone, gone))
+        return _numbers(digits, plans.count)
 
     def _other_codes(self, plans: Plans, made: Kernels) -> NDArray[np.int8]:
-        def of(flags: list[Flags]) -> Mask:
-            return unpack([flags[i] for i in self.others], plans.count)
-
-        codes = np.full((len(self.others), plans.count), 3, np.int8)
-        codes[of(made.blocked)] = 1
-        codes[of(made.split)] = 2
-        codes[of(made.early)] = 4
-        codes[of(made.last)] = 5
-        codes[of(plans.int8)] = 0
-        codes[~of(plans.alive) | of(made.absorbed)] = NO_OTHER
-        return codes
+        digits: list[tuple[Flags, ...]] = []
+        for i in self.others:
+            there = plans.alive[i] & ~made.absorbed[i]
+            gone = plans.full & ~there
+            _, last, early, split, blocked, fp32 = _first_of(
+                there, made.int8[i], made.last[i], made.early[i], made.split[i], made.blocked[i], plans.full
+            )
+            digits.append((blocked | fp32 | last, split | fp32 | gone, early | last | gone))
+        return _numbers(digits, plans.count)
 
     def layer_units(self, state: State, wanted: Mask) -> Iterator[Units]:
         """Units of layers and of the dequantisation of their stored weights, where ``wanted`` (layers, n)."""
@@ -232,7 +249,7 @@ class Worker:
     def _units_of_layers(self, state: State, kind: str, at: Index, row: Index) -> Units:
         channels_in, channels_out = self._channels(state, at, row)
         sizes = _Layers(
-            channels_out, state.elements[self._source[at], row], state.elements[self.layers[at], row],
+            channels_out, state.elements()[self._source[at], row], state.elements()[self.layers[at], row],
             self._kernel[at, 0], state.weights[at, row], state.layer_codes[at, row] >= WITH_SUM,
         )  # fmt: skip
         depthwise = kind.startswith("depthwise")
@@ -262,8 +279,8 @@ class Worker:
                 for place in np.unique(at):
                     here = at == place
                     for read in self.planner.inputs[self.others[place]]:
-                        sources[here] += state.elements[read, row[here]]
-                results = state.elements[self.others[at], row]
+                        sources[here] += state.elements()[read, row[here]]
+                results = state.elements()[self.others[at], row]
                 yield Units(
                     kind=f"{kind}.{name}", layer=False, site=self.others[at], row=row, size_in=np.maximum(sources, 1),
                     size_out=results, streamed=np.zeros(len(row)),
@@ -271,9 +288,28 @@ class Worker:
                 )  # fmt: skip
 
 
-def _converted(flags: Mask, elements: Array) -> Array:
-    """Kernels of one conversion and the millions of elements that they convert, shape (n, 2)."""
-    return np.stack([flags.sum(axis=0), np.einsum("pn,pn->n", flags, elements) / _MILLION], axis=1)
+def _count(flags: Mask) -> Array:
+    """How many are true in each column, shape (n,): in bytes, as long as none can overflow, since wider numbers take
+    ten times as long."""
+    parts = (flags[start : start + 255].view(np.uint8) for start in range(0, len(flags), 255))
+    return sum((part.sum(axis=0, dtype=np.uint8) for part in parts), np.zeros(flags.shape[1]))
+
+
+def _first_of(where: Flags, *claims: Flags) -> Iterator[Flags]:
+    """Each claim where nobody before it has claimed."""
+    for claim in claims:
+        yield claim & where
+        where &= ~claim
+
+
+def _numbers(digits: Sequence[Sequence[Flags]], count: int) -> NDArray[np.int8]:
+    """Numbers from their binary digits, the lowest first, for each operation; shape (operations, count)."""
+    if not digits:
+        return np.zeros((0, count), np.int8)
+    lowest, *higher = (unpack(flags, count).view(np.int8) for flags in zip(*digits, strict=True))
+    for place, digit in enumerate(higher, 1):
+        lowest |= digit << place
+    return lowest
 
 
 @dataclass(frozen=True, slots=True)
