@@ -1,13 +1,15 @@
 """The search against other samplers: nights of equal length, and what a proposal costs.
 
-    python benchmarks/search.py nights --out bench-search --task mnist5k-resnet --seeds 3 --budget 6m
-    python benchmarks/search.py table --out bench-search
+    python benchmarks/search.py nights --out bench --rows nights.jsonl --task mnist5k-resnet --seeds 3 --budget 6m
+    python benchmarks/search.py table --rows nights.jsonl
     python benchmarks/latency.py calibrate resnet56 --cache DIR
     python benchmarks/search.py overhead --cache DIR
     python benchmarks/search.py twice --trials 24
 
-``nights`` can be stopped and started again: a night that is done is not repeated, one that was cut off is resumed. All
-nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same device.
+``nights`` can be stopped and started again: a night whose row is in the file is not repeated, one that was cut off is
+resumed. All nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same
+device. A row holds the verified points as shares of the uncompressed latency beside them, so rows of several days (and
+machines of one kind) make one table.
 ``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
 what they tried.
 """
@@ -63,7 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     nights = parts.add_parser("nights")
-    nights.add_argument("--out", type=Path, required=True)
+    nights.add_argument("--out", type=Path, required=True, help="run folders")
+    nights.add_argument("--rows", type=Path, required=True, help="a line for each night that is done, appended")
     nights.add_argument("--task", choices=TASKS, default="mnist5k-resnet")
     nights.add_argument("--data", type=Path, help="folder of the CIFAR-10 JPEGs, for resnet20")
     nights.add_argument("--seeds", type=int, default=3)
@@ -72,7 +75,7 @@ def main() -> None:
     nights.add_argument("--samplers", default="nightpress,random,nsga2,tpe")
     nights.add_argument("--ablations", default="", help="a list out of " + ", ".join(ABLATIONS))
     table = parts.add_parser("table")
-    table.add_argument("--out", type=Path, required=True)
+    table.add_argument("--rows", type=Path, required=True)
     overhead = parts.add_parser("overhead")
     overhead.add_argument("--cache", type=Path, required=True, help="as of benchmarks/latency.py, with resnet56 in it")
     overhead.add_argument("--trials", default="100,500,2000")
@@ -88,7 +91,7 @@ def main() -> None:
     if arguments.part == "nights":
         run_nights(arguments)
     elif arguments.part == "table":
-        print_table(arguments.out)
+        print_table(arguments.rows)
     elif arguments.part == "twice":
         run_twice(arguments.trials, arguments.seed)
     elif arguments.part == "resume":
@@ -105,22 +108,52 @@ def run_nights(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     task = _task_of(arguments, folder)
     profile = folder / "profile.json"
-    if not profile.is_file():
-        _nightpress("calibrate", task, "--target", "onnxruntime", "--out", profile)
     plans = [(name, {"sampler": name}) for name in arguments.samplers.split(",") if name]
     plans += [(f"without {part}", {"without": [part]}) for part in arguments.ablations.split(",") if part]
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, search in plans:
-            _night(folder, task, profile, name, search, seed, arguments.budget)
+            done = {(row["task"], row["name"], row["seed"], row["budget"]) for row in _rows(arguments.rows)}
+            if (arguments.task, name, seed, arguments.budget) in done:
+                continue
+            if not profile.is_file():
+                _nightpress("calibrate", task, "--target", "onnxruntime", "--out", profile)
+            run = _night(folder, task, profile, name, search, seed, arguments.budget)
+            if run is not None:
+                row = {"task": arguments.task, "name": name, "seed": seed, "budget": arguments.budget, **_row_of(run)}
+                with arguments.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _row_of(run: RunRecord) -> dict[str, Any]:
+    """What the table needs of a night. ``seen``: of each trial that went to the top the seconds since the beginning,
+    its accuracy on the search split and its latency as a share of the uncompressed one."""
+    level = float((run.target or {})["reference_ms"])
+    begun = float(run.state["started"])
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "given": run.state["given"]["test"]["accuracy"],
+        "given_search": run.state["given"]["search"]["accuracy"],
+        "points": _verified(run, "search"), "rules": _verified(run, "baseline"),
+        "trials": sum(t.role != "baseline" for t in run.trials),
+        "long_steps": (run.state.get("rungs") or {}).get("long_steps", 0),
+        "seen": [
+            (round(t.finished - begun, 1), t.quality.accuracy, t.latency.latency_ms / level) for t in run.trials
+            if t.state is TrialState.COMPLETE and t.finished and t.quality and t.latency
+        ],
+    }  # fmt: skip
 
 
 def _night(
     folder: Path, task: str, profile: Path, name: str, search: dict[str, Any], seed: int, budget: str
-) -> None:  # fmt: skip
+) -> RunRecord | None:  # fmt: skip
+    """None where it did not come to its end."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
     state = json.loads((out / "state.json").read_text()) if (out / "state.json").is_file() else {}
     if state.get("state") == "done":
-        return
+        return read_run(out)
     config = out.with_suffix(".yaml")
     settings: dict[str, Any] = {"workers": 1, **search, "resources": {"cpu": 1}}
     keys = {"task": task, "target": str(profile.resolve()), "seed": seed, "search": settings}
@@ -128,6 +161,8 @@ def _night(
         settings["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
     config.write_text(yaml.safe_dump(keys))
     _nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
+    run = read_run(out)
+    return run if run.state.get("state") == "done" else None
 
 
 def _task_of(arguments: argparse.Namespace, folder: Path) -> str:
@@ -162,56 +197,67 @@ def _nightpress(*words: object) -> None:
 # Table
 
 
-def print_table(out: Path) -> None:
-    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
-        runs = {path.name: read_run(path) for path in sorted(folder.iterdir()) if (path / "state.json").is_file()}
-        done = {name: run for name, run in runs.items() if run.state.get("state") == "done"}
-        if done:
-            _print_task(folder.name, done)
+def print_table(path: Path) -> None:
+    rows = _rows(path)
+    for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
+        _print_task(f"{task}, nights of {budget}", [r for r in rows if (r["task"], r["budget"]) == (task, budget)])
 
 
-def _print_task(task: str, runs: dict[str, RunRecord]) -> None:
-    corner = _corner(next(iter(runs.values())))
-    points = {name: _verified(run, "search") for name, run in runs.items()}
-    rules = {name: _verified(run, "baseline") for name, run in runs.items()}
-    everything = np.vstack([p for p in (*points.values(), *rules.values()) if len(p)])
-    best = hypervolume(everything, corner)
-    box = (1 + corner[0]) * corner[1]
-    print(f"\n{task}: hypervolume of (test accuracy, measured latency) of verified points, share of the box")
-    print(f"reference: accuracy {-corner[0]:.4f}, {corner[1]:.3f} ms; best front known {best / box:.4f}")
+def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
+    """Latencies are shares of the uncompressed one's, so the box is as high as it is wide in the accuracy."""
+    corner = (-(rows[0]["given"] - CORNER_DROP), 1.0)
+    box = 1 + corner[0]
+
+    def covered(*parts: list[tuple[float, float]]) -> float:
+        return hypervolume([(-accuracy, share) for part in parts for accuracy, share in part], corner) / box
+
+    best = covered(*(row[part] for row in rows for part in ("points", "rules")))
+    print(f"\n{title}: hypervolume of (test accuracy, measured latency) of verified points, share of the box")
+    print(f"reference: accuracy {-corner[0]:.4f}, the uncompressed latency; best front known {best:.4f}")
     print(f"{'night':28} {'own':>8} {'regret':>8} {'with rules':>10} {'rules':>8} {'trials':>6} {'long steps':>10}")
-    own: dict[str, list[float]] = {}
-    for name, run in runs.items():
-        values = [hypervolume(p, corner) for p in (points[name], np.vstack([points[name], rules[name]]), rules[name])]
-        own.setdefault(name.rpartition("-")[0], []).append((best - values[0]) / box)
-        own.setdefault("uniform and other rules", []).append((best - values[2]) / box)
-        trials = sum(t.role != "baseline" for t in run.trials)
-        steps = (run.state.get("rungs") or {}).get("long_steps", 0)
-        print(f"{name:28} {values[0] / box:8.4f} {(best - values[0]) / box:8.4f} {values[1] / box:10.4f} "
-              f"{values[2] / box:8.4f} {trials:6d} {steps:10d}")  # fmt: skip
+    regrets: dict[str, list[float]] = {}
+    for row in sorted(rows, key=lambda row: (row["name"], row["seed"])):
+        values = [covered(row["points"]), covered(row["points"], row["rules"]), covered(row["rules"])]
+        regrets.setdefault(row["name"], []).append(best - values[0])
+        regrets.setdefault("uniform and other rules", []).append(best - values[2])
+        print(f"{row['name'] + '-' + str(row['seed']):28} {values[0]:8.4f} {best - values[0]:8.4f} {values[1]:10.4f} "
+              f"{values[2]:8.4f} {row['trials']:6d} {row['long_steps']:10d}")  # fmt: skip
     print(f"\n{'median regret':28}")
-    for name, regrets in sorted(own.items(), key=lambda item: statistics.median(item[1])):
-        print(f"{name:28} {statistics.median(regrets):8.4f}   of {len(regrets)}: "
-              + " ".join(f"{r:.4f}" for r in regrets))  # fmt: skip
+    for name, values in sorted(regrets.items(), key=lambda item: statistics.median(item[1])):
+        print(f"{name:28} {statistics.median(values):8.4f}   of {len(values)}: "
+              + " ".join(f"{value:.4f}" for value in values))  # fmt: skip
+    _print_times(rows)
 
 
-def _corner(run: RunRecord) -> tuple[float, float]:
-    return -(run.state["given"]["test"]["accuracy"] - CORNER_DROP), float((run.target or {})["reference_ms"])
+def _print_times(rows: list[dict[str, Any]]) -> None:
+    """When the search of ours had seen, on its own split, as much hypervolume as each rival saw in its whole night."""
+    ours = {row["seed"]: row for row in rows if row["name"] == "nightpress"}
+    print(f"\n{'reached by nightpress after':28} (share of the rival's own time; search split)")
+    for name in sorted({row["name"] for row in rows} - {"nightpress"}):
+        pairs = [(row, ours[row["seed"]]) for row in rows if row["name"] == name and row["seed"] in ours]
+        shares = [_reached(rival, own) for rival, own in pairs if rival["seen"] and own["seen"]]
+        if shares:
+            print(f"{name:28} {statistics.median(shares):8.2f}   of {len(shares)}: "
+                  + " ".join(f"{share:.2f}" for share in shares))  # fmt: skip
 
 
-def _verified(run: RunRecord, role: str) -> np.ndarray:
-    """Losses (−test accuracy, ms) of verified points; latency as a ratio to the reference measured beside it."""
+def _reached(rival: dict[str, Any], own: dict[str, Any]) -> float:
+    """Infinite where it never did."""
+    corner = (-(own["given_search"] - CORNER_DROP), 1.0)
+    goal = hypervolume([(-accuracy, share) for _, accuracy, share in rival["seen"]], corner)
+    seen = sorted(own["seen"])
+    for count in range(1, len(seen) + 1):
+        if hypervolume([(-accuracy, share) for _, accuracy, share in seen[:count]], corner) >= goal:
+            return seen[count - 1][0] / max(at for at, *_ in rival["seen"])
+    return math.inf
+
+
+def _verified(run: RunRecord, role: str) -> list[tuple[float, float]]:
+    """(Test accuracy, latency as a share of the uncompressed one's beside it) of verified points."""
     level = float((run.target or {})["reference_ms"])
-    kept = [t for t in run.trials if t.verified and not t.verified.struck_out
+    kept = [t.verified for t in run.trials if t.verified and not t.verified.struck_out
             and (t.role == "baseline") == (role == "baseline")]  # fmt: skip
-    return np.array([_losses(t, level) for t in kept]).reshape(len(kept), 2)
-
-
-def _losses(trial: TrialRecord, level: float) -> tuple[float, float]:
-    if trial.verified is None:
-        raise ValueError(f"trial {trial.number} is not verified")
-    latency = trial.verified.latency
-    return -trial.verified.quality.accuracy, latency.latency_ms / (latency.reference_ms or level) * level
+    return [(v.quality.accuracy, v.latency.latency_ms / (v.latency.reference_ms or level)) for v in kept]
 
 
 # Twice
