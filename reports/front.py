@@ -13,8 +13,6 @@ from ..search.records import Latency, Quality, RunRecord, TrialRecord, TrialStat
 from .text import milliseconds, percent, seconds_since_epoch, size
 
 PICK_NAMES = {"best": "best", "fastest": "fastest", "knee": "knee", "accurate": "most accurate"}
-MAX_DROP = 0.01
-"""How much accuracy the default choice may lose where the config sets no min_accuracy: 1.0 point."""
 
 LEAST_STEPS = 8
 """Complete trials below which a growing hypervolume says nothing about its end."""
@@ -170,10 +168,10 @@ def rule(run: RunRecord) -> Rule:
     origin = uncompressed(run)
     origin_point = point(origin) if origin else None
     if origin_point is not None:
-        return Rule(origin_point.accuracy - MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
+        return Rule(origin_point.accuracy - pareto.MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
     accuracies = [found.accuracy for trial in front(run) if (found := point(trial))]
     best = max(accuracies, default=0.0)
-    return Rule(best - MAX_DROP, "within 1.0 point of the most accurate trial")
+    return Rule(best - pareto.MAX_DROP, "within 1.0 point of the most accurate trial")
 
 
 def picks(run: RunRecord) -> dict[str, TrialRecord]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from ..search.pareto import MAX_DROP
 from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .front import (
-    MAX_DROP,
     all_baselines_verified,
     candidates,
     feasible,

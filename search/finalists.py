@@ -1,6 +1,8 @@
 """After the search: re-measure the front, choose a spread of it for the long fine-tune."""
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.latency.measure import MeasurementError, measure_policies
@@ -11,9 +13,10 @@ from .pareto import dominated_by, losses, non_dominated, spread
 from .records import TrialRecord, TrialState
 from .session import Session, latency_of
 from .store import policy_of
-from .surrogate import Describer, Surrogate
+from .surrogate import Describer, Surrogate, kept_accuracy
 
 MOST_REMEASURED = 30
+Array = NDArray[np.float64]
 
 
 def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
@@ -76,22 +79,33 @@ def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord
 
 
 def choose(session: Session, more: int = 0) -> list[TrialRecord]:
-    """A spread of the search's front within the limits, most hypervolume first; so many ``more`` than are planned.
+    """A spread of the search's front within the limits: who may become the pick, then most hypervolume first; so many
+    ``more`` than are planned.
 
     Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
-    short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best.
+    short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best. A
+    trial below ``min_accuracy`` is a candidate where that may still bring it there.
     """
-    trials = [t for t in complete(session, "search") if hopeful(session, t)]
+    trials = [t for t in complete(session, "search") if _cheap_enough(session, t)]
     if not trials:
         return []
-    later = expected_accuracies(session, trials)
+    surrogate, limits = surrogate_of(session), session.config.limits
+    if limits.min_accuracy is not None:
+        _, _, hope = surrogate.accuracy(_rows(surrogate, trials))
+        trials = [t for t, at_best in zip(trials, hope, strict=True)
+                  if at_best >= limits.min_accuracy or hopeful(session, t)]  # fmt: skip
+        if not trials:
+            return []
+    later = _expected(surrogate, trials)
     points = {t.number: _losses(t, later[t.number]) for t in trials}
     front = [trials[i] for i in non_dominated(list(points.values()))]
-    reference, limits = session.state["reference"], session.config.limits
+    reference = session.state["reference"]
     floor = max(reference["accuracy"], limits.min_accuracy or reference["accuracy"])
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
-    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted)]
+    pick = _likely_pick(session, surrogate, front)
+    first = [] if pick is None else [front.index(pick)]
+    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted, first)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])
     return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
@@ -99,10 +113,35 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
 
 def expected_accuracies(session: Session, trials: list[TrialRecord]) -> dict[int, float]:
     """Accuracy that each trial will probably have after the long fine-tune, by number."""
-    surrogate = surrogate_of(session)
-    rows = np.stack([surrogate.describer.encoder.row(policy_of(t)) for t in trials])
-    median, _, _ = surrogate.accuracy(rows)
+    return _expected(surrogate_of(session), trials)
+
+
+def _expected(surrogate: Surrogate, trials: list[TrialRecord]) -> dict[int, float]:
+    median, _, _ = surrogate.accuracy(_rows(surrogate, trials))
     return {t.number: float(value) for t, value in zip(trials, median, strict=True)}
+
+
+def _rows(surrogate: Surrogate, trials: list[TrialRecord]) -> Array:
+    return np.stack([surrogate.describer.encoder.row(policy_of(t)) for t in trials])
+
+
+def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecord]) -> TrialRecord | None:
+    """Who will probably be picked, because it keeps its accuracy and is faster than all that are known to: rules after
+    their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the pick: at the
+    least accuracy that is allowed a point covers next to nothing. None where nobody is likely to be."""
+    least, longs = kept_accuracy(surrogate, session.config.limits.min_accuracy), session.store.longs()
+    trained = [t for t in complete(session) if t.number in longs and _cheap_enough(session, t)]
+    expected = _expected(surrogate, trained) if trained else {}
+    fastest_ms = min(
+        (t.latency.latency_ms for t in trained if t.latency and expected[t.number] >= least),
+        default=session.state["reference"]["latency_ms"],
+    )
+    mean, spread_of = surrogate.predict(_rows(surrogate, trials))
+    likely = ndtr((mean - surrogate.scale.up(least)) / spread_of)
+    faster = np.log(fastest_ms / np.array([t.latency.latency_ms if t.latency else np.inf for t in trials]))
+    gains = np.where(likely >= 0.5, likely * faster, 0.0)  # one finalist is no lottery ticket
+    best = int(np.argmax(gains))
+    return trials[best] if gains[best] > 0 else None
 
 
 def surrogate_of(session: Session) -> Surrogate:
@@ -115,12 +154,20 @@ def surrogate_of(session: Session) -> Surrogate:
 
 
 def hopeful(session: Session, trial: TrialRecord) -> bool:
-    """Within the limits, or so near that the long fine-tune may bring it there."""
-    limits, quality, latency = session.config.limits, trial.quality, trial.latency
-    if quality is None or latency is None or trial.size_bytes is None:
-        return False
+    """Within the limits by what was seen of it, or within its error."""
+    least, quality = session.config.limits.min_accuracy, trial.quality
     return (
-        (limits.min_accuracy is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= limits.min_accuracy)
+        quality is not None
+        and (least is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= least)
+        and _cheap_enough(session, trial)
+    )
+
+
+def _cheap_enough(session: Session, trial: TrialRecord) -> bool:
+    limits, latency = session.config.limits, trial.latency
+    return (
+        latency is not None
+        and trial.size_bytes is not None
         and (limits.max_latency_ms is None or latency.low_ms <= limits.max_latency_ms)
         and (limits.max_size_bytes is None or trial.size_bytes <= limits.max_size_bytes)
     )

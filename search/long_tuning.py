@@ -14,7 +14,7 @@ from ..evaluators.quality import Score
 from ..spaces.files import write_whole
 from .disk import find_room, free_disk, is_full
 from .finalists import choose, complete, expected_accuracies, hopeful, surrogate_of
-from .records import Rung, TrialRecord
+from .records import UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
 from .session import Session, quality_of
 from .store import policy_of
@@ -22,7 +22,6 @@ from .surrogate import RUNGS
 from .worker import Failure
 
 OUTCOME = "long.json"
-UNCOMPRESSED = "uncompressed"
 MOST_EPOCHS, LEAST_EPOCHS = 20, 4
 """Of a long fine-tune: what it can use, and what it should have. One of an epoch and a half left even the uncompressed
 ResNet-20 worse than it had been."""

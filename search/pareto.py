@@ -7,6 +7,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 PIVOTS = 16
+MAX_DROP = 0.01
+"""How much accuracy the default choice may lose where the config sets no min_accuracy: 1.0 point."""
 
 
 def as_losses(points: Sequence[Sequence[float]] | Array) -> Array:
@@ -93,10 +95,13 @@ def _area(losses: Array, corner: Array) -> float:
     return float(((corner[0] - order[:, 0]) * np.maximum(ceilings - order[:, 1], 0)).sum())
 
 
-def spread(points: Sequence[Sequence[float]] | Array, reference: Sequence[float] | Array, count: int) -> list[int]:
-    """At most ``count`` indices, chosen greedily by the hypervolume that each adds to those before it."""
+def spread(
+    points: Sequence[Sequence[float]] | Array, reference: Sequence[float] | Array, count: int, first: Sequence[int] = ()
+) -> list[int]:
+    """At most ``count`` indices: ``first``, then those chosen greedily by the hypervolume that each adds to those
+    before it."""
     losses = as_losses(points)
-    chosen: list[int] = []
+    chosen = list(first[:count])
     while len(chosen) < min(count, len(losses)):
         have = hypervolume(losses[chosen], reference) if chosen else 0.0
         gains = [

@@ -12,6 +12,7 @@ from ..spaces.errors import InputError
 from ..spaces.policy import FP32, INT8, Distill, Policy, policy_from_json
 from ..spaces.space import Space, bits_name, canonical, check_policy, uniform
 from .costs import Costs
+from .records import UNCOMPRESSED
 
 PROBE_RATIO = 0.5
 GREEDY_WIDTHS = ("50%", "25%")
@@ -48,7 +49,7 @@ def baselines(
     plain = Policy(model=anatomy.digest, distill=Distill(method="none", alpha=0.0))
     like = Policy(model=anatomy.digest) if distill else plain
     rules = {
-        "uncompressed": canonical(plain, anatomy),
+        UNCOMPRESSED: canonical(plain, anatomy),
         "uniform INT8": uniform(anatomy, width=1, bits=INT8, like=like),
     }
     if not anatomy.groups:

@@ -13,6 +13,10 @@ PICK, REJECT, NOTE = "pick", "reject", "note"
 """What a person says of a trial."""
 
 
+UNCOMPRESSED = "uncompressed"
+"""The name of the baseline that compresses nothing."""
+
+
 class TrialState(StrEnum):
     """How a trial stands or ended. Nothing else says that a value is missing."""
 

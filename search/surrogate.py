@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, solve_triangular
 
+from ..spaces.policy import Policy
 from .encoding import Encoder
+from .pareto import MAX_DROP
 from .proposals import Sensitivity
 from .records import Rung
 
@@ -331,6 +333,16 @@ class Surrogate:
         """Median and the ends of a 90 % interval of the accuracy after the highest rung, each of shape (n,)."""
         mean, spread = self.predict(rows)
         return self.scale.down(mean), self.scale.down(mean - 1.645 * spread), self.scale.down(mean + 1.645 * spread)
+
+
+def kept_accuracy(surrogate: Surrogate, min_accuracy: float | None) -> float:
+    """What the point to be picked must have after the highest rung: the user's limit, or nearly that of the
+    uncompressed network."""
+    if min_accuracy is not None:
+        return min_accuracy
+    encoder = surrogate.describer.encoder
+    row = encoder.row(Policy(model=encoder.space.anatomy.digest))
+    return float(surrogate.scale.down(surrogate.mean(row[None]))[0]) - MAX_DROP
 
 
 def _noise_by_rung(errors: Array, rungs: NDArray[np.intp]) -> Array:

@@ -11,8 +11,8 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from .disk import drop_below
-from .long_tuning import UNCOMPRESSED, load_outcome, outcome_file
-from .records import Latency, Rung, TrialRecord, Verified
+from .long_tuning import load_outcome, outcome_file
+from .records import UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
 from .session import Session, latency_of, quality_of
 from .store import policy_of
 

@@ -128,6 +128,13 @@ def test_spread_picks_from_the_front_by_what_each_adds(points: Points, count: in
         assert have == pareto.hypervolume(points, corner)
 
 
+def test_spread_begins_with_what_is_given() -> None:
+    points = [(0.0, 0.9), (0.05, 0.85), (0.9, 0.0)]
+    assert pareto.spread(points, [1, 1], 2, first=[1]) == [1, 2]
+    assert pareto.spread(points, [1, 1], 3, first=[1]) == [1, 2, 0]
+    assert pareto.spread(points, [1, 1], 1, first=[0]) == [0]
+
+
 def test_spread_takes_the_ends_before_the_near_neighbour() -> None:
     assert pareto.spread([(0.0, 0.9), (0.05, 0.85), (0.9, 0.0)], [1, 1], 2) == [1, 2]
 
