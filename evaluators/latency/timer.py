@@ -114,8 +114,6 @@ class OpenVino:
             "NUM_STREAMS": 1,
             "INFERENCE_PRECISION_HINT": "f32",
             "PERF_COUNT": profile,
-            # What is compiled once loads in a sixth of the time; but models from a cache run at another pace.
-            "CACHE_DIR": request.get("cache", "") if profile else "",
         }
         self._infer: Any = core.compile_model(model, "CPU", options).create_infer_request()
         self._infer.set_input_tensor(openvino.Tensor(_random(shape)))
@@ -225,11 +223,6 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
     Rounds beyond the least hold the models that have not settled, and the first of the request beside them; all models
     as long as there is no second calm round.
     """
-    with tempfile.TemporaryDirectory(prefix="nightpress-") as cache:
-        return _measure({**request, "cache": cache}, known)
-
-
-def _measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
     paths: dict[str, str] = request["models"]
     models = {key: load(path, request) for key, path in paths.items()}
     for model in models.values():
