@@ -161,6 +161,8 @@ def _night(
         settings["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
     config.write_text(yaml.safe_dump(keys))
     _nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
+    if not (out / "state.json").is_file():  # refused before it began
+        return None
     run = read_run(out)
     return run if run.state.get("state") == "done" else None
 
