@@ -59,6 +59,14 @@ def kernels(planner: Planner, plans: Plans) -> Kernels:
     )  # fmt: skip
 
 
+def integer_weights(planner: Planner, plans: Plans, position: int) -> Flags:
+    """Where a layer's weights are stored as integers, whatever it runs on."""
+    found = 0
+    for pair, flags in plans.pairs[planner.layer_of[position]]:
+        found |= flags if pair.weights <= 8 else 0
+    return found
+
+
 class _Layouts:
     """Forward: how each result lies in memory. ``bytes_``: made as integers; ``last``: channels-last; ``blocked``: in
     blocks of channels; ``plain_conv``: made by an fp32 convolution that keeps the usual layout."""
@@ -89,9 +97,7 @@ class _Layouts:
 
     def _layer(self, position: int, op: Op) -> None:
         int8, there = self.plans.int8[position], self.plans.alive[position]
-        stored = 0
-        for pair, flags in self.plans.pairs[self.planner.layer_of[position]]:
-            stored |= flags if pair.weights <= 8 else 0
+        stored = integer_weights(self.planner, self.plans, position)
         self.stored[position] = stored & ~int8 & there
         if op.kind == "linear":
             # Over tokens its sum is not requantised, because the bias is added in fp32.

@@ -10,7 +10,7 @@ activation and the sum behind it and converts its result itself.
 from ...spaces.anatomy import WEIGHTED
 from ...spaces.plan import FUSED_ACTIVATIONS
 from ...spaces.plans import Flags, Planner, Plans
-from .kernels import CONVERSIONS, Kernels
+from .kernels import CONVERSIONS, Kernels, integer_weights
 
 
 def kernels(planner: Planner, plans: Plans) -> Kernels:
@@ -23,7 +23,7 @@ def kernels(planner: Planner, plans: Plans) -> Kernels:
         inputs = planner.inputs[position]
         if inputs:
             there = plans.alive[position] & plans.quantised[inputs[0]]
-            int8[position] |= there & _integer_weights(planner, plans, position) if op.kind in WEIGHTED else there
+            int8[position] |= there & integer_weights(planner, plans, position) if op.kind in WEIGHTED else there
         if op.kind in FUSED_ACTIVATIONS and inputs:
             absorbed[position] = plans.alive[position]
         if op.kind != "add" or len(inputs) != 2:
@@ -39,10 +39,3 @@ def kernels(planner: Planner, plans: Plans) -> Kernels:
         int8=int8, blocked=nothing, stored=nothing, absorbed=absorbed, split=nothing, early=nothing, last=nothing,
         sums=sums, conversions={name: [] for name in CONVERSIONS},
     )  # fmt: skip
-
-
-def _integer_weights(planner: Planner, plans: Plans, position: int) -> Flags:
-    found = 0
-    for pair, flags in plans.pairs[planner.layer_of[position]]:
-        found |= flags if pair.weights <= 8 else 0
-    return found
