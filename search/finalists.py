@@ -104,8 +104,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, front)
-    first = [] if pick is None else [front.index(pick)]
-    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted, first)]
+    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted, pick)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])
     return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
@@ -125,10 +124,10 @@ def _rows(surrogate: Surrogate, trials: list[TrialRecord]) -> Array:
     return np.stack([surrogate.describer.encoder.row(policy_of(t)) for t in trials])
 
 
-def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecord]) -> TrialRecord | None:
-    """Who will probably be picked, because it keeps its accuracy and is faster than all that are known to: rules after
-    their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the pick: at the
-    least accuracy that is allowed a point covers next to nothing. None where nobody is likely to be."""
+def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecord]) -> list[int]:
+    """The place of who will probably be picked, because it keeps its accuracy and is faster than all that are known to:
+    rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
+    pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be."""
     least, longs = kept_accuracy(surrogate, session.config.limits.min_accuracy), session.store.longs()
     trained = [t for t in complete(session) if t.number in longs and _cheap_enough(session, t)]
     expected = _expected(surrogate, trained) if trained else {}
@@ -141,7 +140,7 @@ def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecor
     faster = np.log(fastest_ms / np.array([t.latency.latency_ms if t.latency else np.inf for t in trials]))
     gains = np.where(likely >= 0.5, likely * faster, 0.0)  # one finalist is no lottery ticket
     best = int(np.argmax(gains))
-    return trials[best] if gains[best] > 0 else None
+    return [best] if gains[best] > 0 else []
 
 
 def surrogate_of(session: Session) -> Surrogate:

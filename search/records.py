@@ -11,8 +11,6 @@ from typing import Any
 
 PICK, REJECT, NOTE = "pick", "reject", "note"
 """What a person says of a trial."""
-
-
 UNCOMPRESSED = "uncompressed"
 """The name of the baseline that compresses nothing."""
 
