@@ -30,7 +30,8 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
 
 def remeasure_seconds(session: Session) -> float:
     """What it takes to measure as many policies as may lie near the front, at what one took during calibration."""
-    return 0.0 if session.profile.remote else MOST_REMEASURED * session.profile.seconds_each
+    count = min(MOST_REMEASURED, session.store.tally().begun)
+    return 0.0 if session.profile.remote else count * session.profile.seconds_each
 
 
 def remeasure_front(session: Session) -> None:

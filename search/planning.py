@@ -1,5 +1,7 @@
 """The night's plan, made anew by what the night has learned."""
 
+import numpy as np
+
 from ..evaluators.latency.calibrate import FIRST
 from ..spaces.errors import InputError
 from .clock import SHARES, length
@@ -8,6 +10,7 @@ from .folder import TARGET
 from .long_tuning import MOST_EPOCHS, long_costs, ours, outcome_file
 from .prepare import COMPRESSED_STEP, LEAST_STEPS
 from .proposals import rule_count
+from .records import TrialRecord
 from .session import Session
 from .study import FORWARD_SHARE
 
@@ -15,6 +18,9 @@ MARGIN = 1.15
 MOST_SHARE = 0.5
 """Of the night, for the finalists: without a search there would be none."""
 LEAST_VERIFY_SECONDS = 12.0
+TIMES_VERIFIED = 2.0
+"""What verifying a model takes beside calibrating with one: it is timed, and looked at layer by layer. Two short nights
+on a busy core took 1.3 and 1.5."""
 LEAST_REPORT_SECONDS, MOST_REPORT_SECONDS = 8.0, 30.0
 MODEL_SECONDS, END_SECONDS = 0.35, 10.0
 """What the least night takes: seconds a calibrated policy, seconds at the end."""
@@ -24,12 +30,16 @@ def plan_finalists(session: Session) -> None:
     """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
     to be trained for longer than before."""
     rungs, clock = session.state["rungs"], session.clock
-    queue = ours(session, complete(session, "baseline") + choose(session))
-    queue = [t for t in queue if t.struck_out is None and not outcome_file(session, t.number).is_file()]
-    if not queue:
+    rules, chosen = complete(session, "baseline"), choose(session)
+    queue = [t for t in ours(session, rules + chosen) if _waits(session, t)]
+    # Finalists that nobody has proposed yet are taken to cost what the median rule does.
+    missing = max(0, rungs["finalists"] - len(chosen)) if rules else 0
+    if not queue and not missing:
         return
-    fixed, a_step = (sum(parts) / session.workers for parts in zip(*(long_costs(session, t) for t in queue),
-                                                                   strict=True))  # fmt: skip
+    costs = np.array([long_costs(session, t) for t in queue]).reshape(-1, 2).sum(axis=0)
+    if missing:
+        costs += missing * np.median([long_costs(session, t) for t in rules], axis=0)
+    fixed, a_step = costs / session.workers
     given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
     most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
@@ -37,8 +47,14 @@ def plan_finalists(session: Session) -> None:
     if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
         session.replan(
             {"finalists": planned},
-            f"{len(queue)} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones took",
+            f"{len(queue) + missing} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones "
+            "took",
         )
+
+
+def _waits(session: Session, trial: TrialRecord) -> bool:
+    """Whether its long fine-tune is still to come."""
+    return trial.struck_out is None and not outcome_file(session, trial.number).is_file()
 
 
 def plan_verify(session: Session) -> None:
@@ -48,7 +64,7 @@ def plan_verify(session: Session) -> None:
     if rounds < profile.seconds:  # the profile was measured on another day
         return
     models = session.state["rungs"]["finalists"] + rule_count(session.prepared.space)
-    planned = min(max(LEAST_VERIFY_SECONDS, 3 * profile.seconds_each * models), 0.2 * clock.total_seconds)
+    planned = min(max(LEAST_VERIFY_SECONDS, TIMES_VERIFIED * profile.seconds_each * models), 0.2 * clock.total_seconds)
     page = min(max(clock.share_seconds("report"), LEAST_REPORT_SECONDS), MOST_REPORT_SECONDS)
     session.replan(
         {"verify": planned, "report": page},

@@ -15,6 +15,7 @@ from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import outcome_file, train_long, train_rules
+from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.session import Prepared, Session
@@ -189,6 +190,17 @@ def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path,
     session.state["rungs"] |= given
     train_rules(session)
     assert session.state["rungs"] | given == session.state["rungs"]
+
+
+def test_before_its_first_trial_the_search_keeps_for_the_finalists_what_they_will_take(tmp_path: Path) -> None:
+    """Their usual share is 504 s of half an hour; two of 400 steps take 60 s each, 77 s with simulated bits."""
+    session = judged(tmp_path, hours=0.5, least=None, finetune=FineTuneConfig(finalists=2, long_steps=400))
+    session.state["rungs"] |= {"finalists": 2}
+    train_rules(session)
+
+    plan_finalists(session)
+
+    assert 1.15 * 2 * 60 <= session.clock.share_seconds("finalists") <= 1.15 * 2 * 77
 
 
 def test_time_that_is_left_goes_to_further_finalists(tmp_path: Path) -> None:
