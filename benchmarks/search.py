@@ -54,7 +54,6 @@ from nightpress.spaces.policy import Policy
 from nightpress.spaces.space import Space
 
 TASKS = ("mnist5k-resnet", "mnist5k-vgg", "resnet20")
-CONTENDERS = ("nightpress", "random", "nsga2", "tpe", "gp", "netadapt", "uniform")
 ABLATIONS = ("free_objectives", "rungs", "sensitivity")
 CORNER_DROP = 0.10
 """The reference point: the given accuracy less this, the uncompressed latency. Fixed before any night."""
@@ -134,7 +133,8 @@ def _row_of(run: RunRecord) -> dict[str, Any]:
     level = float((run.target or {})["reference_ms"])
     begun = float(run.state["started"])
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "given": run.state["given"]["test"]["accuracy"],
+        "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "commit": _commit(),
+        "cpu": (run.target or {})["device"]["cpu"], "given": run.state["given"]["test"]["accuracy"],
         "given_search": run.state["given"]["search"]["accuracy"],
         "points": _verified(run, "search"), "rules": _verified(run, "baseline"),
         "trials": sum(t.role != "baseline" for t in run.trials),
@@ -144,6 +144,12 @@ def _row_of(run: RunRecord) -> dict[str, Any]:
             if t.state is TrialState.COMPLETE and t.finished and t.quality and t.latency
         ],
     }  # fmt: skip
+
+
+def _commit() -> str:
+    """Of the code that ran, with a + where it was changed since."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def _night(
@@ -216,6 +222,8 @@ def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
     best = covered(*(row[part] for row in rows for part in ("points", "rules")))
     print(f"\n{title}: hypervolume of (test accuracy, measured latency) of verified points, share of the box")
     print(f"reference: accuracy {-corner[0]:.4f}, the uncompressed latency; best front known {best:.4f}")
+    print("; ".join(f"{word} " + ", ".join(dict.fromkeys(r[key] for r in rows))
+                    for key, word in (("cpu", "on"), ("commit", "commit"))))  # fmt: skip
     print(f"{'night':28} {'own':>8} {'regret':>8} {'with rules':>10} {'rules':>8} {'trials':>6} {'long steps':>10}")
     regrets: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["name"], row["seed"])):

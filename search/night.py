@@ -27,7 +27,7 @@ from .pareto import losses, non_dominated
 from .plateau import stalled
 from .process import WorkerProcess
 from .promotion import corner_of
-from .proposals import greedy_rules, greedy_walk, own_policies, pointless, spread_out
+from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
 from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
@@ -262,7 +262,7 @@ def _enqueue_seeds(session: Session) -> None:
     steps = greedy_walk(prepared.space, session.sensitivity, session.costs, WALK)
     rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
     _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
-    walk = [] if "seeds" in session.config.search.without else spread_out(steps, SEEDS)
+    walk = [] if "seeds" in session.config.search.without else walk_seeds(steps, SEEDS)
     own = own_policies(session.config.seeds, prepared.space)
     seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
     _enqueue(session, "seed", [(policy, None) for policy in seeds])

@@ -151,6 +151,12 @@ def spread_out(steps: Sequence[Policy], count: int) -> list[Policy]:
     return [steps[i] for i in chosen]
 
 
+def walk_seeds(steps: Sequence[Policy], count: int) -> list[Policy]:
+    """Steps of a greedy walk to begin a search with, the harshest first: the rules have shown the gentle end, and a
+    night too short for all of them should not end there."""
+    return spread_out(steps, count)[::-1]
+
+
 def own_policies(files: Sequence[str], space: Space) -> list[Policy]:
     """The user's own policies. Raises InputError when one is none, or one of another model or target."""
     found: list[Policy] = []

@@ -22,6 +22,7 @@ from nightpress.search.proposals import (
     probes,
     rule_count,
     sensitivity_of,
+    walk_seeds,
 )
 from nightpress.search.records import Latency, Quality, TrialState
 from nightpress.search.sampler import NightpressSampler, make_sampler
@@ -218,6 +219,19 @@ def test_the_greedy_walk_saves_more_at_each_step_and_stays_in_the_space(space: S
     products = [np.prod(costs(policy)) for policy in walk]
     assert products == sorted(products, reverse=True)
     assert len({digest(policy) for policy in walk}) == len(walk)
+
+
+def test_a_search_begins_with_the_harshest_steps_of_the_greedy_walk(space: Space) -> None:
+    costs = costs_of(space.anatomy)
+    walk = greedy_walk(space, Sensitivity(), costs, 1000)
+
+    seeds = walk_seeds(walk, 4)
+
+    assert seeds[0] == walk[-1]
+    assert seeds[-1] == walk[0]
+    products = [np.prod(costs(policy)) for policy in seeds]
+    assert products == sorted(products)
+    assert len(seeds) == 4
 
 
 def test_the_greedy_walk_cuts_the_harmless_group_first(space: Space) -> None:
