@@ -17,7 +17,7 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
         name=attrs.get("name"),
         digest=attrs.get("digest", ""),
         policy=attrs.get("policy", {}),
-        qualities=tuple(_quality(q) for q in attrs.get("qualities", [])),
+        qualities=tuple(quality_from(q) for q in attrs.get("qualities", [])),
         predicted=_latency(attrs.get("predicted")),
         measured=_latency(extra.get(f"measured:{number}") or attrs.get("measured")),
         size_bytes=attrs.get("size_bytes"),
@@ -40,7 +40,7 @@ def approvals_in(attrs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return (*attrs.get("approvals", []), *(attrs[key] for _, key in words))
 
 
-def _quality(data: Mapping[str, Any]) -> Quality:
+def quality_from(data: Mapping[str, Any]) -> Quality:
     values: dict[str, Any] = {**data, "losses": tuple(data.get("losses", ()))}
     return Quality(**values)
 
@@ -53,5 +53,5 @@ def _verified(data: Mapping[str, Any] | None) -> Verified | None:
     if data is None:
         return None
     values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
-    values |= {key: _quality(data[key]) for key in ("quality", "simulated", "search_quality")}
+    values |= {key: quality_from(data[key]) for key in ("quality", "simulated", "search_quality")}
     return Verified(**values)

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.quality import Score
@@ -34,6 +35,9 @@ LONG_SHARES = (0.5, 0.6)
 whole front, and more trials only its choice. The second where the first cannot pay for what they should have."""
 SIMULATED = 1.3
 """What simulated activations make of a step's cost."""
+LEAST_PACE, LEAST_PACE_RATIO = 3, 0.25
+"""So many long fine-tunes say how long the others will take, beside what was guessed; at least that share of it."""
+Array = NDArray[np.float64]
 
 
 def train_rules(session: Session) -> None:
@@ -120,7 +124,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
             _save(outcome_file(session, number), result)
-            session.store.note_long(number, quality_of(result.search, Rung.LONG, "search"))
+            session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))
         session.update(activity=f"{len(waiting)} long fine-tunes to go")
     session.update(activity=None)
     if waiting:
@@ -160,9 +164,8 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
 
 def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
     """What the long fine-tunes of these trials will take on all workers together."""
-    steps = session.state["rungs"]["long_steps"]
-    costs = (long_costs(session, t) for t in trials)
-    return sum(fixed + a_step * steps for fixed, a_step in costs) / session.workers
+    steps = np.array([1.0, session.state["rungs"]["long_steps"]])
+    return float((long_costs(session, trials) @ steps).sum()) / session.workers
 
 
 class _Size(NamedTuple):
@@ -206,7 +209,7 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
     steps, trained = enough, rules
     for _ in range(2):
         trained = [t for t in rules if _within_reach(session, t, rules, max(steps, enough))]
-        costs = np.array([long_costs(session, t) for t in trained])
+        costs = long_costs(session, trained)
         fixed, a_step = costs.sum(axis=0) + finalists * np.median(costs, axis=0)
         steps = int((0.9 * seconds * session.workers - fixed) / max(a_step, 1e-9))
     return _Size(steps, len(trained), finalists)
@@ -222,16 +225,29 @@ def _within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord],
     return top - _accuracy(rule) <= max(top - least, 0.0) * math.sqrt(steps / session.state["rungs"]["short_steps"])
 
 
-def long_costs(session: Session, trial: TrialRecord) -> tuple[float, float]:
-    """Seconds that a long fine-tune takes however short it is, and seconds a step, from the trial's lower rungs.
+def long_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
+    """Seconds that a long fine-tune of each trial takes however short it is, and seconds a step, shape (n, 2): from its
+    lower rungs, times what those of the night took beside what was expected of them."""
+    took = session.store.longs()
+    trained = [t for t in session.store.trials() if t.number in took and session.store.ours(t)]
+    pace = 1.0
+    if len(trained) >= LEAST_PACE:
+        steps = np.array([1.0, session.state["rungs"]["long_steps"]])
+        spent = sum(took[t.number].seconds for t in trained)
+        pace = max(spent / float((_guessed_costs(session, trained) @ steps).sum()), LEAST_PACE_RATIO)
+    return pace * _guessed_costs(session, trials)
 
-    The fixed part is four times the lowest rung: both splits, the exported file on the test split, a new view of
-    the data.
-    """
-    spent = {q.rung: q.seconds for q in trial.qualities}
-    low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
-    a_step = max(short - low, 0.3 * short) / session.state["rungs"]["short_steps"]
-    return 4 * low, a_step * (SIMULATED if trial.policy["bits"] else 1.0)
+
+def _guessed_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
+    """By the lower rungs alone. The fixed part is four times the lowest rung: both splits, the exported file on the
+    test split, a new view of the data; and each look of the study of the rungs costs about one of it."""
+    found: list[tuple[float, float]] = []
+    for trial in trials:
+        spent = {q.rung: q.seconds for q in trial.qualities}
+        low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
+        a_step = max(short - (1 + len(trial.looks)) * low, 0.3 * short) / session.state["rungs"]["short_steps"]
+        found.append((4 * low, a_step * (SIMULATED if trial.policy["bits"] else 1.0)))
+    return np.array(found, dtype=np.float64).reshape(len(found), 2)
 
 
 def _job(session: Session, trial: TrialRecord) -> Job:

@@ -259,7 +259,7 @@ def _enqueue_seeds(session: Session) -> None:
     if session.state.get("seeds_enqueued", False):
         return
     prepared = session.prepared
-    steps = greedy_walk(prepared.space, session.sensitivity, session.costs, WALK)
+    steps = greedy_walk(prepared.space, session.sensitivity, session.costs_of, WALK)
     rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
     _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
     walk = [] if "seeds" in session.config.search.without else walk_seeds(steps, SEEDS)

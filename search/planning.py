@@ -36,10 +36,10 @@ def plan_finalists(session: Session) -> None:
     missing = max(0, rungs["finalists"] - len(chosen)) if rules else 0
     if not queue and not missing:
         return
-    costs = np.array([long_costs(session, t) for t in queue]).reshape(-1, 2).sum(axis=0)
+    costs = long_costs(session, queue).sum(axis=0)
     if missing:
-        costs += missing * np.median([long_costs(session, t) for t in rules], axis=0)
-    fixed, a_step = costs / session.workers
+        costs += missing * np.median(long_costs(session, rules), axis=0)
+    fixed, a_step = (costs / session.workers).tolist()
     given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
     most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))

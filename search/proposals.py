@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
+from ..spaces.plans import choices_of
 from ..spaces.policy import FP32, INT8, Distill, Policy, policy_from_json
 from ..spaces.space import Space, bits_name, canonical, check_policy, uniform
-from .costs import Costs
+from .costs import Costs, ManyCosts
 from .records import UNCOMPRESSED
 
 PROBE_RATIO = 0.5
@@ -124,24 +126,29 @@ def sensitivity_of(damages: Mapping[tuple[str, str, str], float]) -> Sensitivity
     )
 
 
-def greedy_walk(space: Space, sensitivity: Sensitivity, costs: Costs, count: int) -> list[Policy]:
+def greedy_walk(space: Space, sensitivity: Sensitivity, costs: ManyCosts, count: int) -> list[Policy]:
     """Policies along a walk that always takes the cut with the most time and size saved per damage.
 
     In the spirit of NetAdapt (Yang et al. 2018), with predicted costs and probed damage in place of a
     fine-tune a step. Starts from all layers in INT8 where the space has it; that start, a baseline, is not returned.
     """
+
+    def price(policies: Sequence[Policy]) -> NDArray[np.float64]:
+        """Time and size count alike, as ratios; shape (n,)."""
+        return np.log(costs(choices_of(space.anatomy, policies))).sum(axis=1)
+
     start = INT8 if INT8 in space.bit_choices else space.bit_choices[0]
-    policy = uniform(space.anatomy, width=1, bits=start)
-    cost, walk = _cost(costs(policy)), [policy]
-    while True:
-        options = [
-            (p, _cost(costs(p)), sensitivity.damage(p) - sensitivity.damage(policy)) for p in _cuts(space, policy)
-        ]
-        options = [option for option in options if option[1] < cost]
-        if not options:
+    walk = [uniform(space.anatomy, width=1, bits=start)]
+    [price_now] = price(walk)
+    while cuts := _cuts(space, walk[-1]):
+        prices, before = price(cuts), sensitivity.damage(walk[-1])
+        harm = np.array([max(sensitivity.damage(cut) - before, 1e-6) for cut in cuts])
+        gains = np.nan_to_num((price_now - prices) / harm, nan=-1.0)
+        best = int(np.argmax(gains))
+        if gains[best] <= 0:
             break
-        policy, cost, _ = max(options, key=lambda o: (cost - o[1]) / max(o[2], 1e-6))
-        walk.append(policy)
+        walk.append(cuts[best])
+        price_now = prices[best]
     return spread_out(walk[1:], count)
 
 
@@ -183,11 +190,6 @@ def greedy_rules(walk: Sequence[Policy], rules: Mapping[str, Policy], costs: Cos
         if nearest not in found.values():
             found[f"greedy {width}"] = nearest
     return found
-
-
-def _cost(pair: tuple[float, int]) -> float:
-    """Time and size count alike, as ratios."""
-    return math.log(pair[0]) + math.log(pair[1])
 
 
 def _cuts(space: Space, policy: Policy) -> Sequence[Policy]:

@@ -80,7 +80,7 @@ def judge_rungs(session: Session) -> None:
     for trial in (t for t in session.store.trials() if t.number in long):
         at = {rung.value: accuracy_at(trial, rung, part_steps) for rung in (Rung.BN, Rung.PART, Rung.SHORT)}
         known = {rung: accuracy for rung, accuracy in at.items() if accuracy is not None}
-        seen.append(known | {Rung.LONG.value: long[trial.number]})
+        seen.append(known | {Rung.LONG.value: long[trial.number].accuracy})
     for found in agreements(seen):
         session.folder.decide(
             "finalists", f"rung {found.rung} ranks as the long fine-tune with {found.rank_correlation:.2f}",

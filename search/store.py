@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial
 
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .attributes import WORD, approvals_in, record_of
+from .attributes import WORD, approvals_in, quality_from, record_of
 from .claims import Claims, DatabaseClaims, OneDriver
 from .journal import ReadJournal
 from .policy_sampler import PolicySampler
@@ -158,10 +158,10 @@ class Store:
         """What the long fine-tune of a finished trial gave on the search split, so that the sampler learns of it."""
         self.study.set_user_attr(f"{LONG}{number}", asdict(quality))
 
-    def longs(self) -> dict[int, float]:
-        """Search-split accuracy after the long fine-tune, by number."""
+    def longs(self) -> dict[int, Quality]:
+        """Of the trials that had the long fine-tune, by number: the search split, and the seconds of all of it."""
         found = self.study.user_attrs.items()
-        return {int(k.removeprefix(LONG)): v["accuracy"] for k, v in found if k.startswith(LONG)}
+        return {int(k.removeprefix(LONG)): quality_from(v) for k, v in found if k.startswith(LONG)}
 
     def constrain(self, number: int, excess: Mapping[str, float]) -> None:
         """How far a trial lies beyond each limit, as a share of it; at most 0 is within."""

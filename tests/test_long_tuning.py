@@ -1,5 +1,6 @@
 """The long fine-tune: which rules get it, and how long it is."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from nightpress.search.config import FineTuneConfig, Limits, RunConfig
 from nightpress.search.finalists import choose
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.long_tuning import outcome_file, train_long, train_rules
+from nightpress.search.long_tuning import long_costs, outcome_file, train_long, train_rules
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
@@ -37,13 +38,16 @@ def accuracy(policy: Policy, rung: str) -> float:
     return 0.98 - lost * {"bn": 1.0, "short": 0.6, "long": 0.4}[rung]
 
 
-def outcome(job: Job) -> Outcome:
-    return Outcome(search=Score(accuracy=accuracy(job.policy, "long"), accuracy_se=0.003, samples=5000, seconds=0.0))
+def outcome(job: Job, pace: float) -> Outcome:
+    """After so much of the time that the short fine-tune lets expect."""
+    seconds = 4 + 0.14 * job.steps * (1.3 if job.policy.bits else 1.0)
+    score = Score(accuracy=accuracy(job.policy, "long"), accuracy_se=0.003, samples=5000, seconds=0.0)
+    return Outcome(search=score, seconds=pace * seconds)
 
 
 def judged(
     folder: Path, *, hours: float = 2.0, least: float | None = 0.87, record: BaseStorage | None = None,
-    finetune: FineTuneConfig | None = None,
+    finetune: FineTuneConfig | None = None, pace: float = 1.0,
 ) -> Session:  # fmt: skip
     """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of."""
     limits, finetune = Limits(min_accuracy=least), finetune or FineTuneConfig()
@@ -56,9 +60,9 @@ def judged(
         "rungs": {"short_steps": SHORT, "long_steps": 2 * EPOCH, "finalists": 8, "epoch_steps": EPOCH},
         "reference": {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6},
     }  # fmt: skip
-    store = Store(record or InMemoryStorage())
+    store, runner = Store(record or InMemoryStorage()), Instant(lambda job: outcome(job, pace))
     session.provide(
-        store=store, jobs=Jobs(Instant(outcome), 64, expected_seconds=lambda job: 1.0, tell=print),
+        store=store, jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print),
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=64 * EPOCH, step_ms=140),
         profile=SimpleNamespace(remote=False, seconds_each=1.0),
     )  # fmt: skip
@@ -194,13 +198,30 @@ def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path,
 
 def test_before_its_first_trial_the_search_keeps_for_the_finalists_what_they_will_take(tmp_path: Path) -> None:
     """Their usual share is 504 s of half an hour; two of 400 steps take 60 s each, 77 s with simulated bits."""
-    session = judged(tmp_path, hours=0.5, least=None, finetune=FineTuneConfig(finalists=2, long_steps=400))
-    session.state["rungs"] |= {"finalists": 2}
+    assert 1.15 * 2 * 60 <= planned_seconds(tmp_path, pace=1.0) <= 1.15 * 2 * 77
+
+
+def test_the_finalists_are_planned_by_what_the_long_fine_tunes_of_the_rules_took(tmp_path: Path) -> None:
+    assert planned_seconds(tmp_path / "fast", pace=0.5) == pytest.approx(0.5 * planned_seconds(tmp_path / "as", pace=1))
+
+
+def planned_seconds(folder: Path, pace: float) -> float:
+    """For two finalists of 400 steps, in a night of half an hour before its first trial."""
+    folder.mkdir(exist_ok=True)
+    session = judged(folder, hours=0.5, least=None, finetune=FineTuneConfig(finalists=2, long_steps=400), pace=pace)
+    session.state["rungs"] |= {"finalists": 2, "long_steps": 400}
     train_rules(session)
-
     plan_finalists(session)
+    return session.clock.share_seconds("finalists")
 
-    assert 1.15 * 2 * 60 <= session.clock.share_seconds("finalists") <= 1.15 * 2 * 77
+
+def test_what_looks_cost_is_not_taken_for_training(tmp_path: Path) -> None:
+    """Of 50 s, each of three looks took one as the lowest rung does: 46 s for 350 steps, not 49."""
+    session = judged(tmp_path)
+    plain = session.store.trials()[0]
+    looked = replace(plain, looks=((44, 0.5), (88, 0.6), (175, 0.7)))
+
+    assert long_costs(session, [plain, looked])[:, 1] == pytest.approx([49 / SHORT, 46 / SHORT])
 
 
 def test_time_that_is_left_goes_to_further_finalists(tmp_path: Path) -> None:

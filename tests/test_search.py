@@ -212,7 +212,8 @@ def test_a_storage_that_does_not_answer_is_one_sentence_without_the_password(tmp
 
 def test_the_greedy_walk_saves_more_at_each_step_and_stays_in_the_space(space: Space) -> None:
     costs = costs_of(space.anatomy)
-    walk = greedy_walk(space, Sensitivity(groups={g.name: 1.0 for g in space.anatomy.groups}), costs, 6)
+    harm, many = Sensitivity(groups={g.name: 1.0 for g in space.anatomy.groups}), batch_costs_of(space.anatomy)
+    walk = greedy_walk(space, harm, many, 6)
 
     assert 2 <= len(walk) <= 6
     assert all(space.contains(policy) for policy in walk)
@@ -223,7 +224,7 @@ def test_the_greedy_walk_saves_more_at_each_step_and_stays_in_the_space(space: S
 
 def test_a_search_begins_with_the_harshest_steps_of_the_greedy_walk(space: Space) -> None:
     costs = costs_of(space.anatomy)
-    walk = greedy_walk(space, Sensitivity(), costs, 1000)
+    walk = greedy_walk(space, Sensitivity(), batch_costs_of(space.anatomy), 1000)
 
     seeds = walk_seeds(walk, 4)
 
@@ -241,7 +242,7 @@ def test_the_greedy_walk_cuts_the_harmless_group_first(space: Space) -> None:
         blocks={b.name: 100.0 for b in space.anatomy.blocks},
     )
 
-    step = greedy_walk(space, harm, costs_of(space.anatomy), 1000)[0]
+    step = greedy_walk(space, harm, batch_costs_of(space.anatomy), 1000)[0]
 
     assert set(step.prune) == {first}
     assert step.removed_blocks == ()
@@ -276,7 +277,7 @@ def test_a_night_plans_for_all_rules_that_it_trains(space: Space) -> None:
     floats = replace(space, bit_choices=(FP32,))
     scores = {g.name: [1.0] * g.channels for g in space.anatomy.groups}
     rules = baselines(space.anatomy, distill=True, scores=scores)
-    walk = greedy_walk(space, Sensitivity(), costs_of(space.anatomy), 1000)
+    walk = greedy_walk(space, Sensitivity(), batch_costs_of(space.anatomy), 1000)
     trained = {name for name in rules if name not in pointless(rules, costs_of(space.anatomy))}
 
     assert rule_count(space) == len(trained | set(greedy_rules(walk, rules, costs_of(space.anatomy))))

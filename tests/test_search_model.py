@@ -325,7 +325,7 @@ def test_a_rule_whose_twin_in_integers_is_better_in_time_and_size_is_pointless(s
 def test_the_greedy_rivals_are_as_fast_as_the_uniform_ones(space: Space) -> None:
     costs = costs_of(space.anatomy)
     rules = baselines(space.anatomy, distill=True)
-    walk = greedy_walk(space, Sensitivity(), costs, 1000)
+    walk = greedy_walk(space, Sensitivity(), batch_costs_of(space.anatomy), 1000)
 
     for name, policy in greedy_rules(walk, rules, costs).items():
         like = costs(rules[name.replace("greedy", "uniform") + " INT8"])[0]
