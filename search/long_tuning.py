@@ -28,7 +28,7 @@ MOST_EPOCHS, LEAST_EPOCHS = 20, 4
 ResNet-20 worse than it had been."""
 LONGER, LEAST_FINALISTS = 3, 3
 """A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
-MOST_FURTHER = 8
+MOST_FURTHER = 16
 """Finalists beyond the planned ones, where there is time for them at the end."""
 LONG_SHARES = (0.5, 0.6)
 """Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the

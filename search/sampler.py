@@ -39,6 +39,8 @@ SCREENED = 250
 """Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
+MOST_ALIKE = 4
+"""Fine-tunes of one network among them."""
 LEAST_FRONT = 12
 """So many parents there must be; a front of fewer is joined by all that was tried."""
 UNPRICED = -1.0
@@ -215,11 +217,17 @@ class NightpressSampler(PolicySampler):
         return found
 
     def _worth(self, rows: Array, surrogate: Surrogate, aim: Target) -> Array:
-        """Of the rows that the mean alone makes the best, what they are worth; the rest come after them."""
+        """Of the rows that the mean alone makes the best, what they are worth; the rest come after them.
+
+        The mean does not know what has been found out already: fine-tunes of one good network would fill those that
+        are looked at and soon the whole population, although none is worth another trial. So few of each are looked at.
+        """
         costs = self._costs(rows)
         mean = surrogate.mean(rows)
         rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim.rough())
-        best = np.argsort(-rough, kind="stable")[:SCREENED]
+        order = np.argsort(-rough, kind="stable")
+        again = _times_before(self.encoder.networks(rows)[order])
+        best = order[np.argsort(again >= MOST_ALIKE, kind="stable")][:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
         self._spread = float(np.median(hoped[1]))
@@ -240,3 +248,12 @@ class NightpressSampler(PolicySampler):
     def _costs(self, rows: Array) -> Array:
         free = self.options.free_objectives
         return self.costs(self.encoder.choices(rows)) if free else self.experience.nearest_costs(rows)
+
+
+def _times_before(values: NDArray[np.intp]) -> NDArray[np.intp]:
+    """How often each value stands before its place, shape (n,)."""
+    order = np.argsort(values, kind="stable")
+    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
+    found = np.empty_like(values)
+    found[order] = np.arange(len(values)) - np.repeat(first, counts)
+    return found
