@@ -7,8 +7,8 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import MOST_EPOCHS, long_costs, ours, outcome_file
-from .prepare import COMPRESSED_STEP, LEAST_STEPS
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, ours, outcome_file
+from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .records import TrialRecord
 from .session import Session
@@ -29,6 +29,7 @@ MODEL_SECONDS, END_SECONDS = 0.35, 10.0
 def plan_finalists(session: Session) -> None:
     """Plan the finalists' phase by what their short fine-tunes took: no more than they can use, no less than they need
     to be trained for longer than before."""
+    _take_back_finalists(session)
     rungs, clock = session.state["rungs"], session.clock
     rules, chosen = complete(session, "baseline"), choose(session)
     queue = [t for t in ours(session, rules + chosen) if _waits(session, t)]
@@ -50,6 +51,26 @@ def plan_finalists(session: Session) -> None:
             f"{len(queue) + missing} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones "
             "took",
         )
+
+
+def _take_back_finalists(session: Session) -> None:
+    """Finalists that were given up for longer fine-tunes come back as far as the usual share of the night pays for them,
+    by what those of the rules took."""
+    rungs, took = session.state["rungs"], session.store.longs()
+    rules = [t for t in complete(session, "baseline") if t.number in took]
+    by_hand = session.config.finetune.finalists is not None or not rungs.get("long_sized")
+    if by_hand or len(rules) < LEAST_PACE:
+        return
+    one = float(np.median(long_costs(session, rules) @ [1.0, rungs["long_steps"]])) / session.workers
+    share = SHARES["finalists"] * session.clock.total_seconds
+    count = min(FINALISTS_WANTED, int(share / max(MARGIN * one, 1e-9)))
+    if count > rungs["finalists"]:
+        session.update(rungs={**rungs, "finalists": count})
+        session.folder.decide(
+            "search", f"{count} finalists",
+            f"the long fine-tunes of the rules took {one:.0f} s, and {share:.0f} s are the finalists' usual share",
+            wanted=FINALISTS_WANTED, before=rungs["finalists"],
+        )  # fmt: skip
 
 
 def _waits(session: Session, trial: TrialRecord) -> bool:

@@ -205,6 +205,27 @@ def test_the_finalists_are_planned_by_what_the_long_fine_tunes_of_the_rules_took
     assert planned_seconds(tmp_path / "fast", pace=0.5) == pytest.approx(0.5 * planned_seconds(tmp_path / "as", pace=1))
 
 
+@pytest.mark.parametrize(("pace", "least", "most"), [(0.3, 6, 8), (1.0, 3, 4)])
+def test_finalists_that_were_given_up_come_back_where_the_usual_share_pays_for_them(
+    tmp_path: Path, pace: float, least: int, most: int
+) -> None:
+    session = judged(tmp_path, hours=1.0, pace=pace)
+    train_rules(session)
+    assert session.state["rungs"]["finalists"] == 3
+
+    plan_finalists(session)
+
+    assert least <= session.state["rungs"]["finalists"] <= most
+
+
+def test_a_number_of_finalists_in_the_config_does_not_grow(tmp_path: Path) -> None:
+    session = judged(tmp_path, hours=1.0, finetune=FineTuneConfig(finalists=2), pace=0.3)
+    session.state["rungs"] |= {"finalists": 2}
+    train_rules(session)
+    plan_finalists(session)
+    assert session.state["rungs"]["finalists"] == 2
+
+
 def planned_seconds(folder: Path, pace: float) -> float:
     """For two finalists of 400 steps, in a night of half an hour before its first trial."""
     folder.mkdir(exist_ok=True)
