@@ -30,6 +30,8 @@ LONGER, LEAST_FINALISTS = 3, 3
 """A long fine-tune should be so many short ones; where it cannot, so few finalists must do."""
 MOST_FURTHER = 16
 """Finalists beyond the planned ones, where there is time for them at the end."""
+SURE = 1.3
+"""So many times of what a further one is expected to take must be left: given up at the end, it was for nothing."""
 LONG_SHARES = (0.5, 0.6)
 """Of what is left before the verification, once the baselines are judged, for long fine-tunes: longer ones raise the
 whole front, and more trials only its choice. The second where the first cannot pay for what they should have."""
@@ -77,7 +79,7 @@ def _train_further(session: Session, end: float) -> None:
         tried.update(t.number for t in further)
         end += len(further) * session.profile.seconds_each
         one = _expected_seconds(session, further) / len(further) * session.workers
-        if session.clock.left_seconds < end + one:
+        if session.clock.left_seconds < end + SURE * one:
             return
         session.folder.decide(
             "finalists", f"also trials {', '.join(str(t.number) for t in further)}",

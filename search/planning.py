@@ -54,8 +54,8 @@ def plan_finalists(session: Session) -> None:
 
 
 def _take_back_finalists(session: Session) -> None:
-    """Finalists that were given up for longer fine-tunes come back as far as the usual share of the night pays for them,
-    by what those of the rules took."""
+    """Finalists that were given up for longer fine-tunes come back as far as the usual share of the night pays for
+    them, by what those of the rules took."""
     rungs, took = session.state["rungs"], session.store.longs()
     rules = [t for t in complete(session, "baseline") if t.number in took]
     by_hand = session.config.finetune.finalists is not None or not rungs.get("long_sized")
