@@ -90,25 +90,24 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     trials = [t for t in complete(session, "search") if _cheap_enough(session, t)]
     if not trials:
         return []
-    surrogate, limits = surrogate_of(session), session.config.limits
-    if limits.min_accuracy is not None:
-        _, _, hope = surrogate.accuracy(_rows(surrogate, trials))
-        trials = [t for t, at_best in zip(trials, hope, strict=True)
-                  if at_best >= limits.min_accuracy or hopeful(session, t)]  # fmt: skip
-        if not trials:
-            return []
-    later = _expected(surrogate, trials)
-    points = {t.number: _losses(t, later[t.number]) for t in trials}
-    front = [trials[i] for i in non_dominated(list(points.values()))]
+    surrogate, least = surrogate_of(session), session.config.limits.min_accuracy
+    mean, error = surrogate.predict(_rows(surrogate, trials))
+    later, _, hope = surrogate.scale.interval(mean, error)
+    points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
+    within = [i for i, t in enumerate(trials) if least is None or hope[i] >= least or hopeful(session, t)]
+    front = [within[i] for i in non_dominated(points[within])]
+    if not front:
+        return []
     reference = session.state["reference"]
-    floor = max(reference["accuracy"], limits.min_accuracy or reference["accuracy"])
+    floor = max(reference["accuracy"], least or reference["accuracy"])
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
-    pick = _likely_pick(session, surrogate, front)
-    chosen = [front[i] for i in spread(np.array([points[t.number] for t in front]), corner, wanted, pick)]
+    pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])
+    chosen = [front[i] for i in spread(points[front], corner, wanted, pick)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
-    rest = sorted((t for t in front if t not in chosen), key=lambda t: points[t.number][0])
-    return (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
+    rest = sorted((i for i in front if i not in chosen), key=lambda i: points[i, 0])
+    found = (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
+    return [trials[i] for i in found]
 
 
 def expected_accuracies(session: Session, trials: list[TrialRecord]) -> dict[int, float]:
@@ -125,10 +124,13 @@ def _rows(surrogate: Surrogate, trials: list[TrialRecord]) -> Array:
     return np.stack([surrogate.describer.encoder.row(policy_of(t)) for t in trials])
 
 
-def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecord]) -> list[int]:
+def _likely_pick(
+    session: Session, surrogate: Surrogate, trials: list[TrialRecord], mean: Array, error: Array
+) -> list[int]:  # fmt: skip
     """The place of who will probably be picked, because it keeps its accuracy and is faster than all that are known to:
     rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
-    pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be."""
+    pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be.
+    ``mean`` and ``error`` are of the trials' u, each of shape (n,)."""
     least, longs = kept_accuracy(surrogate, session.config.limits.min_accuracy), session.store.longs()
     trained = [t for t in complete(session) if t.number in longs and _cheap_enough(session, t)]
     expected = _expected(surrogate, trained) if trained else {}
@@ -136,8 +138,7 @@ def _likely_pick(session: Session, surrogate: Surrogate, trials: list[TrialRecor
         (t.latency.latency_ms for t in trained if t.latency and expected[t.number] >= least),
         default=session.state["reference"]["latency_ms"],
     )
-    mean, spread_of = surrogate.predict(_rows(surrogate, trials))
-    likely = ndtr((mean - surrogate.scale.up(least)) / spread_of)
+    likely = ndtr((mean - surrogate.scale.up(least)) / error)
     faster = np.log(fastest_ms / np.array([t.latency.latency_ms if t.latency else np.inf for t in trials]))
     gains = np.where(likely >= 0.5, likely * faster, 0.0)  # one finalist is no lottery ticket
     best = int(np.argmax(gains))

@@ -62,6 +62,10 @@ class Scale:
     def down(self, value: Array | float) -> Array:
         return self.ceiling - np.exp(-np.asarray(value))
 
+    def interval(self, mean: Array, spread: Array) -> tuple[Array, Array, Array]:
+        """Median and the ends of a 90 % interval of the accuracy, from the mean and standard deviation of u."""
+        return self.down(mean), self.down(mean - 1.645 * spread), self.down(mean + 1.645 * spread)
+
     def error(self, accuracy: Array, se: Array) -> Array:
         """A standard error on the scale of u."""
         return se / np.maximum(self.ceiling - np.clip(accuracy, self.floor, self.ceiling), 1e-9)
@@ -331,8 +335,7 @@ class Surrogate:
 
     def accuracy(self, rows: Array) -> tuple[Array, Array, Array]:
         """Median and the ends of a 90 % interval of the accuracy after the highest rung, each of shape (n,)."""
-        mean, spread = self.predict(rows)
-        return self.scale.down(mean), self.scale.down(mean - 1.645 * spread), self.scale.down(mean + 1.645 * spread)
+        return self.scale.interval(*self.predict(rows))
 
 
 def kept_accuracy(surrogate: Surrogate, min_accuracy: float | None) -> float:
