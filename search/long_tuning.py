@@ -236,7 +236,8 @@ def long_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
     if len(trained) >= LEAST_PACE:
         steps = np.array([1.0, session.state["rungs"]["long_steps"]])
         spent = sum(took[t.number].seconds for t in trained)
-        pace = max(spent / float((_guessed_costs(session, trained) @ steps).sum()), LEAST_PACE_RATIO)
+        guessed = float((_guessed_costs(session, trained) @ steps).sum())
+        pace = max(spent / max(guessed, 1e-9), LEAST_PACE_RATIO)
     return pace * _guessed_costs(session, trials)
 
 
