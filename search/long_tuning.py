@@ -78,7 +78,7 @@ def _train_further(session: Session, end: float) -> None:
         further = further[: session.workers]
         tried.update(t.number for t in further)
         end += len(further) * session.profile.seconds_each
-        one = _expected_seconds(session, further) / len(further) * session.workers
+        one = max(_expected_seconds(session, [trial]) for trial in further) * session.workers
         if session.clock.left_seconds < end + SURE * one:
             return
         session.folder.decide(
