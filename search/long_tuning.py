@@ -78,7 +78,7 @@ def _train_further(session: Session, end: float) -> None:
         further = further[: session.workers]
         tried.update(t.number for t in further)
         end += len(further) * session.profile.seconds_each
-        one = max(_expected_seconds(session, [trial]) for trial in further) * session.workers
+        one = float(long_seconds(session, further).max())
         if session.clock.left_seconds < end + SURE * one:
             return
         session.folder.decide(
@@ -117,7 +117,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     if not find_room(session, needed):
         session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the disk is full")
         return
-    one = _expected_seconds(session, trials) / len(trials) * session.workers
+    one = float(long_seconds(session, trials).mean())
     session.update(activity=f"{len(waiting)} long fine-tunes to go")
     for number, result in session.run_all(_worthwhile(session, waiting), end + one):
         if is_full(result):
@@ -162,12 +162,6 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
         short=_accuracy(rule), expected=round(expected, 4), hope=round(hope, 4),
     )  # fmt: skip
     return True
-
-
-def _expected_seconds(session: Session, trials: list[TrialRecord]) -> float:
-    """What the long fine-tunes of these trials will take on all workers together."""
-    steps = np.array([1.0, session.state["rungs"]["long_steps"]])
-    return float((long_costs(session, trials) @ steps).sum()) / session.workers
 
 
 class _Size(NamedTuple):
@@ -234,11 +228,19 @@ def long_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
     trained = [t for t in session.store.trials() if t.number in took and session.store.ours(t)]
     pace = 1.0
     if len(trained) >= LEAST_PACE:
-        steps = np.array([1.0, session.state["rungs"]["long_steps"]])
         spent = sum(took[t.number].seconds for t in trained)
-        guessed = float((_guessed_costs(session, trained) @ steps).sum())
+        guessed = float(_in_all(session, _guessed_costs(session, trained)).sum())
         pace = max(spent / max(guessed, 1e-9), LEAST_PACE_RATIO)
     return pace * _guessed_costs(session, trials)
+
+
+def long_seconds(session: Session, trials: Sequence[TrialRecord]) -> Array:
+    """What the long fine-tune of each trial will take, shape (n,)."""
+    return _in_all(session, long_costs(session, trials))
+
+
+def _in_all(session: Session, costs: Array) -> Array:
+    return costs @ np.array([1.0, session.state["rungs"]["long_steps"]])
 
 
 def _guessed_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:

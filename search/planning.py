@@ -7,7 +7,7 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, ours, outcome_file
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, long_seconds, ours, outcome_file
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .records import TrialRecord
@@ -61,14 +61,14 @@ def _take_back_finalists(session: Session) -> None:
     by_hand = session.config.finetune.finalists is not None or not rungs.get("long_sized")
     if by_hand or len(rules) < LEAST_PACE:
         return
-    one = float(np.median(long_costs(session, rules) @ [1.0, rungs["long_steps"]])) / session.workers
+    one = float(np.median(long_seconds(session, rules)))
     share = SHARES["finalists"] * session.clock.total_seconds
-    count = min(FINALISTS_WANTED, int(share / max(MARGIN * one, 1e-9)))
+    count = min(FINALISTS_WANTED, int(session.workers * share / max(MARGIN * one, 1e-9)))
     if count > rungs["finalists"]:
         session.update(rungs={**rungs, "finalists": count})
         session.folder.decide(
             "search", f"{count} finalists",
-            f"the long fine-tunes of the rules took {one:.0f} s, and {share:.0f} s are the finalists' usual share",
+            f"one takes {one:.0f} s, as those of the rules did, and the finalists' usual share is {share:.0f} s",
             wanted=FINALISTS_WANTED, before=rungs["finalists"],
         )  # fmt: skip
 
