@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +74,8 @@ def _train_further(session: Session, end: float) -> None:
     """What is left of the time goes to those that were chosen next, by all that is known then, as many at once as there
     are workers. Each has to be verified, too."""
     tried: set[int] = set()
-    while further := [t for t in ours(session, choose(session, MOST_FURTHER)) if _untrained(session, t, tried)]:
+    while further := [t for t in ours(session, choose(session, MOST_FURTHER))
+                      if t.number not in tried and waits(session, t)]:  # fmt: skip
         further = further[: session.workers]
         tried.update(t.number for t in further)
         end += len(further) * session.profile.seconds_each
@@ -88,8 +89,9 @@ def _train_further(session: Session, end: float) -> None:
         _train(session, further, end)
 
 
-def _untrained(session: Session, trial: TrialRecord, tried: Collection[int]) -> bool:
-    return trial.number not in tried and not outcome_file(session, trial.number).is_file()
+def waits(session: Session, trial: TrialRecord) -> bool:
+    """Whether its long fine-tune is still to come."""
+    return trial.struck_out is None and not outcome_file(session, trial.number).is_file()
 
 
 def _rules(session: Session) -> list[TrialRecord]:
@@ -110,7 +112,7 @@ def ours(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
 def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     """Long fine-tunes of trials that have none yet; none starts that would not be over ``end`` seconds before the
     deadline."""
-    waiting = {t.number: t for t in trials if t.struck_out is None and not outcome_file(session, t.number).is_file()}
+    waiting = {t.number: t for t in trials if waits(session, t)}
     if not waiting:
         return
     needed = tuple(waiting)  # also while they run: their checkpoints and what they are writing

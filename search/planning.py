@@ -7,10 +7,9 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, long_seconds, ours, outcome_file
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, long_seconds, ours, waits
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
-from .records import TrialRecord
 from .session import Session
 from .study import FORWARD_SHARE
 
@@ -32,7 +31,7 @@ def plan_finalists(session: Session) -> None:
     _take_back_finalists(session)
     rungs, clock = session.state["rungs"], session.clock
     rules, chosen = complete(session, "baseline"), choose(session)
-    queue = [t for t in ours(session, rules + chosen) if _waits(session, t)]
+    queue = [t for t in ours(session, rules + chosen) if waits(session, t)]
     # Finalists that nobody has proposed yet are taken to cost what the median rule does.
     missing = max(0, rungs["finalists"] - len(chosen)) if rules else 0
     if not queue and not missing:
@@ -71,11 +70,6 @@ def _take_back_finalists(session: Session) -> None:
             f"one takes {one:.0f} s, as those of the rules did, and the finalists' usual share is {share:.0f} s",
             wanted=FINALISTS_WANTED, before=rungs["finalists"],
         )  # fmt: skip
-
-
-def _waits(session: Session, trial: TrialRecord) -> bool:
-    """Whether its long fine-tune is still to come."""
-    return trial.struck_out is None and not outcome_file(session, trial.number).is_file()
 
 
 def plan_verify(session: Session) -> None:
