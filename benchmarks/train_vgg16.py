@@ -1,10 +1,10 @@
 """Train the full-width VGG16-BN on CIFAR-10 (JPEG), for which there are no weights to be had.
 
-Seven to twelve minutes an epoch on two cores, so it runs in the background, keeps a checkpoint after each epoch and
+Eight to ten minutes an epoch on one core, so it runs in the background, keeps a checkpoint after each epoch and
 goes on from it when it is started again. ``engine_cifar10.py --networks vgg16`` takes the weights from where it leaves
 them.
 
-    nice python benchmarks/train_vgg16.py --data DIR --epochs 12 --threads 2
+    nice python benchmarks/train_vgg16.py --data DIR --epochs 10 --threads 1
 """
 
 import argparse
