@@ -16,11 +16,11 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import network_of
-from ..evaluators.latency.calibrate import CANDIDATES, calibrate_until_flat, covering, stages_to_list
+from ..evaluators.latency.calibrate import CANDIDATES, calibrate, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities, probes
 from ..evaluators.latency.kit import read_results, write_kit
 from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing, noise_warnings
-from ..evaluators.latency.profile import Profile, calibrate, profile_of, profile_to_dict
+from ..evaluators.latency.profile import Profile, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
 from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.latency.units import Worker
@@ -46,7 +46,8 @@ def calibrate_to_file(
     found = capabilities(target)
     with Timer(target, warn_of_noise) as timer:
         if count is not None:
-            profile, stages, reason = calibrate(anatomy, [*draw(count), *always], target, timer=timer), (), "as asked"
+            profile = calibrate(anatomy, [*draw(count), *always], target, timer=timer)
+            stages, reason = (), "as asked, each timed twice"
         else:
             made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
             profile, stages, reason = made.profile, made.stages, made.reason

@@ -49,7 +49,7 @@ class OpenVinoSession:
                 kind = "int8" if info["runtimePrecision"] in {"u8", "i8"} else "fp32"
                 # A kernel is known by all nodes that were fused into it; a layer is written as one or two of them,
                 # and the last one's name is lost to the output's.
-                names = (name.removesuffix("/WithoutBiases") for name in info["originalLayersNames"].split(","))
+                names = (name.split("/", 1)[0] for name in info["originalLayersNames"].split(","))
                 found |= dict.fromkeys((owner for name in names if (owner := owners.get(name))), kind)
         return {
             planned.op.module: found.get(planned.op.module, "unknown")

@@ -5,12 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..evaluators.latency.calibrate import CANDIDATES, SECONDS, calibrate_until_flat, covering, stages_to_list
+from ..evaluators.latency.calibrate import (
+    CANDIDATES,
+    SECONDS,
+    calibrate,
+    calibrate_until_flat,
+    covering,
+    stages_to_list,
+)
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_POINTS
-from ..evaluators.latency.profile import Point, Profile, calibrate, drift, point_of
+from ..evaluators.latency.profile import Point, Profile, drift, point_of
 from ..evaluators.latency.units import Worker
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy
@@ -41,7 +48,7 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
             profile = calibrate(
                 prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
             )
-            stages, reason = [], "as many as were asked for"
+            stages, reason = [], "as many as were asked for, each timed twice"
         else:
             made = calibrate_until_flat(
                 prepared.anatomy, draw, config.target, always=always, timer=timer,

@@ -296,7 +296,7 @@ class Counted(nn.Module):
 
 
 class FormulaTimer(Timer):
-    """Answers with a formula of each file's size instead of measuring."""
+    """Answers with a formula of each file's size instead of measuring. A second look finds 1 % more."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -307,9 +307,12 @@ class FormulaTimer(Timer):
         kernels: bool = False, window_ms: float = 0, round_ms: float = 0,
     ) -> dict[str, Timing]:  # fmt: skip
         del least_rounds, most_rounds, kernels, window_ms, round_ms
-        self.timed += models
         files = {**models, REFERENCE: reference} if reference is not None else dict(models)
-        latency_ms = {key: 0.02 + path.stat().st_size / 1e6 for key, path in files.items()}
+        seen = {REFERENCE, *self.timed} if self.timed else set[str]()
+        latency_ms = {
+            key: (0.02 + path.stat().st_size / 1e6) * (1.01 if key in seen else 1) for key, path in files.items()
+        }
+        self.timed += models
         return {
             key: Timing(windows_ms=(value, 1.01 * value), reference_ms=latency_ms.get(REFERENCE))
             for key, value in latency_ms.items()

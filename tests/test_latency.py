@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nightpress.evaluators.bake import bake
-from nightpress.evaluators.latency.calibrate import covering
+from nightpress.evaluators.latency.calibrate import calibrate, covering
 from nightpress.evaluators.latency.measure import (
     REFERENCE,
     MeasurementError,
@@ -26,7 +26,7 @@ from nightpress.evaluators.latency.measure import (
     write_random,
 )
 from nightpress.evaluators.latency.predictor import conformal_margin, spearman
-from nightpress.evaluators.latency.profile import Profile, calibrate, load_profile, profile_to_dict
+from nightpress.evaluators.latency.profile import Profile, load_profile, profile_to_dict
 from nightpress.evaluators.latency.sizes import payload_bytes
 from nightpress.evaluators.latency.target import Fingerprint, Target, check_target, target_from_dict, target_to_dict
 from nightpress.evaluators.latency.units import Worker
@@ -231,14 +231,14 @@ def written(folder: Path, change: Callable[[dict[str, Any]], object] = lambda da
     return path
 
 
-def test_calibration_measures_each_policy_once() -> None:
+def test_calibration_measures_each_policy_twice() -> None:
     timer = FormulaTimer(Target())
     some = random_policies(10, 8)
 
     profile = calibrate(ANATOMY, [*some, *some], Target(), timer=timer)
 
-    assert sorted(timer.timed) == sorted({digest(policy) for policy in some})
-    assert len(profile.points) == len(timer.timed)
+    assert sorted(timer.timed) == sorted(2 * [*{digest(policy) for policy in some}])
+    assert len(profile.points) == len(timer.timed) / 2
     assert profile.reference_ms == pytest.approx(0.02 + export_bytes(PLAIN) / 1e6)
     assert profile.reference_repeat_error == pytest.approx(0.01)
 

@@ -10,12 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nightpress.evaluators.latency.calibrate import BATCH, FIRST, SECONDS, Calibration, calibrate_until_flat, covering
+from nightpress.evaluators.latency.calibrate import (
+    BATCH,
+    FIRST,
+    SECONDS,
+    Calibration,
+    calibrate,
+    calibrate_until_flat,
+    covering,
+)
 from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import Kernel, Timing
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher, Timed, timed_from_dict, timed_to_dict
 from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit, session_levels
-from nightpress.evaluators.latency.profile import Point, Profile, calibrate, drift
+from nightpress.evaluators.latency.profile import Point, Profile, drift
 from nightpress.evaluators.latency.tables import Tables, sums_of
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.latency.units import DEQUANTISE, Work, Worker

@@ -1,5 +1,5 @@
-"""How many policies a calibration measures: batch after batch, until the held-out error has stopped falling; then all
-of them once more, minutes after the first."""
+"""How many policies a calibration measures: as many as were asked for, or batch after batch until the held-out error
+has stopped falling; then all of them once more, minutes after the first."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ from ...spaces.policy import Policy, digest
 from .measure import Timer, Timing, measure_policies
 from .profile import Profile, profile_of
 from .target import Target
+from .timer import SECOND_ROUNDS
 from .units import Worker
 
 FIRST, BATCH, MOST = 24, 16, 120
@@ -22,9 +23,8 @@ PATIENCE = 2
 """Batches that must improve the error together by :data:`WORTH` of it, or the calibration ends."""
 WORTH = 0.05
 SECONDS = 120.0
-SECOND_LOOK, SECOND_ROUNDS = 0.4, 8
-"""Of the time that measuring a policy with its kernels took: what measuring it again, without them, takes; and the most
-rounds of that."""
+SECOND_LOOK = 0.4
+"""Of the time that measuring a policy with its kernels took: what measuring it again, without them, takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +90,42 @@ def calibrate_until_flat(
         batch = draw(min(BATCH, most - len(policies)))
     if time.perf_counter() - start + again > seconds:
         return Calibration(profile=profile, stages=tuple(stages), reason=reason)
+    timings = _timed_again(anatomy, policies, timings, target, timer, progress)
+    profile = fitted()
+    return Calibration(profile=profile, stages=tuple(stages), reason=f"{reason}; all were timed a second time")
+
+
+def calibrate(
+    anatomy: Anatomy, policies: Sequence[Policy], target: Target, *, timer: Timer,
+    progress: Callable[[str], None] | None = None,
+) -> Profile:  # fmt: skip
+    """Measure these policies of the model's own space, each twice, and fit the predictor.
+
+    Raises MeasurementError, ValueError.
+    """
+    start = time.perf_counter()
+    unique = {digest(policy): policy for policy in policies}
+    if progress is not None:
+        progress(f"measuring {len(unique)} policies")
+    timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)
+    timings = _timed_again(anatomy, unique, timings, target, timer, progress)
+    return profile_of(
+        anatomy, target, unique, timings, sizes, seconds=lambda: time.perf_counter() - start,
+        device=timer.fingerprint(),
+    )  # fmt: skip
+
+
+def _timed_again(
+    anatomy: Anatomy, policies: Mapping[str, Policy], timings: Mapping[str, Timing], target: Target, timer: Timer,
+    progress: Callable[[str], None] | None,
+) -> dict[str, Timing]:  # fmt: skip
+    """The timings with what a second look at all of them found, in another order and without kernels."""
     if progress is not None:
         progress(f"measuring {len(policies)} policies a second time")
     order = np.random.default_rng(0).permutation(list(policies)).tolist()
     shuffled = {key: policies[key] for key in order}
     found, _ = measure_policies(anatomy, shuffled, target, timer, most_rounds=SECOND_ROUNDS)
-    timings = {key: timing.with_again(found[key]) for key, timing in timings.items()}
-    profile = fitted()
-    return Calibration(profile=profile, stages=tuple(stages), reason=f"{reason}; all were timed a second time")
+    return {key: timing.with_again(found[key]) for key, timing in timings.items()}
 
 
 def covering(worker: Worker, policies: Sequence[Policy], candidates: Sequence[Policy]) -> list[Policy]:

@@ -31,7 +31,7 @@ from .measure import (
 )
 from .target import Fingerprint, Target, fingerprint_from_dict, target_from_dict, target_to_dict
 
-VERSION = 1
+VERSION = 2
 MEASURE = "measure.py"
 
 
@@ -127,12 +127,13 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         kernels: Mapping[str, Any] = data["kernels"][key]
         _check_times(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
         _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
-    target = target_from_dict(kit["settings"])
+        _check_times(f"windows_ms of the second look at model {key}", data["again"]["windows_ms"][key], path)
+    target, again = target_from_dict(kit["settings"]), timings_of(data["again"])
     return Results(
         target=target,
         device=fingerprint_from_dict(data["device"]),
         policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
-        timings=timings_of(data),
+        timings={key: timing.with_again(again[key]) for key, timing in timings_of(data).items()},
         sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},
         seconds=float(data["seconds"]),
         date=str(data["date"]),

@@ -9,12 +9,11 @@ import onnx
 
 from ...spaces.anatomy import WEIGHTED, Anatomy
 from .measure import KERNEL_PASSES, Timer
+from .nodes import SUFFIX
 
 ROUND_MS = 150
 """Shares are shown, not seconds: less spread in time will do, and a night has many files to look at."""
 
-# What the runtimes' optimisers append to a node's name when they rewrite it.
-_SUFFIX = re.compile(r"(_nchwc|_pre_q|_token_\d+|/WithoutBiases)+$")
 _PARAMETER = re.compile(r"\.(weight|bias)\b.*$")
 
 
@@ -39,7 +38,7 @@ def layer_costs(path: Path, anatomy: Anatomy, timer: Timer) -> LayerCosts:
         {"model": path}, None, least_rounds=KERNEL_PASSES, most_rounds=KERNEL_PASSES, kernels=True, round_ms=ROUND_MS
     )
     for name, kernel in timing["model"].kernels.items():
-        layer = owners.get(_PARAMETER.sub("", _SUFFIX.sub("", name)))
+        layer = owners.get(_PARAMETER.sub("", SUFFIX.sub("", name)))
         if layer is None:
             other_ms += kernel.ms
         else:

@@ -20,7 +20,7 @@ CONVERSION_OF = {
     "ReorderInput": "block", "ReorderOutput": "unblock",
 }  # fmt: skip
 # What the runtime's optimisers append to a node's name when they rewrite it.
-_SUFFIX = re.compile(
+SUFFIX = re.compile(
     r"(_nchwc|_pre_q|_token_\d+|/duplicated|/QuickGeluFusion/|/WithoutBiases|/DequantizationMultiply)+$"
 )
 _WEIGHTS = (".weight", ".bias", ".weight.wide")
@@ -75,7 +75,7 @@ class Matcher:
         strangers: dict[str, float] = {}
         spare: dict[str, float] = {}
         for name, (kind, milliseconds) in nodes.items():
-            base = _SUFFIX.sub("", name).removeprefix("fused ")
+            base = SUFFIX.sub("", name).removeprefix("fused ")
             stem = next((base.removesuffix(end) for end in _WEIGHTS if base.endswith(end)), None)
             if stem in self._index:
                 _add(weights, self._index[stem], milliseconds)

@@ -16,7 +16,7 @@ from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.plans import Choices, choices_of, chunks
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
-from .measure import REFERENCE, Timer, Timing, measure_policies
+from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import Measured, Predictor, fit
 from .sizes import batch_bytes, payload_bytes, structure
@@ -106,22 +106,6 @@ class Profile:
         first, second = (np.array([p.halves_ms[i] for p in self.points]) for i in (0, 1))
         errors = np.abs(first / second - 1)
         return {"mape": float(errors.mean()), "within_10": float((errors <= 0.10).mean())}
-
-
-def calibrate(
-    anatomy: Anatomy, policies: Sequence[Policy], target: Target, *, timer: Timer | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> Profile:  # fmt: skip
-    """Measure policies of the model's own space and fit the predictor. Raises MeasurementError, ValueError."""
-    start = time.perf_counter()
-    unique = {digest(policy): policy for policy in policies}
-    if progress is not None:
-        progress(f"measuring {len(unique)} policies")
-    timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)
-    return profile_of(
-        anatomy, target, unique, timings, sizes, seconds=lambda: time.perf_counter() - start,
-        device=timer.fingerprint() if timer is not None else None,
-    )  # fmt: skip
 
 
 def profile_of(

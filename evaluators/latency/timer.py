@@ -42,6 +42,10 @@ LEAST_RUNS, MOST_RUNS, WARM_RUNS = 5, 80, 2
 MOST_REASON = 400
 HALF_TICK_MS = 0.0005
 """OpenVINO counts whole microseconds."""
+SECOND_ROUNDS = 8
+"""The most of a second look, minutes after the first."""
+KEPT_BYTES = 2**29
+"""Files whose compiled models wait for a second look."""
 REFERENCE = "reference"
 CALM, LEAST_CALM = 0.05, 2
 """A round is calm when the reference is so near to the lowest it ever took; a model is timed in so many of them."""
@@ -51,6 +55,9 @@ _KERNEL = "_kernel_time"
 
 class OnnxRuntime:
     """A session with the options of the request."""
+
+    LASTING = False
+    """Whether its profiler can be read more than once, and loading it takes so long that it is kept."""
 
     def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
         import onnxruntime
@@ -102,6 +109,8 @@ class OnnxRuntime:
 class OpenVino:
     """A compiled model on the CPU, in fp32 where the file is, without the half precisions that OpenVINO may choose."""
 
+    LASTING = True
+
     def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
         import openvino
 
@@ -117,13 +126,13 @@ class OpenVino:
         }
         self._infer: Any = core.compile_model(model, "CPU", options).create_infer_request()
         self._infer.set_input_tensor(openvino.Tensor(_random(shape)))
-        self._profile, self._runs = profile, 0
+        self._profile, self._runs, self._warm = profile, 0, WARM_RUNS
         self._warming: Kernels = {}
 
     def run(self) -> None:
         self._infer.infer()
         self._runs += 1
-        if self._profile and self._runs == WARM_RUNS:
+        if self._profile and self._runs == self._warm:
             self._warming = self._averages()
 
     def _averages(self) -> Kernels:
@@ -135,9 +144,11 @@ class OpenVino:
         }
 
     def kernels(self) -> Kernels:
-        """Type and milliseconds of each node. The first runs are taken out of the averages: in them weights and
-        buffers are touched for the first time, which takes a node up to ten times as long."""
-        found, runs, warm = self._averages(), self._runs, min(WARM_RUNS, self._runs - 1)
+        """Type and milliseconds of each node in the runs since the last answer. The first of them are taken out of the
+        averages, with all before: in them weights and buffers are touched for the first time, which takes a node up to
+        ten times as long."""
+        found, runs, warm = self._averages(), self._runs, min(self._warm, self._runs - 1)
+        self._warm = runs + WARM_RUNS
         return {
             node: (kind, max(HALF_TICK_MS, (runs * ms - warm * self._warming.get(node, (kind, ms))[1]) / (runs - warm)))
             for node, (kind, ms) in found.items()
@@ -193,14 +204,34 @@ def window(model: Model, window_ms: float) -> float:
     return float(np.percentile(times, 10)) * 1000
 
 
-def kernel_pass(path: str, request: Mapping[str, Any]) -> Kernels:
-    """One pass of the runtime's profiler over a model of its own."""
-    model = load(path, request, profile=True)
+def kernel_pass(model: Model, request: Mapping[str, Any]) -> Kernels:
+    """One pass of the runtime's profiler."""
     runs, end = 0, time.perf_counter() + 2 * request["window_ms"] / 1000
     while runs < LEAST_RUNS or (runs < MOST_RUNS and time.perf_counter() < end):
         model.run()
         runs += 1
     return model.kernels()
+
+
+_waiting: dict[tuple[Any, ...], tuple[Model, int]] = {}
+"""Compiled models that were timed with their kernels, and the bytes of their files. A calibration times them again."""
+
+
+def keep(path: str, request: Mapping[str, Any], model: Model) -> None:
+    """Have the model for the next request that times this file, unless too many wait."""
+    size = Path(path).stat().st_size
+    if sum(size for _, size in _waiting.values()) + size <= KEPT_BYTES:
+        _waiting[_key(path, request)] = model, size
+
+
+def kept(path: str, request: Mapping[str, Any]) -> Model | None:
+    """The model of this file if it waits, which it does no longer."""
+    found = _waiting.pop(_key(path, request), None) if _waiting else None
+    return found[0] if found else None
+
+
+def _key(path: str, request: Mapping[str, Any]) -> tuple[Any, ...]:
+    return request["runtime"], request["threads"], request["batch"], digest(Path(path))
 
 
 def settled(windows: list[float], share: float) -> bool:
@@ -224,12 +255,13 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
     as long as there is no second calm round.
     """
     paths: dict[str, str] = request["models"]
-    models = {key: load(path, request) for key, path in paths.items()}
+    models = {key: kept(path, request) or load(path, request) for key, path in paths.items()}
     for model in models.values():
         model.run()
     reference = digest(Path(paths[REFERENCE])) if REFERENCE in paths else None
     windows: dict[str, list[float]] = {key: [] for key in models}
     passes: dict[str, list[Kernels]] = {key: [] for key in models}
+    watched: dict[str, Model] = {}
     first, before, began = next(iter(models), ""), busy_seconds(), time.perf_counter()
     for number in range(request["most_rounds"]):
         start = time.perf_counter()
@@ -243,13 +275,19 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
                 windows[key].append(window(model, request["window_ms"]))
         if number < request["kernel_passes"]:
             for key, path in paths.items():
-                passes[key].append(kernel_pass(path, request))
+                model = watched.pop(key, None) or load(path, request, profile=True)
+                passes[key].append(kernel_pass(model, request))
+                if model.LASTING:
+                    watched[key] = model
         if number + 1 < request["most_rounds"]:
             time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
     if reference is not None:
         known[reference] = min([known.get(reference, np.inf), *windows[REFERENCE]])
     busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
     kernels = {key: lowest(found) for key, found in passes.items() if found}
+    for key, model in models.items():
+        if model.LASTING and (request["kernel_passes"] or key == REFERENCE):
+            keep(paths[key], request, model)
     return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}"}
 
 
@@ -361,21 +399,30 @@ def measure_kit(folder: Path) -> dict[str, Any]:
     for entry in [*models.values(), *probes.values()]:
         if digest(folder / entry["file"]) != entry["sha256"]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
-    began = time.perf_counter()
-    keys = [key for key in models if key != REFERENCE]
-    results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"]), "windows_ms": {}, "kernels": {}}
-    results |= {"reference_ms": {}, "sessions": {}, "busy_cores": None}
-    known: Lowest = {}
-    for start in range(0, len(keys), kit["at_once"]):
-        chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
-        sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
-        paths = {key: str(folder / models[key]["file"]) for key in chosen}
-        answer = measure({**kit["request"], **target, "models": paths}, known)
-        results["windows_ms"].update(answer["windows_ms"])
-        results["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
-        results["sessions"].update(dict.fromkeys(chosen, answer["session"]))
-        results["kernels"].update(answer["kernels"])
-        results["busy_cores"] = max((b for b in (results["busy_cores"], answer["busy_cores"]) if b), default=None)
+    began, known = time.perf_counter(), Lowest()
+    keys, request = [key for key in models if key != REFERENCE], kit["request"]
+    results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"])}
+
+    def look(keys: list[str], request: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {key: {} for key in ("windows_ms", "kernels", "reference_ms", "sessions")}
+        busy: list[float] = []
+        for start in range(0, len(keys), kit["at_once"]):
+            chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
+            sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
+            paths = {key: str(folder / models[key]["file"]) for key in chosen}
+            answer = measure({**request, **target, "models": paths}, known)
+            found["windows_ms"].update(answer["windows_ms"])
+            found["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
+            found["sessions"].update(dict.fromkeys(chosen, answer["session"]))
+            found["kernels"].update(answer["kernels"])
+            busy += [answer["busy_cores"]] if answer["busy_cores"] is not None else []
+        return {**found, "busy_cores": max(busy, default=None)}
+
+    results |= look(keys, request)
+    sys.stderr.write("the same models a second time\n")
+    shuffled = np.random.default_rng(0).permutation(keys).tolist()
+    rounds = min(SECOND_ROUNDS, request["most_rounds"])
+    results["again"] = look(shuffled, {**request, "kernel_passes": 0, "most_rounds": rounds})
     if probes:
         sys.stderr.write(f"measuring {len(probes)} single layers\n")
         start, paths = time.perf_counter(), {key: str(folder / entry["file"]) for key, entry in probes.items()}
