@@ -8,8 +8,8 @@
 
 ``nights`` can be stopped and started again: a night whose row is in the file is not repeated, one that was cut off is
 resumed. All nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same
-device. A row holds the verified points as shares of the uncompressed latency beside them, so rows of several days (and
-machines of one kind) make one table.
+device. A row holds the verified points as shares of the uncompressed latency beside them, so rows of several days on
+CPUs of one kind (by name and by the flags that choose kernels) make one table.
 ``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
 what they tried.
 """
@@ -39,7 +39,7 @@ from optuna.study import Study
 
 import tiny
 from nightpress.evaluators.latency.profile import Profile, load_profile
-from nightpress.evaluators.latency.target import Target
+from nightpress.evaluators.latency.target import Fingerprint, Target, fingerprint, fingerprint_from_dict
 from nightpress.search.folder import read_run
 from nightpress.search.memory import Memory
 from nightpress.search.pareto import hypervolume
@@ -111,8 +111,8 @@ def run_nights(arguments: argparse.Namespace) -> None:
     plans += [(f"without {part}", {"without": [part]}) for part in arguments.ablations.split(",") if part]
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, search in plans:
-            done = {(row["task"], row["name"], row["seed"], row["budget"]) for row in _rows(arguments.rows)}
-            if (arguments.task, name, seed, arguments.budget) in done:
+            done = {(row["cpu"], row["task"], row["name"], row["seed"], row["budget"]) for row in _rows(arguments.rows)}
+            if (cpu_of(fingerprint(Target())), arguments.task, name, seed, arguments.budget) in done:
                 continue
             if not profile.is_file():
                 _nightpress("calibrate", task, "--target", "onnxruntime", "--out", profile)
@@ -132,9 +132,10 @@ def _row_of(run: RunRecord) -> dict[str, Any]:
     its accuracy on the search split and its latency as a share of the uncompressed one."""
     level = float((run.target or {})["reference_ms"])
     begun = float(run.state["started"])
+    cpu = cpu_of(fingerprint_from_dict((run.target or {})["device"]))
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "commit": _commit(),
-        "cpu": (run.target or {})["device"]["cpu"], "given": run.state["given"]["test"]["accuracy"],
+        "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "commit": _commit(), "cpu": cpu,
+        "given": run.state["given"]["test"]["accuracy"],
         "given_search": run.state["given"]["search"]["accuracy"],
         "points": _verified(run, "search"), "rules": _verified(run, "baseline"),
         "trials": sum(t.role != "baseline" for t in run.trials),
@@ -144,6 +145,11 @@ def _row_of(run: RunRecord) -> dict[str, Any]:
             if t.state is TrialState.COMPLETE and t.finished and t.quality and t.latency
         ],
     }  # fmt: skip
+
+
+def cpu_of(device: Fingerprint) -> str:
+    """Its name says little on a virtual machine: the flags choose the kernels."""
+    return " ".join([device.cpu, *device.flags])
 
 
 def _commit() -> str:
@@ -207,8 +213,9 @@ def _nightpress(*words: object) -> None:
 
 def print_table(path: Path) -> None:
     rows = _rows(path)
-    for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
-        _print_task(f"{task}, nights of {budget}", [r for r in rows if (r["task"], r["budget"]) == (task, budget)])
+    for task, budget, cpu in dict.fromkeys((row["task"], row["budget"], row["cpu"]) for row in rows):
+        some = [row for row in rows if (row["task"], row["budget"], row["cpu"]) == (task, budget, cpu)]
+        _print_task(f"{task}, nights of {budget} on {cpu}", some)
 
 
 def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
@@ -222,8 +229,7 @@ def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
     best = covered(*(row[part] for row in rows for part in ("points", "rules")))
     print(f"\n{title}: hypervolume of (test accuracy, measured latency) of verified points, share of the box")
     print(f"reference: accuracy {-corner[0]:.4f}, the uncompressed latency; best front known {best:.4f}")
-    print("; ".join(f"{word} " + ", ".join(dict.fromkeys(r[key] for r in rows))
-                    for key, word in (("cpu", "on"), ("commit", "commit"))))  # fmt: skip
+    print(f"commit {', '.join(dict.fromkeys(row['commit'] for row in rows))}")
     print(f"{'night':28} {'own':>8} {'regret':>8} {'with rules':>10} {'rules':>8} {'trials':>6} {'long steps':>10}")
     regrets: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["name"], row["seed"])):

@@ -12,6 +12,8 @@ Array = NDArray[np.float64]
 GENERATIONS = 8
 POPULATION = 900
 PARENTS = 200
+MOST_ALIKE = 4
+"""Fine-tunes of one network among the rows that are looked at closely."""
 
 
 def breed(
@@ -28,6 +30,15 @@ def breed(
         born = encoder.children(pool[best], POPULATION, generator)
         pool, worths = np.vstack([pool[best], born]), np.concatenate([worths[best], worth(born)])
     return pool[np.argsort(-worths, kind="stable")]
+
+
+def crowded(networks: NDArray[np.intp], most: int = MOST_ALIKE) -> NDArray[np.bool_]:
+    """Of rows, the best first, those before which ``most`` of the same network stand already, shape (n,)."""
+    order = np.argsort(networks, kind="stable")
+    _, first, counts = np.unique(networks[order], return_index=True, return_counts=True)
+    found = np.empty(len(networks), np.bool_)
+    found[order] = np.arange(len(networks)) - np.repeat(first, counts) >= most
+    return found
 
 
 def fresh(encoder: Encoder, rows: Array, known: Collection[str]) -> Iterator[tuple[Array, Policy]]:

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
 from .batch import CANDIDATES, MOST, TOGETHER, Batch, Looked
-from .breeding import PARENTS, breed, fresh
+from .breeding import PARENTS, breed, crowded, fresh
 from .costs import ManyCosts, trial_effort
 from .encoding import Encoder
 from .experience import Experience
@@ -39,8 +39,6 @@ SCREENED = 250
 """Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
 """The kernel is looked for again when there are so many times more observations."""
-MOST_ALIKE = 4
-"""Fine-tunes of one network among them."""
 LEAST_FRONT = 12
 """So many parents there must be; a front of fewer is joined by all that was tried."""
 UNPRICED = -1.0
@@ -226,8 +224,8 @@ class NightpressSampler(PolicySampler):
         mean = surrogate.mean(rows)
         rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim.rough())
         order = np.argsort(-rough, kind="stable")
-        again = _times_before(self.encoder.networks(rows)[order])
-        best = order[np.argsort(again >= MOST_ALIKE, kind="stable")][:SCREENED]
+        crowd = crowded(self.encoder.networks(rows)[order])
+        best = np.concatenate([order[~crowd], order[crowd]])[:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))
         self._spread = float(np.median(hoped[1]))
@@ -248,12 +246,3 @@ class NightpressSampler(PolicySampler):
     def _costs(self, rows: Array) -> Array:
         free = self.options.free_objectives
         return self.costs(self.encoder.choices(rows)) if free else self.experience.nearest_costs(rows)
-
-
-def _times_before(values: NDArray[np.intp]) -> NDArray[np.intp]:
-    """How often each value stands before its place, shape (n,)."""
-    order = np.argsort(values, kind="stable")
-    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
-    found = np.empty_like(values)
-    found[order] = np.arange(len(values)) - np.repeat(first, counts)
-    return found

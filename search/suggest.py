@@ -19,7 +19,7 @@ from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
-from .breeding import breed, fresh
+from .breeding import breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from .encoding import Encoder
 from .experience import Experience
@@ -149,7 +149,14 @@ def _untried(
         beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
         return np.where(gains > 1e-12, gains, -beyond - 1e-3 * np.maximum(corner[0] - surrogate.scale.down(mean), 0))
 
-    rows = breed(encoder, known.experience.rows, worth, np.random.default_rng(seed))
+    def spread_out(rows: Array) -> Array:
+        found = worth(rows)
+        order = np.argsort(-found, kind="stable")
+        found[order[crowded(encoder.networks(rows)[order])]] -= 1e3
+        return found
+
+    rows = breed(encoder, known.experience.rows, spread_out, np.random.default_rng(seed))
+    rows = rows[~crowded(encoder.networks(rows), 1)]  # a network counts once, with the fine-tune that suits it best
     candidates = list(islice(fresh(encoder, rows, known.experience.digests), CANDIDATES))
     if not candidates:
         return []
@@ -166,10 +173,8 @@ def _untried(
             break
         chosen.append(best)
         aim = aim.with_point(float(median[best]), costs[best])
-    return [
-        _entry(known, policies[i], float(median[i] + shift), float(low[i] + shift), float(high[i] + shift))
-        for i in chosen
-    ]
+    median, low, high = (np.clip(values + shift, 0, 1) for values in (median, low, high))
+    return [_entry(known, policies[i], float(median[i]), float(low[i]), float(high[i])) for i in chosen]
 
 
 def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import tiny
 from nightpress.evaluators.task import load_task
 from nightpress.search.folder import read_run
 from nightpress.search.records import TrialState
-from nightpress.spaces.policy import digest, policy_from_json
+from nightpress.spaces.policy import Distill, FineTune, digest, policy_from_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -373,10 +374,13 @@ def test_suggestions_are_untried_policies_within_the_limits(
     assert found.json["suggested"]
     for entry in found.json["suggested"]:
         assert entry["latency_ms"] <= most * 1.0001
-        assert entry["accuracy_low"] < entry["accuracy"] < entry["accuracy_high"]
+        assert 0 <= entry["accuracy_low"] < entry["accuracy"] <= entry["accuracy_high"] <= 1
         assert entry["low_ms"] <= entry["latency_ms"] <= entry["high_ms"]
         assert entry["digest"] not in tried
         assert digest(policy_from_json(json.dumps(entry["policy"]), "suggested")) == entry["digest"]
+    policies = [policy_from_json(json.dumps(entry["policy"]), "suggested") for entry in found.json["suggested"]]
+    networks = {digest(replace(policy, finetune=FineTune(), distill=Distill())) for policy in policies}
+    assert len(networks) == len(policies)  # not one with five fine-tunes
 
 
 def test_a_limit_of_nothing_is_refused(night: tiny.Night, capsys: pytest.CaptureFixture[str]) -> None:

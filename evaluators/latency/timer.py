@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,10 @@ def _shared_pool(threads: int) -> bool:
 
 
 Model = OnnxRuntime | OpenVino
-BACKENDS: dict[str, Callable[..., Model]] = {**dict.fromkeys(PROVIDERS, OnnxRuntime), "openvino": OpenVino}
+BACKENDS: dict[str, type[OnnxRuntime] | type[OpenVino]] = {
+    **dict.fromkeys(PROVIDERS, OnnxRuntime),
+    "openvino": OpenVino,
+}
 
 
 def _random(shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -190,6 +194,18 @@ def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
     except Exception as error:  # the runtimes raise types of their own that share no base
         reason = " ".join(str(error).split())[:MOST_REASON] or type(error).__name__
         raise RuntimeError(f"{request['runtime']} cannot load {Path(path).name}: {reason}") from error
+
+
+def load_all(paths: Mapping[str, str], request: Mapping[str, Any], profile: bool = False) -> dict[str, Model]:
+    """The models of files: those that wait for a second look, and the others loaded, as many at once as there are cores
+    where loading one takes long. Raises RuntimeError as :func:`load`."""
+    if not BACKENDS[request["runtime"]].LASTING:
+        return {key: load(path, request, profile) for key, path in paths.items()}
+    with ThreadPoolExecutor(cores()) as pool:
+        models = pool.map(
+            lambda path: (None if profile else kept(path, request)) or load(path, request, profile), paths.values()
+        )
+        return dict(zip(paths, models, strict=True))
 
 
 def window(model: Model, window_ms: float) -> float:
@@ -255,13 +271,14 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
     as long as there is no second calm round.
     """
     paths: dict[str, str] = request["models"]
-    models = {key: kept(path, request) or load(path, request) for key, path in paths.items()}
+    models = load_all(paths, request)
     for model in models.values():
         model.run()
     reference = digest(Path(paths[REFERENCE])) if REFERENCE in paths else None
     windows: dict[str, list[float]] = {key: [] for key in models}
     passes: dict[str, list[Kernels]] = {key: [] for key in models}
-    watched: dict[str, Model] = {}
+    lasting = BACKENDS[request["runtime"]].LASTING
+    watched = load_all(paths, request, profile=True) if lasting and request["kernel_passes"] else {}
     first, before, began = next(iter(models), ""), busy_seconds(), time.perf_counter()
     for number in range(request["most_rounds"]):
         start = time.perf_counter()
@@ -275,10 +292,8 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
                 windows[key].append(window(model, request["window_ms"]))
         if number < request["kernel_passes"]:
             for key, path in paths.items():
-                model = watched.pop(key, None) or load(path, request, profile=True)
+                model = watched[key] if lasting else load(path, request, profile=True)
                 passes[key].append(kernel_pass(model, request))
-                if model.LASTING:
-                    watched[key] = model
         if number + 1 < request["most_rounds"]:
             time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
     if reference is not None:
@@ -286,7 +301,7 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
     busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
     kernels = {key: lowest(found) for key, found in passes.items() if found}
     for key, model in models.items():
-        if model.LASTING and (request["kernel_passes"] or key == REFERENCE):
+        if lasting and (request["kernel_passes"] or key == REFERENCE):
             keep(paths[key], request, model)
     return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}"}
 
