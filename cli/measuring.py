@@ -103,6 +103,8 @@ def _check_folder(out: Path) -> None:
 
 def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     data = {**profile_to_dict(profile), **(beside or {})}
+    for text in profile.noise_warnings():
+        log.warning("%s", text)
     write_json(out, data)
     return {
         "profile": str(out),

@@ -16,16 +16,13 @@ from ..evaluators.latency.calibrate import (
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
-from ..evaluators.latency.predictor import LEAST_POINTS
+from ..evaluators.latency.predictor import LEAST_DRIFT, LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, drift, point_of
 from ..evaluators.latency.units import Worker
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy
 from .proposals import baselines
 from .session import Session
-
-LEAST_DRIFT = 0.05
-"""Of the reference's latency: less than that neighbours of a machine do in passing."""
 
 
 def measure_target(session: Session, policies: list[Policy] | None = None) -> Profile:
@@ -56,6 +53,8 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
                 progress=lambda text: _tell(session, text),
             )  # fmt: skip
             profile, stages, reason = made.profile, stages_to_list(made.stages), made.reason
+    for text in profile.noise_warnings():
+        session.warn("calibrate", text)
     held = profile.predictor.heldout
     session.folder.decide(
         "calibrate", f"predict latency by {profile.predictor.design}",

@@ -325,8 +325,12 @@ class Session:
         }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
         for text in noise_warnings(reference, unsettled):
-            log.warning("%s: %s", phase, text)
-            self.state.setdefault("warnings", []).append({"time": entry["time"], "phase": phase, "text": text})
+            self.warn(phase, text)
+
+    def warn(self, phase: str, text: str) -> None:
+        """Tell and keep what makes the numbers of the night less sure."""
+        log.warning("%s: %s", phase, text)
+        self.state.setdefault("warnings", []).append({"time": time.time(), "phase": phase, "text": text})
 
     def time_files(self, files: Mapping[str, Path], reference: Path, phase: str) -> dict[str, Timing]:
         """Time files while nothing of ours trains. Raises MeasurementError."""

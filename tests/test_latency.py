@@ -1,6 +1,7 @@
 """Latency: timing in a process of its own, the predictor on truths that are known, the profile file."""
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -261,6 +262,19 @@ def test_a_profile_says_how_well_it_predicts_what_it_had_not_seen() -> None:
     for point in data["points"]:
         assert point["low_ms"] <= point["predicted_ms"] <= point["high_ms"]
         assert point["held_out"] is True
+
+
+def test_a_device_that_changes_its_speed_is_said_and_makes_the_interval_wider() -> None:
+    def margin(slower: float) -> tuple[float, list[str]]:
+        profile = calibrate(ANATOMY, random_policies(12, 7), Target(), timer=FormulaTimer(Target(), slower))
+        return profile.predictor.log_margin, profile.noise_warnings()
+
+    usual, quiet = margin(1.01)
+    wider, [warning] = margin(1.21)
+
+    assert quiet == []
+    assert wider == pytest.approx(usual + math.log(1.21) / 2)
+    assert warning.startswith("two looks at the same policies, minutes apart, differ by 21% as a whole")
 
 
 def test_the_size_of_a_file_is_predicted() -> None:

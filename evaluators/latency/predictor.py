@@ -32,6 +32,8 @@ Predict = Callable[[Choices], NDArray[np.floating[Any]]]
 COVERAGE = 0.9
 FOLDS = 8
 LEAST_POINTS = 10
+LEAST_DRIFT = 0.05
+"""Less than that is what neighbours of a machine do in passing."""
 _LEAST_MS = 1e-6
 _LEVELLINGS = 2
 _SPREAD = 1.4826
@@ -54,13 +56,15 @@ class HeldOut:
 class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
     None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn;
-    -1 where that tells nothing."""
+    -1 where that tells nothing. ``looks_apart``: how far two looks at the same policies, minutes apart, differ as a
+    whole, as a share."""
 
     worker: Worker
     work: Work
     latency_ms: Array
     timed: Sequence[Timed | None]
     sessions: NDArray[np.int64]
+    looks_apart: float = 0.0
 
     @property
     def operations(self) -> list[str]:
@@ -141,7 +145,8 @@ def _fit(measured: Measured, seed: int) -> Predictor:
     scores = np.abs(np.log(held[design] / as_measured))
     return Predictor(
         design=design, heldout=held_out(held[design], as_measured, scores), candidates=errors,
-        out_of_fold=held[design], log_margin=conformal_margin(scores), units=units, _model=final[design](),
+        out_of_fold=held[design], log_margin=conformal_margin(scores) + _level_margin(measured.looks_apart),
+        units=units, _model=final[design](),
         _unseen=_unseen_by(measured.worker, _columns(work) if units is None else {*units.kinds, *units.conversions}),
     )  # fmt: skip
 
@@ -159,6 +164,12 @@ def _unseen_by(worker: Worker, known: Container[str]) -> Callable[[Choices], str
         return f"something is converted ({kind}), which no measured policy did"
 
     return name
+
+
+def _level_margin(looks_apart: float) -> float:
+    """What a device that changes its speed by itself adds, in the logarithm: all policies of a look share its level, so
+    no error out of fold shows that the next hour may have another one."""
+    return math.log1p(looks_apart) / 2 if looks_apart > LEAST_DRIFT else 0.0
 
 
 def conformal_margin(scores: Array) -> float:

@@ -18,7 +18,7 @@ from ...spaces.plans import Choices, choices_of, chunks
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
-from .predictor import Measured, Predictor, fit
+from .predictor import LEAST_DRIFT, Measured, Predictor, fit
 from .sizes import batch_bytes, payload_bytes, structure
 from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, target_from_dict, target_to_dict
 from .units import Worker
@@ -106,6 +106,24 @@ class Profile:
         first, second = (np.array([p.halves_ms[i] for p in self.points]) for i in (0, 1))
         errors = np.abs(first / second - 1)
         return {"mape": float(errors.mean()), "within_10": float((errors <= 0.10).mean())}
+
+    def noise_warnings(self) -> list[str]:
+        """What a person should know of the device, from two looks at the same policies."""
+        apart = _looks_apart(self.points)
+        if apart <= LEAST_DRIFT:
+            return []
+        text = (
+            f"two looks at the same policies, minutes apart, differ by {apart:.0%} as a whole: this device changes its "
+            "speed by itself (heat, power saving, other machines on the same hardware), so the intervals are wider; "
+            "trust ratios to the uncompressed model, or calibrate in a quieter hour"
+        )
+        return [text]
+
+
+def _looks_apart(points: Sequence[Point]) -> float:
+    """By how much the second look at the policies of a calibration differs from the first as a whole, as a share."""
+    first, second = np.log([p.halves_ms for p in points]).T
+    return float(np.expm1(abs(np.median(first - second))))
 
 
 def profile_of(
@@ -267,6 +285,7 @@ def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
         latency_ms=np.array([p.latency_ms for p in points]),
         timed=[p.timed for p in points],
         sessions=_sessions(points),
+        looks_apart=_looks_apart(points),
     )
     return fit(measured)
 
