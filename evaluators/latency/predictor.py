@@ -8,33 +8,39 @@ al. 2018).
 """
 
 import math
-import warnings
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 from threadpoolctl import threadpool_limits  # scikit-learn's own dependency
 
 from ...spaces.plans import Choices
-from .insitu import InSitu, UnseenKernelError, learn, relative_nnls
+from .aggregates import (
+    AGGREGATES,
+    FOLDS,
+    LEAST_MS,
+    Predict,
+    aggregate,
+    columns_of,
+    filled,
+    of_terms,
+    out_of_fold,
+    physical,
+    process_on,
+)
+from .insitu import InSitu, UnseenKernelError, learn
 from .nodes import Timed
 from .tables import Sums, Tables, sums_of
 from .units import Work, Worker
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-Predict = Callable[[Choices], NDArray[np.floating[Any]]]
 COVERAGE = 0.9
-FOLDS = 8
 LEAST_POINTS = 10
 LEAST_DRIFT = 0.05
 """Less than that is what neighbours of a machine do in passing."""
-_LEAST_MS = 1e-6
 _LEVELLINGS = 2
 _SPREAD = 1.4826
 """Standard deviations in a median absolute deviation of normal errors."""
@@ -89,7 +95,7 @@ class Predictor:
 
     def latencies(self, choices: Choices) -> Array:
         """Milliseconds alone, shape (n,); NaN for a policy with a kind of kernel that no measured policy ran."""
-        return np.maximum(self._model(choices), _LEAST_MS)
+        return np.maximum(self._model(choices), LEAST_MS)
 
     def predict(self, choices: Choices) -> Array:
         """Raises UnseenKernelError for a kind of kernel that no measured policy ran."""
@@ -132,11 +138,11 @@ def _fit(measured: Measured, seed: int) -> Predictor:
         final["units × Gaussian process"] = lambda: _unit_process(
             tables, _corrected(sums, features, latency_ms, everything)
         )
-    for name, make in _AGGREGATES.items():
-        columns = _columns(work)
-        terms = _aggregate(work, columns)
-        held[name] = _out_of_fold(make, terms, latency_ms, folds)
-        final[name] = lambda make=make, terms=terms, columns=columns: _of_terms(
+    for name, make in AGGREGATES.items():
+        columns = columns_of(work)
+        terms = aggregate(work, columns)
+        held[name] = out_of_fold(make, terms, latency_ms, folds)
+        final[name] = lambda make=make, terms=terms, columns=columns: of_terms(
             measured.worker, make(terms, latency_ms), columns
         )
     errors = {name: float(np.mean(np.abs(h / latency_ms - 1))) for name, h in held.items()}
@@ -147,7 +153,7 @@ def _fit(measured: Measured, seed: int) -> Predictor:
         design=design, heldout=held_out(held[design], as_measured, scores), candidates=errors,
         out_of_fold=held[design], log_margin=conformal_margin(scores) + _level_margin(measured.looks_apart),
         units=units, _model=final[design](),
-        _unseen=_unseen_by(measured.worker, _columns(work) if units is None else {*units.kinds, *units.conversions}),
+        _unseen=_unseen_by(measured.worker, columns_of(work) if units is None else {*units.kinds, *units.conversions}),
     )  # fmt: skip
 
 
@@ -209,8 +215,8 @@ def _of_one_level(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) 
             if profiled.sum() >= LEAST_POINTS:
                 expected = _out_of_fold_units(found, profiled, folds)[0]
             else:
-                terms = _aggregate(found.work, _columns(found.work))
-                expected = _out_of_fold(_physical, terms, found.latency_ms, folds)
+                terms = aggregate(found.work, columns_of(found.work))
+                expected = out_of_fold(physical, terms, found.latency_ms, folds)
             levels = session_levels(np.log(measured.latency_ms / expected), measured.sessions)
             found = replace(measured, latency_ms=measured.latency_ms * np.exp(-levels))
     return found
@@ -260,12 +266,12 @@ def _out_of_fold_units(measured: Measured, profiled: Mask, folds: NDArray[np.int
         if not features.shape[1]:
             features = np.empty((len(folds), found.shape[1]))
         features[out] = found[out]
-    return np.maximum(sums, _LEAST_MS), features
+    return np.maximum(sums, LEAST_MS), features
 
 
 def _sum_features(sums: Sums) -> Array:
     """Logarithms of how the sum is made up, of kernels in all, and of the model's weights, shape (n, features)."""
-    total = np.maximum(sums.total, _LEAST_MS)
+    total = np.maximum(sums.total, LEAST_MS)
     logs = np.log(np.array([total, sums.nodes, sums.model_mb]))
     return np.concatenate([np.log(sums.groups / total + 0.02), logs]).T
 
@@ -282,7 +288,7 @@ def _scales(sums: Array, latency_ms: Array, folds: NDArray[np.int64]) -> Array:
 
 def _corrected(sums: Array, features: Array, latency_ms: Array, use: Mask) -> Callable[[Array, Array], Array]:
     """Sums times a Gaussian process on their log residual."""
-    process = _process(features[use], np.log(latency_ms[use] / sums[use]))
+    process = process_on(features[use], np.log(latency_ms[use] / sums[use]))
     return lambda new, of: new * np.exp(process(of))
 
 
@@ -293,7 +299,7 @@ def _crossed(
     for fold in range(FOLDS):
         out = folds == fold
         held[out] = make(~out)(sums[out], features[out])
-    return np.maximum(held, _LEAST_MS)
+    return np.maximum(held, LEAST_MS)
 
 
 def _scaled(tables: Tables, scale: float) -> Predict:
@@ -304,103 +310,6 @@ def _unit_process(tables: Tables, correct: Callable[[Any, Array], Array]) -> Pre
     def predict(choices: Choices) -> Array:
         sums = tables.sums(choices)
         seen, features = np.isfinite(sums.total), _sum_features(sums)
-        return _filled(seen, correct(sums.total[seen], features[seen]) if seen.any() else features[:0, 0])
+        return filled(seen, correct(sums.total[seen], features[seen]) if seen.any() else features[:0, 0])
 
     return predict
-
-
-def _filled(seen: Mask, values: Array) -> Array:
-    """The values where ``seen``, shape (n,), NaN elsewhere."""
-    found = np.full(len(seen), np.nan)
-    found[seen] = values
-    return found
-
-
-# Aggregates
-
-
-def _columns(work: Work) -> dict[str, int]:
-    """The kinds of work that were measured, and how many terms each has."""
-    kinds = {units.kind: units.terms.shape[1] for units in work.units}
-    return kinds | {name: 2 for name, amounts in work.conversions.items() if amounts[:, 0].any()}
-
-
-def _aggregate(work: Work, columns: dict[str, int]) -> Array:
-    """Terms summed by kind, shape (n, terms), behind a constant; NaN for a policy with a kind that is no column."""
-    blocks: dict[str, Array] = {}
-    unseen = np.zeros(work.count, np.bool_)
-    for units in work.units:
-        if units.kind not in columns:
-            unseen[units.row] = True
-            continue
-        summed = [np.bincount(units.row, weights=units.terms[:, i], minlength=work.count)
-                  for i in range(units.terms.shape[1])]  # fmt: skip
-        blocks[units.kind] = np.stack(summed, axis=1).astype(np.float64)
-    for name, amounts in work.conversions.items():
-        if name in columns:
-            blocks[name] = amounts
-        else:
-            unseen |= amounts[:, 0] > 0
-    found = [blocks.get(kind, np.zeros((work.count, width))) for kind, width in columns.items()]
-    terms = np.concatenate([np.ones((work.count, 1)), *found], axis=1)
-    terms[unseen] = np.nan
-    return terms
-
-
-def _of_terms(worker: Worker, model: Callable[[Array], Array], columns: dict[str, int]) -> Predict:
-    def predict(choices: Choices) -> Array:
-        terms = _aggregate(worker.work(choices), columns)
-        seen = np.isfinite(terms[:, 0])
-        return _filled(seen, model(terms[seen]) if seen.any() else terms[:0, 0])
-
-    return predict
-
-
-def _out_of_fold(
-    make: Callable[[Array, Array], Callable[[Array], Array]], terms: Array, latency_ms: Array,
-    folds: NDArray[np.int64],
-) -> Array:  # fmt: skip
-    held = np.empty(len(latency_ms))
-    for fold in range(FOLDS):
-        out = folds == fold
-        if out.any():
-            held[out] = make(terms[~out], latency_ms[~out])(terms[out])
-    return np.maximum(held, _LEAST_MS)
-
-
-def _physical(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
-    """Non-negative least squares on relative errors: no amount of work makes a model faster."""
-    costs = relative_nnls(terms, latency_ms)
-    return lambda new: np.maximum(new @ costs, _LEAST_MS)
-
-
-def _alone(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
-    """Gaussian process on the logarithms of the terms."""
-    process = _process(np.log1p(terms), np.log(latency_ms))
-    return lambda new: np.exp(process(np.log1p(new)))
-
-
-def _both(terms: Array, latency_ms: Array) -> Callable[[Array], Array]:
-    """The physical sum times a Gaussian process on what it leaves in the logarithm."""
-    sums = _physical(terms, latency_ms)
-    process = _process(np.log1p(terms), np.log(latency_ms / sums(terms)))
-    return lambda new: sums(new) * np.exp(process(np.log1p(new)))
-
-
-def _process(inputs: Array, target: Array) -> Callable[[Array], Array]:
-    """A Gaussian process with one length for all inputs, each brought to unit spread."""
-    used = inputs.std(axis=0) > 1e-9
-    centre, spread = inputs[:, used].mean(axis=0), inputs[:, used].std(axis=0)
-    kernel: Any = ConstantKernel(1.0) * RBF(4.0, (0.5, 100.0)) + WhiteKernel(1e-2, (1e-5, 1.0))
-    model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a length scale at its bound is an answer too
-        model.fit((inputs[:, used] - centre) / spread, target)
-    return lambda new: np.asarray(model.predict((new[:, used] - centre) / spread))
-
-
-_AGGREGATES: dict[str, Callable[[Array, Array], Callable[[Array], Array]]] = {
-    "physical terms": _physical,
-    "Gaussian process": _alone,
-    "physical terms × Gaussian process": _both,
-}
