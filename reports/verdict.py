@@ -269,6 +269,12 @@ def _doubtful_latency(run: RunRecord) -> list[str]:
             f"The machine drifted: the uncompressed model took between {digits(min(levels))} and "
             f"{milliseconds(max(levels))} over the night, so trust ratios more than milliseconds."
         )
+    apart = (run.target or {}).get("looks_apart") or 0.0
+    if apart > NOISY:
+        said.append(
+            f"The device changed its speed while it was calibrated: two looks at the same models differ by "
+            f"{percent(apart)} as a whole, so the intervals are wider."
+        )
     unsteady = [t for t in front(run) if t.latency and (t.latency.repeat_error or 0) > NOISY]
     if unsteady:
         said.append(f"Latencies on the front that did not repeat within {percent(NOISY)}: {_list(unsteady)}.")

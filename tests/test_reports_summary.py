@@ -250,6 +250,10 @@ def test_a_night_without_a_fault_raises_no_doubt() -> None:
             replace(with_state(), target={"heldout": {"mape": 0.11, "n": 25}}),
             "11.0 % off on 25 models that it had not seen",
         ),
+        (
+            replace(with_state(), target={"looks_apart": 0.051}),
+            "two looks at the same models differ by 5.1 % as a whole",
+        ),
         (replace(with_state(), unreadable=("line 7",)), "1 record could not be read: line 7."),
         (
             with_state(noise=[{"reference_ms": 1.0}, {"reference_ms": 1.11}]),

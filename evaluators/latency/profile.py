@@ -107,13 +107,17 @@ class Profile:
         errors = np.abs(first / second - 1)
         return {"mape": float(errors.mean()), "within_10": float((errors <= 0.10).mean())}
 
+    @property
+    def looks_apart(self) -> float:
+        """By how much two looks at the same policies, minutes apart, differ as a whole, as a share."""
+        return _looks_apart(self.points)
+
     def noise_warnings(self) -> list[str]:
         """What a person should know of the device, from two looks at the same policies."""
-        apart = _looks_apart(self.points)
-        if apart <= LEAST_DRIFT:
+        if self.looks_apart <= LEAST_DRIFT:
             return []
         text = (
-            f"two looks at the same policies, minutes apart, differ by {apart:.0%} as a whole: this device changes its "
+            f"two looks at the same policies, minutes apart, differ by {self.looks_apart:.0%} as a whole: this device changes its "
             "speed by itself (heat, power saving, other machines on the same hardware), so the intervals are wider; "
             "trust ratios to the uncompressed model, or calibrate in a quieter hour"
         )
@@ -121,7 +125,6 @@ class Profile:
 
 
 def _looks_apart(points: Sequence[Point]) -> float:
-    """By how much the second look at the policies of a calibration differs from the first as a whole, as a share."""
     first, second = np.log([p.halves_ms for p in points]).T
     return float(np.expm1(abs(np.median(first - second))))
 
@@ -187,6 +190,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "designs": profile.predictor.candidates,
         "heldout": asdict(profile.predictor.heldout),
         "truth_repeat": profile.truth_repeat(),
+        "looks_apart": profile.looks_apart,
         "points": [
             {
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
