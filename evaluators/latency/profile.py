@@ -117,9 +117,9 @@ class Profile:
         if self.looks_apart <= LEAST_DRIFT:
             return []
         text = (
-            f"two looks at the same policies, minutes apart, differ by {self.looks_apart:.0%} as a whole: this device changes its "
-            "speed by itself (heat, power saving, other machines on the same hardware), so the intervals are wider; "
-            "trust ratios to the uncompressed model, or calibrate in a quieter hour"
+            f"two looks at the same policies, minutes apart, differ by {self.looks_apart:.0%} as a whole: this device "
+            "changes its speed by itself (heat, power saving, other machines on the same hardware), so the intervals "
+            "are wider; trust ratios to the uncompressed model, or calibrate in a quieter hour"
         )
         return [text]
 
