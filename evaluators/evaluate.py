@@ -168,7 +168,12 @@ class Evaluator:
             return replace(self.sensitivity(self.prepare(job)[0]), seconds=time.perf_counter() - start)
         if job.looks:
             return replace(self._looked(job, progress), seconds=time.perf_counter() - start)
-        module, plan, losses, kept = (*self.prepare(job), (), {}) if job.rung == "bn" else self._trained(job, progress)
+        if job.rung == "bn":
+            module, plan, losses, kept = *self.prepare(job), (), {}
+        elif job.rung == "long" and job.steps == 0:  # no fine-tune at all: the short one does not count either
+            module, plan, losses, kept = *self.prepare(replace(job, rung="short")), (), {}
+        else:
+            module, plan, losses, kept = self._trained(job, progress)
         save_checkpoint(module, checkpoint(job.folder, job.rung), kept)
         # The lowest rung only sorts out the hopeless: fewer examples will do, and its standard error says so.
         split = self.search.take(torch.arange(min(len(self.search), BN_ITEMS))) if job.rung == "bn" else self.search

@@ -174,6 +174,25 @@ class _Size(NamedTuple):
     finalists: int
 
 
+def untrained(session: Session, trial: TrialRecord) -> bool:
+    """Whether a trial is exported as the lowest rung left it: as accurate as the given network, and less so after the
+    short fine-tune. So it is with the uncompressed network and with integers alone where the long fine-tune is shorter
+    than it should be; a whole one would bring them further."""
+    rungs, found = session.state["rungs"], {q.rung: q for q in trial.qualities}
+    low, short = found.get(Rung.BN), found.get(Rung.SHORT)
+    if low is None or short is None or not rungs.get("squeezed"):
+        return False
+    given = session.state["given"]["search"]["accuracy"]
+    return low.accuracy > short.accuracy and low.accuracy + (low.accuracy_se or 0.0) >= given
+
+
+def a_finalist(session: Session, rules: list[TrialRecord]) -> Array:
+    """Seconds that the long fine-tune of a finalist takes in any case, and seconds a step, shape (2,): what the median
+    rule takes of those that are trained."""
+    costs = long_costs(session, rules)
+    return np.median(costs[costs[:, 1] > 0] if costs[:, 1].any() else costs, axis=0)
+
+
 def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) -> None:
     """The length that lets the baselines and the finalists finish, from what the short fine-tunes took: rather fewer
     finalists than shorter ones; the config wins."""
@@ -189,8 +208,16 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
     while size.steps < enough and size.finalists > fewest:
         size = _affordable(session, rules, size.finalists - 1, enough, usual)
     if size.steps < enough:
+        session.update(rungs={**rungs, "squeezed": True})
         size = _affordable(session, rules, fewest, enough, stretched)
         size = size._replace(steps=min(size.steps, enough))
+        if kept := [str(t.name) for t in rules if untrained(session, t)]:
+            session.folder.decide(
+                "search", f"no fine-tune of {', '.join(kept)}",
+                "as accurate as the given network without one, and less so after the short one; there is no time for "
+                f"the {enough} steps that a long one should have",
+            )  # fmt: skip
+    rungs = session.state["rungs"]
     steps = max(rungs["short_steps"], min(most, size.steps))
     session.folder.decide(
         "search", f"long fine-tunes of {steps} steps",
@@ -207,8 +234,7 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
     steps, trained = enough, rules
     for _ in range(2):
         trained = [t for t in rules if _within_reach(session, t, rules, max(steps, enough))]
-        costs = long_costs(session, trained)
-        fixed, a_step = costs.sum(axis=0) + finalists * np.median(costs, axis=0)
+        fixed, a_step = long_costs(session, trained).sum(axis=0) + finalists * a_finalist(session, trained)
         steps = int((0.9 * seconds * session.workers - fixed) / max(a_step, 1e-9))
     return _Size(steps, len(trained), finalists)
 
@@ -253,7 +279,8 @@ def _guessed_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
         spent = {q.rung: q.seconds for q in trial.qualities}
         low, short = spent.get(Rung.BN, 0.0), spent.get(Rung.PART, 0.0) + spent.get(Rung.SHORT, 0.0)
         a_step = max(short - (1 + len(trial.looks)) * low, 0.3 * short) / session.state["rungs"]["short_steps"]
-        found.append((4 * low, a_step * (SIMULATED if trial.policy["bits"] else 1.0)))
+        times = 0.0 if untrained(session, trial) else SIMULATED if trial.policy["bits"] else 1.0
+        found.append((4 * low, times * a_step))
     return np.array(found, dtype=np.float64).reshape(len(found), 2)
 
 
@@ -261,7 +288,8 @@ def _job(session: Session, trial: TrialRecord) -> Job:
     session.state["current"] = {"trial": trial.number, "rung": Rung.LONG.value}
     return Job(
         policy=policy_of(trial), rung=Rung.LONG.value, seed=session.config.seed + 1,
-        steps=session.state["rungs"]["long_steps"], folder=session.folder.artifacts(trial.number),
+        steps=0 if untrained(session, trial) else session.state["rungs"]["long_steps"],
+        folder=session.folder.artifacts(trial.number),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, long_costs, long_seconds, ours, waits
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, long_costs, ours, waits
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
@@ -38,7 +38,7 @@ def plan_finalists(session: Session) -> None:
         return
     costs = long_costs(session, queue).sum(axis=0)
     if missing:
-        costs += missing * np.median(long_costs(session, rules), axis=0)
+        costs += missing * a_finalist(session, rules)
     fixed, a_step = (costs / session.workers).tolist()
     given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
@@ -60,7 +60,7 @@ def _take_back_finalists(session: Session) -> None:
     by_hand = session.config.finetune.finalists is not None or not rungs.get("long_sized")
     if by_hand or len(rules) < LEAST_PACE:
         return
-    one = float(np.median(long_seconds(session, rules)))
+    one = float(a_finalist(session, rules) @ np.array([1.0, rungs["long_steps"]]))
     share = SHARES["finalists"] * session.clock.total_seconds
     count = min(FINALISTS_WANTED, int(session.workers * share / max(MARGIN * one, 1e-9)))
     if count > rungs["finalists"]:

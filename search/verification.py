@@ -11,7 +11,7 @@ from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from .disk import drop_below
-from .long_tuning import load_outcome, outcome_file
+from .long_tuning import load_outcome, outcome_file, untrained
 from .records import UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
 from .session import Session, latency_of, quality_of
 from .store import policy_of
@@ -33,7 +33,8 @@ def verify(session: Session) -> None:
     latencies, reference_ms = _latencies(session, {n: trials[n] for n in outcomes})
     original = next((n for n in outcomes if trials[n].name == UNCOMPRESSED), None)
     given = session.state["given"]["test"]["accuracy"]
-    trained = outcomes[original].exported if original is not None else None
+    whole = original is not None and not untrained(session, trials[original])
+    trained = outcomes[original].exported if original is not None and whole else None
     best = max(given, trained.accuracy) if trained is not None else given
     session.update(
         reference_accuracy={

@@ -47,11 +47,13 @@ def outcome(job: Job, pace: float) -> Outcome:
 
 def judged(
     folder: Path, *, hours: float = 2.0, least: float | None = 0.87, record: BaseStorage | None = None,
-    finetune: FineTuneConfig | None = None, pace: float = 1.0,
+    finetune: FineTuneConfig | None = None, pace: float = 1.0, untouched: float | None = None,
 ) -> Session:  # fmt: skip
-    """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of."""
+    """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of.
+    ``untouched`` is the accuracy of rules that cut nothing before any fine-tune."""
     limits, finetune = Limits(min_accuracy=least), finetune or FineTuneConfig()
     config = RunConfig(task="t", base=None, out=folder, limits=limits, finetune=finetune)
+    folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("{task: t}")
     clock = Clock(Times().wall() + 3600 * hours)
     session = Session(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
@@ -67,11 +69,13 @@ def judged(
         profile=SimpleNamespace(remote=False, seconds_each=1.0),
     )  # fmt: skip
     for name, policy in RULES.items() if not store.trials() else ():
-        finish(session, policy, "baseline", name, latency_ms=0.5)
+        finish(session, policy, "baseline", name, latency_ms=0.5, untouched=None if policy.prune else untouched)
     return session
 
 
-def finish(session: Session, policy: Policy, role: str, name: str | None, latency_ms: float) -> None:
+def finish(
+    session: Session, policy: Policy, role: str, name: str | None, latency_ms: float, untouched: float | None = None
+) -> None:
     """A trial that has had its short fine-tune."""
     store = session.store
     enqueue(session, policy, role, name)
@@ -80,7 +84,8 @@ def finish(session: Session, policy: Policy, role: str, name: str | None, latenc
     latency = {"latency_ms": latency_ms, "low_ms": 0.8 * latency_ms, "high_ms": 1.2 * latency_ms, "measured": False}
     store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
     for rung, seconds in (("bn", 1.0), ("short", 50.0)):
-        store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=accuracy(policy, rung),
+        found = untouched if rung == "bn" and untouched is not None else accuracy(policy, rung)
+        store.note_quality(trial.number, Quality(rung=rung, split="search", accuracy=found,
                                                  accuracy_se=0.003, samples=5000, seconds=seconds))  # fmt: skip
     store.finish(trial.number, TrialState.COMPLETE, finished=1.0)
 
@@ -121,6 +126,12 @@ def trained(session: Session) -> list[str | None]:
     runner = session.runner
     assert isinstance(runner, Instant)
     return [session.store.trial(number).name for number, _ in runner.asked]
+
+
+def trained_steps(session: Session) -> list[tuple[str | None, int]]:
+    runner = session.runner
+    assert isinstance(runner, Instant)
+    return [(session.store.trial(number).name, job.steps) for number, job in runner.asked]
 
 
 def test_a_rule_that_is_bound_to_end_below_the_limit_is_not_trained_long_and_says_why(tmp_path: Path) -> None:
@@ -187,6 +198,25 @@ def test_hopeless_rules_leave_their_time_to_longer_fine_tunes(tmp_path: Path) ->
     assert sized(tmp_path, hours=1.0)["long_steps"] > 1.2 * sized(tmp_path, hours=1.0, least=None)["long_steps"]
 
 
+def test_what_only_loses_by_a_fine_tune_that_is_too_short_has_none(tmp_path: Path) -> None:
+    """The given network has 97 %, and so have its integers; 96.8 % are left after the short fine-tune."""
+    session, others = judged(tmp_path / "kept", hours=1.0, untouched=0.971), judged(tmp_path / "lost", hours=1.0)
+    for night in (session, others):
+        train_rules(night)
+
+    assert {name for name, steps in trained_steps(session) if steps == 0} == {"uncompressed", "uniform INT8"}
+    assert all(steps for _, steps in trained_steps(others))
+    assert session.state["rungs"]["long_steps"] > 1.2 * others.state["rungs"]["long_steps"]
+    told = [d["decision"] for d in read_run(tmp_path / "kept").decisions]
+    assert "no fine-tune of uncompressed, uniform INT8" in told
+
+
+def test_where_there_is_time_for_a_whole_fine_tune_everything_is_trained(tmp_path: Path) -> None:
+    session = judged(tmp_path, hours=8.0, untouched=0.971)
+    train_rules(session)
+    assert all(steps for _, steps in trained_steps(session))
+
+
 @pytest.mark.parametrize("given", [{"long_steps": 123}, {"finalists": 5}, {"long_steps": 123, "finalists": 5}])
 def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path, given: dict[str, int]) -> None:
     finetune = FineTuneConfig(**given)
@@ -228,7 +258,6 @@ def test_a_number_of_finalists_in_the_config_does_not_grow(tmp_path: Path) -> No
 
 def planned_seconds(folder: Path, pace: float) -> float:
     """For two finalists of 400 steps, in a night of half an hour before its first trial."""
-    folder.mkdir(exist_ok=True)
     session = judged(folder, hours=0.5, least=None, finetune=FineTuneConfig(finalists=2, long_steps=400), pace=pace)
     session.state["rungs"] |= {"finalists": 2, "long_steps": 400}
     train_rules(session)
