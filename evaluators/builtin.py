@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 from ..spaces.errors import InputError
 from ..spaces.files import write_whole
+from .compute import has_fast_bf16
 from .data import Arrays, batches, last_line, split_search
 from .task import Task, nearest
 
@@ -189,7 +190,7 @@ def train_network(model: nn.Module, train: Arrays, recipe: Recipe, name: str) ->
         optimiser, recipe.peak_learning_rate, total_steps=steps, pct_start=0.25
     )
     generator = torch.Generator().manual_seed(recipe.seed)
-    bf16 = _has_fast_bf16()
+    bf16 = has_fast_bf16("cpu")
     model.to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
     for epoch in range(1, recipe.epochs + 1):
         start, loss_sum = time.perf_counter(), 0.0
@@ -213,12 +214,6 @@ def train_network(model: nn.Module, train: Arrays, recipe: Recipe, name: str) ->
 def _conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> tuple[nn.Module, ...]:
     conv = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
     return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
-
-
-def _has_fast_bf16() -> bool:
-    """Where the processor lacks the instructions, bf16 is emulated and slower than float32."""
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _read_cached(path: Path) -> dict[str, Tensor]:

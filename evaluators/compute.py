@@ -33,3 +33,10 @@ class Compute:
 
     def _image(self, value: Tensor) -> bool:
         return self.channels_last and value.dim() == 4
+
+
+def has_fast_bf16(device: str) -> bool:
+    """Whether bf16 is worth a try. A processor without its instructions emulates it: there a training step took fifteen
+    times as long as in fp32, and a probe of it more than a minute."""
+    capabilities = torch.cpu.get_capabilities()
+    return device != "cpu" or any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spaces.policy import Distill, Policy
-from .compute import EVALUATION_BATCH, Compute
+from .compute import EVALUATION_BATCH, Compute, has_fast_bf16
 from .data import Arrays
 from .distill import Hints, Pairs, blended_loss, pair
 from .pausing import Parameters, Place
@@ -308,8 +308,9 @@ def probe(trainer: Trainer, module: nn.Module, policy: Policy, rounds: int = 4) 
     options = {
         "fp32": Compute(device=device),
         "fp32 channels_last": Compute(device=device, channels_last=True),
-        "bf16 channels_last": Compute(device=device, channels_last=True, bf16=True),
     }
+    if has_fast_bf16(device):
+        options["bf16 channels_last"] = Compute(device=device, channels_last=True, bf16=True)
     trials = {name: replace(trainer, compute=compute) for name, compute in options.items()}
     start_state = {k: v.clone() for k, v in module.state_dict().items()}
     step_ms = dict.fromkeys(options, math.inf)
