@@ -51,6 +51,8 @@ def load_set(folder: Path, items: int = 1, runs: int = 20) -> list[Model]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = runtime["threads"]
         options.inter_op_num_threads = 1
+        for name, value in runtime["session_config"].items():
+            options.add_session_config_entry(name, value)
         session = onnxruntime.InferenceSession(
             str(part / "model.onnx"), options, providers=runtime["providers"],
             disabled_optimizers=runtime["disabled_optimizers"],

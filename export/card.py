@@ -53,6 +53,7 @@ logits = model(batch)[0]"""
 _ONNXRUNTIME = """import json, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = {threads}
+options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI integers would saturate
 session = onnxruntime.InferenceSession("model.onnx", options, providers={providers},
                                        disabled_optimizers={disabled!r})
 logits = session.run(["logits"], {{"input": batch}})[0]"""

@@ -164,6 +164,8 @@ def open_session(path: Path, runtime: Mapping[str, Any]) -> Any:
     options.intra_op_num_threads = runtime["threads"]
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    for name, value in runtime.get("session_config", {}).items():
+        options.add_session_config_entry(name, value)
     try:
         return onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=runtime["disabled_optimizers"]

@@ -248,6 +248,8 @@ def run_onnx(folder: Path, inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]
     runtime = json.loads((folder / "runtime.json").read_text())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime["threads"]
+    for name, value in runtime["session_config"].items():
+        options.add_session_config_entry(name, value)
     session = onnxruntime.InferenceSession(
         folder / "model.onnx", options, providers=runtime["providers"],
         disabled_optimizers=runtime["disabled_optimizers"],

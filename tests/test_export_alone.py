@@ -24,6 +24,8 @@ folder = pathlib.Path(sys.argv[1])
 runtime = json.loads((folder / "runtime.json").read_text())
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = runtime["threads"]
+for name, value in runtime["session_config"].items():
+    options.add_session_config_entry(name, value)
 session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=runtime["providers"],
                                        disabled_optimizers=runtime["disabled_optimizers"])
 data = numpy.load(sys.argv[2])

@@ -21,6 +21,7 @@ from nightpress.evaluators.latency.measure import write_random
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher
 from nightpress.evaluators.latency.sizes import batch_bytes, payload_bytes, structure
 from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.latency.timer import SESSION_CONFIG
 from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.task import Task
 from nightpress.spaces.anatomy import Anatomy
@@ -153,6 +154,8 @@ def optimised(policy: Policy, anatomy: Anatomy, folder: Path) -> onnx.GraphProto
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(made)
+    for name, value in SESSION_CONFIG.items():
+        options.add_session_config_entry(name, value)
     onnxruntime.InferenceSession(
         str(path), options, providers=["CPUExecutionProvider"],
         disabled_optimizers=list(Target().disabled_optimizers),

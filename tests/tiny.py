@@ -93,7 +93,7 @@ def build(**parts) -> Task:
 
 CONFIG: Mapping[str, Any] = {
     "task": "task.py:build",
-    "budget": "150s",  # four trials end it long before, where nothing else uses the cores
+    "budget": "240s",  # four trials end it long before, where nothing else uses the cores
     "finetune": {"short_steps": 3, "long_steps": 4, "finalists": 2},
     "search": {"max_trials": 4},
     "calibration_policies": 10,
