@@ -55,7 +55,10 @@ def test_it_ends_well_and_prints_one_object(night: tiny.Night) -> None:
     assert data["trials"]["COMPLETE"] >= 9
     assert list(data["seconds"]) == PHASES
     assert all(seconds >= 0 for seconds in data["seconds"].values())
-    assert 0 <= data["hypervolume"] <= 1
+    covered = data[
+        "hypervolume"
+    ]  # None where no trial of the search stands: integers are not faster on every processor
+    assert covered is None or 0 <= covered <= 1
 
 
 def test_it_says_what_it_does_on_stderr_only(night: tiny.Night) -> None:
