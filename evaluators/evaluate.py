@@ -64,7 +64,8 @@ class Job:
     """One evaluation. ``folder`` holds the trial's checkpoints; ``steps`` is the fine-tune's length.
 
     The rung ``part`` is the short fine-tune up to its step ``stop``; the short one goes on from there. ``looks`` are
-    steps of a short fine-tune at which it is judged on its way, ascending.
+    steps of a short fine-tune at which it is judged on its way, ascending. An ``untrained`` policy is exported as the
+    lowest rung left it.
 
     ``rung`` is one of :data:`RUNGS`, ``given`` (the given weights on both splits) or ``sensitivity``
     (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's). ``batch_size`` takes the
@@ -79,6 +80,7 @@ class Job:
     batch_size: int | None = None
     stop: int | None = None
     looks: tuple[int, ...] = ()
+    untrained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,7 @@ class Evaluator:
             return replace(self._looked(job, progress), seconds=time.perf_counter() - start)
         if job.rung == "bn":
             module, plan, losses, kept = *self.prepare(job), (), {}
-        elif job.rung == "long" and job.steps == 0:  # no fine-tune at all: the short one does not count either
+        elif job.untrained:
             module, plan, losses, kept = *self.prepare(replace(job, rung="short")), (), {}
         else:
             module, plan, losses, kept = self._trained(job, progress)

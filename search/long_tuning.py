@@ -286,9 +286,10 @@ def _guessed_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
 
 def _job(session: Session, trial: TrialRecord) -> Job:
     session.state["current"] = {"trial": trial.number, "rung": Rung.LONG.value}
+    kept = untrained(session, trial)
     return Job(
         policy=policy_of(trial), rung=Rung.LONG.value, seed=session.config.seed + 1,
-        steps=0 if untrained(session, trial) else session.state["rungs"]["long_steps"],
+        steps=0 if kept else session.state["rungs"]["long_steps"], untrained=kept,
         folder=session.folder.artifacts(trial.number),
     )  # fmt: skip
 

@@ -133,6 +133,7 @@ def test_the_runtime_file_repeats_the_measurement_s_options(finished: Finished, 
     assert json.loads((out / "runtime.json").read_text()) == {
         "runtime": "onnxruntime", "threads": 1, "batch": 1, "execution_mode": "sequential", "inter_op_threads": 1,
         "disabled_optimizers": ["WeightBiasQuantization"], "providers": ["CPUExecutionProvider"],
+        "session_config": {"session.x64quantprecision": "1"},
         "device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"}, "needs_disabled_optimizers": False,
         "input": {"name": "input", "shape": [None, 1, 8, 8], "type": "float"},
         "output": {"name": "logits", "shape": [None, 4], "type": "float"},

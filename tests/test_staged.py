@@ -164,11 +164,11 @@ def test_the_long_fine_tune_goes_on_where_the_staged_one_ended(tmp_path: Path) -
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items() if "quant" not in name)
 
 
-def test_a_long_fine_tune_of_no_steps_leaves_what_no_fine_tune_has_touched(tmp_path: Path) -> None:
+def test_a_policy_is_exported_as_no_fine_tune_has_touched_it(tmp_path: Path) -> None:
     judge = evaluator()
     policy = replace(HARSH, prune={"one.conv1": 0.7})
     for rung, steps in (("bn", 0), ("short", 6), ("long", 0)):
-        judge(Job(policy=policy, rung=rung, seed=0, steps=steps, folder=tmp_path))
+        judge(Job(policy=policy, rung=rung, seed=0, steps=steps, folder=tmp_path, untrained=rung == "long"))
 
     states = {rung: judge.load(policy, checkpoint(tmp_path, rung))[0].state_dict() for rung in ("bn", "short", "long")}
 
