@@ -266,7 +266,7 @@ def test_a_run_of_a_version_with_fewer_keys_is_resumed(tmp_path: Path, capsys: p
     (run / "config.yaml").write_text(yaml.safe_dump(written))
     state = {"state": "interrupted", "deadline": "2026-01-31T07:00:00+00:00", "deadline_epoch": 1769842800.0}
     (run / "state.json").write_text(json.dumps(state))
-    config.write_text(config.read_text().replace("budget: 150s\n", ""))
+    config.write_text(config.read_text().replace(f"budget: {tiny.CONFIG['budget']}\n", ""))
 
     sentence = tiny.refused(tiny.call("run", config, "--resume", "--json", capsys=capsys))
 
