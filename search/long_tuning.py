@@ -257,17 +257,18 @@ def long_costs(session: Session, trials: Sequence[TrialRecord]) -> Array:
     pace = 1.0
     if len(trained) >= LEAST_PACE:
         spent = sum(took[t.number].seconds for t in trained)
-        guessed = float(_in_all(session, _guessed_costs(session, trained)).sum())
+        guessed = float(in_all(session, _guessed_costs(session, trained)).sum())
         pace = max(spent / max(guessed, 1e-9), LEAST_PACE_RATIO)
     return pace * _guessed_costs(session, trials)
 
 
 def long_seconds(session: Session, trials: Sequence[TrialRecord]) -> Array:
     """What the long fine-tune of each trial will take, shape (n,)."""
-    return _in_all(session, long_costs(session, trials))
+    return in_all(session, long_costs(session, trials))
 
 
-def _in_all(session: Session, costs: Array) -> Array:
+def in_all(session: Session, costs: Array) -> Array:
+    """Seconds of a whole long fine-tune from its fixed part and those of a step, shape (…, 2)."""
     return costs @ np.array([1.0, session.state["rungs"]["long_steps"]])
 
 

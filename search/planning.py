@@ -1,13 +1,11 @@
 """The night's plan, made anew by what the night has learned."""
 
-import numpy as np
-
 from ..evaluators.latency.calibrate import FIRST
 from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, long_costs, ours, waits
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, in_all, long_costs, ours, waits
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
@@ -60,7 +58,7 @@ def _take_back_finalists(session: Session) -> None:
     by_hand = session.config.finetune.finalists is not None or not rungs.get("long_sized")
     if by_hand or len(rules) < LEAST_PACE:
         return
-    one = float(a_finalist(session, rules) @ np.array([1.0, rungs["long_steps"]]))
+    one = float(in_all(session, a_finalist(session, rules)))
     share = SHARES["finalists"] * session.clock.total_seconds
     count = min(FINALISTS_WANTED, int(session.workers * share / max(MARGIN * one, 1e-9)))
     if count > rungs["finalists"]:
