@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evaluators.latency.target import Target
-from ..evaluators.latency.timer import PROVIDERS
+from ..evaluators.latency.timer import PROVIDERS, SESSION_CONFIG
 from ..search.records import NOTE, PICK, REJECT, Latency, Verified
 from ..spaces.policy import Distill
 from .origin import Origin
@@ -53,7 +53,7 @@ logits = model(batch)[0]"""
 _ONNXRUNTIME = """import json, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = {threads}
-options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI integers would saturate
+{config}  # without VNNI integers would saturate
 session = onnxruntime.InferenceSession("model.onnx", options, providers={providers},
                                        disabled_optimizers={disabled!r})
 logits = session.run(["logits"], {{"input": batch}})[0]"""
@@ -109,6 +109,7 @@ def _program(target: Target) -> str:
     return _ONNXRUNTIME.format(
         threads=target.threads, providers=json.dumps(PROVIDERS[target.runtime]),
         disabled=list(target.disabled_optimizers),
+        config="\n".join(f'options.add_session_config_entry("{n}", "{v}")' for n, v in SESSION_CONFIG.items()),
     )  # fmt: skip
 
 
