@@ -12,6 +12,7 @@ from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import TrialRecord, TrialState
 from .session import Session, latency_of
+from .split_gap import search_limits
 from .store import policy_of
 from .surrogate import Describer, Surrogate, kept_accuracy
 
@@ -90,7 +91,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     trials = [t for t in complete(session, "search") if _cheap_enough(session, t)]
     if not trials:
         return []
-    surrogate, least = surrogate_of(session), session.config.limits.min_accuracy
+    surrogate, least = surrogate_of(session), search_limits(session).min_accuracy
     mean, error = surrogate.predict(_rows(surrogate, trials))
     later, _, hope = surrogate.scale.interval(mean, error)
     points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
@@ -131,7 +132,7 @@ def _likely_pick(
     rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
     pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be.
     ``mean`` and ``error`` are of the trials' u, each of shape (n,)."""
-    least, longs = kept_accuracy(surrogate, session.config.limits.min_accuracy), session.store.longs()
+    least, longs = kept_accuracy(surrogate, search_limits(session).min_accuracy), session.store.longs()
     trained = [t for t in complete(session) if t.number in longs and _cheap_enough(session, t)]
     expected = _expected(surrogate, trained) if trained else {}
     fastest_ms = min(
@@ -156,7 +157,7 @@ def surrogate_of(session: Session) -> Surrogate:
 
 def hopeful(session: Session, trial: TrialRecord) -> bool:
     """Within the limits by what was seen of it, or within its error."""
-    least, quality = session.config.limits.min_accuracy, trial.quality
+    least, quality = search_limits(session).min_accuracy, trial.quality
     return (
         quality is not None
         and (least is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= least)

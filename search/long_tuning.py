@@ -18,6 +18,7 @@ from .finalists import choose, complete, expected_accuracies, hopeful, surrogate
 from .records import UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
 from .session import Session, quality_of
+from .split_gap import search_limits
 from .store import policy_of
 from .surrogate import RUNGS
 from .worker import Failure
@@ -147,7 +148,7 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
     """Whether even an optimistic extrapolation leaves a rule below ``min_accuracy``, so that it cannot stand on the
     front: then its long fine-tune would show nothing. That is recorded. Without such a limit every rule is trained, and
     so is the uncompressed network, against which all are judged."""
-    least = session.config.limits.min_accuracy
+    least = search_limits(session).min_accuracy
     if least is None or rule.role != "baseline" or rule.name == UNCOMPRESSED or hopeful(session, rule):
         return False
     surrogate = surrogate_of(session)
@@ -157,7 +158,7 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
     expected, _, hope = (float(value[0]) for value in surrogate.accuracy(row[None]))
     if hope >= least:
         return False
-    reason = f"expected to end below min_accuracy {least}: {expected:.3f} ± {hope - expected:.3f}"
+    reason = f"expected to end below min_accuracy {least:.4g}: {expected:.3f} ± {hope - expected:.3f}"
     session.store.note_hopeless(rule.number, reason)
     session.folder.decide(
         "search", f"no long fine-tune of {rule.name}", reason, trial=rule.number,
@@ -242,7 +243,7 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
 def _within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], steps: int) -> bool:
     """Whether a rule may end within the limits, were its error to fall with the square root of the steps: a guess, for
     the plan alone. Measured on ResNet-20, errors fell by at most 1.5 with three times the steps."""
-    least = session.config.limits.min_accuracy
+    least = search_limits(session).min_accuracy
     if least is None or rule.name == UNCOMPRESSED or hopeful(session, rule):
         return True
     top = max(session.state["given"]["search"]["accuracy"], *(_accuracy(t) for t in rules))

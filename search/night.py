@@ -33,6 +33,7 @@ from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
+from .split_gap import note_gap, search_limits
 from .storages import close, open_storage
 from .store import Store, policy_of
 from .study import end_study, studying
@@ -160,6 +161,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         prepare.judge_given(session)
         _aim(session)
         _run_baselines(session, trials)
+        note_gap(session)
     with session.phase("sensitivity", *ENDING):
         prepare.probe_sensitivity(session)
         _enqueue_seeds(session)
@@ -211,7 +213,7 @@ def _aim(session: Session) -> None:
         sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
-        sampler.reference = losses(*corner_of(session.state["reference"], session.config.limits))
+        sampler.reference = losses(*corner_of(session.state["reference"], search_limits(session)))
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:

@@ -1,6 +1,6 @@
 """The night's plan, made anew by what the night has learned."""
 
-from ..evaluators.latency.calibrate import FIRST
+from ..evaluators.latency.calibrate import FIRST, SECOND_LOOK
 from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
@@ -98,7 +98,9 @@ def check_budget(session: Session) -> None:
     passes = 6 * FORWARD_SHARE * prepared.train_items / config.finetune.batch_size
     trained = 2 * (config.finetune.short_steps or LEAST_STEPS) + passes
     rules = rule_count(prepared.space)
-    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * ((config.calibration_policies or FIRST) + rules)
+    looks = 1 + SECOND_LOOK if config.calibration_policies else 1.0  # else a second one is left out where time lacks
+    models = (config.calibration_policies or FIRST) + rules
+    calibrated = 0.0 if config.target_profile else MODEL_SECONDS * looks * models
     least = calibrated + rules * trained * step / session.workers + END_SECONDS
     if clock.left_seconds < least:
         raise InputError(

@@ -20,6 +20,7 @@ from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
 from nightpress.search.session import Prepared, Session
+from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.search.store import Store
 from nightpress.search.trials import enqueue
 from nightpress.spaces.policy import FP32, INT8, Policy
@@ -58,7 +59,8 @@ def judged(
     clock = Clock(Times().wall() + 3600 * hours)
     session = Session(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
     session.state |= {
-        "state": "running", "phase": "search", "given": {"search": {"accuracy": 0.97}},
+        "state": "running", "phase": "search",
+        "given": {"search": {"accuracy": 0.97}, "test": {"accuracy": 0.97, "accuracy_se": 0.003}},
         "rungs": {"short_steps": SHORT, "long_steps": 2 * EPOCH, "finalists": 8, "epoch_steps": EPOCH},
         "reference": {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6},
     }  # fmt: skip
@@ -104,7 +106,10 @@ def searched(folder: Path, *, hours: float, finalists: int | None) -> int:
 
 def chosen(folder: Path, *, least: float, cuts: list[float]) -> list[float]:
     """The cuts of two finalists, of trials that are the faster the more they cut; the rules are trained before."""
-    session = judged(folder, least=least)
+    return chosen_of(judged(folder, least=least), cuts)
+
+
+def chosen_of(session: Session, cuts: list[float]) -> list[float]:
     train_rules(session)
     session.state["rungs"] |= {"finalists": 2, "long_sized": True}
     group = SPACE.anatomy.groups[0].name
@@ -120,6 +125,24 @@ def test_the_first_finalist_is_the_fastest_that_is_likely_to_keep_its_accuracy(
 ) -> None:
     """Half of the channels leave 83 % after the short fine-tune and 88 % after the long one."""
     assert chosen(tmp_path, least=least, cuts=[0.25, 0.5, 0.75])[0] == fastest
+
+
+def test_where_the_search_split_is_remembered_less_is_allowed_to_be_lost_on_it(tmp_path: Path) -> None:
+    """The uncompressed network has 96.8 % there after its short fine-tune, and 92 % on the test split: 86 % on that
+    are 90 % here, and half of the channels leave 88 %."""
+    session = judged(tmp_path, least=0.86)
+    session.state["given"]["test"] = {"accuracy": 0.92, "accuracy_se": 0.004}
+    note_gap(session)
+
+    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.048 - 0.005)
+    assert [d["decision"] for d in read_run(tmp_path).decisions] == ["min_accuracy is 0.9030 on the search split"]
+    assert chosen_of(session, cuts=[0.25, 0.5, 0.75])[0] == 0.25
+
+
+def test_a_test_split_that_is_as_easy_leaves_the_limit_where_it_is(tmp_path: Path) -> None:
+    session = judged(tmp_path, least=0.86)
+    note_gap(session)
+    assert search_limits(session) == session.config.limits
 
 
 def trained(session: Session) -> list[str | None]:
