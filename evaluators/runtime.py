@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..spaces.plan import Plan
-from .latency.timer import PROVIDERS, SESSION_CONFIG
+from .latency.timer import PROVIDERS, processor, session_config
 from .onnx_graph import INPUT, OUTPUT
 from .runtime_openvino import OpenVinoSession
 
@@ -31,7 +31,7 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        for name, value in SESSION_CONFIG.items():
+        for name, value in session_config(processor()).items():
             options.add_session_config_entry(name, value)
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)

@@ -14,7 +14,7 @@ import onnx
 
 from ..evaluators.evaluate import checkpoint
 from ..evaluators.latency import measure
-from ..evaluators.latency.timer import PROVIDERS, SESSION_CONFIG
+from ..evaluators.latency.timer import PROVIDERS, session_config
 from ..search.mark import is_ours
 from ..search.records import REJECT, RunRecord, TrialRecord, Verified, last_word
 from ..spaces.errors import InputError
@@ -183,7 +183,7 @@ def _runtime(origin: Origin, model: onnx.ModelProto) -> dict[str, Any]:
     return {
         "runtime": target.runtime, "threads": target.threads, "batch": target.batch, "execution_mode": "sequential",
         "inter_op_threads": 1, "disabled_optimizers": list(target.disabled_optimizers),
-        "session_config": SESSION_CONFIG if target.runtime.startswith("onnxruntime") else {},
+        "session_config": session_config(origin.device) if target.runtime.startswith("onnxruntime") else {},
         "providers": PROVIDERS.get(target.runtime, ["CPUExecutionProvider"]), "device": dict(origin.device) or None,
         "input": _tensor(model.graph.input[0]), "output": _tensor(model.graph.output[0]),
     }  # fmt: skip

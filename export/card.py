@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evaluators.latency.target import Target
-from ..evaluators.latency.timer import PROVIDERS, SESSION_CONFIG
+from ..evaluators.latency.timer import PROVIDERS, session_config
 from ..search.records import NOTE, PICK, REJECT, Latency, Verified
 from ..spaces.policy import Distill
 from .origin import Origin
@@ -53,8 +53,7 @@ logits = model(batch)[0]"""
 _ONNXRUNTIME = """import json, onnxruntime
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = {threads}
-{config}  # without VNNI integers would saturate
-session = onnxruntime.InferenceSession("model.onnx", options, providers={providers},
+{config}session = onnxruntime.InferenceSession("model.onnx", options, providers={providers},
                                        disabled_optimizers={disabled!r})
 logits = session.run(["logits"], {{"input": batch}})[0]"""
 _SAID = {PICK: "approved by", REJECT: "rejected by", NOTE: "note of"}
@@ -85,7 +84,7 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         cpu=_line(device.get("cpu", "unknown CPU")),
         runtime_name=RUNTIME_NAMES.get(target.runtime, target.runtime),
         runtime_id=target.runtime,
-        program=_program(target),
+        program=_program(target, device),
         how=_how(verified.latency),
         runtime=_line(device.get("runtime_version", "unknown")),
         agreement=verified.top1_agreement,
@@ -102,14 +101,15 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
     )
 
 
-def _program(target: Target) -> str:
+def _program(target: Target, device: Mapping[str, Any]) -> str:
     """How to load and run the file with the settings of the measurement."""
     if target.runtime == "openvino":
         return _OPENVINO.format(threads=target.threads)
     return _ONNXRUNTIME.format(
         threads=target.threads, providers=json.dumps(PROVIDERS[target.runtime]),
         disabled=list(target.disabled_optimizers),
-        config="\n".join(f'options.add_session_config_entry("{n}", "{v}")' for n, v in SESSION_CONFIG.items()),
+        config="".join(f'options.add_session_config_entry("{name}", "{value}")  # or integers would saturate\n'
+                       for name, value in session_config(device).items()),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency.measure import Timing
 from nightpress.evaluators.latency.target import Target, target_to_dict
+from nightpress.evaluators.latency.timer import processor, session_config
 from nightpress.export import Options, export_trial
 from nightpress.export.folder import swap
 from nightpress.search.mark import mark
@@ -30,6 +31,7 @@ from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_dict
 
 FORCE = Options(force=True)
+DEVICE = {**processor(), "cpu": "Slow CPU", "runtime_version": "9.9.9"}
 TIMING = Timing(windows_ms=(0.0128, 0.01344, 0.02), reference_ms=0.0256)
 
 
@@ -77,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
             "mark": mark(place.task, None),
         },
         trials=(original, trial), decisions=(), sensitivity=None,
-        target={"device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"}},
+        target={"device": DEVICE},
         approvals=(
             {"trial": 1, "digest": trial.digest, "note": "checked", "who": "ada", "time": "2026-01-31T07:10:00+0000"},
             {"trial": 0, "digest": original.digest, "note": "not this one", "who": "bob", "time": "2026-01-31"},
@@ -133,8 +135,8 @@ def test_the_runtime_file_repeats_the_measurement_s_options(finished: Finished, 
     assert json.loads((out / "runtime.json").read_text()) == {
         "runtime": "onnxruntime", "threads": 1, "batch": 1, "execution_mode": "sequential", "inter_op_threads": 1,
         "disabled_optimizers": ["WeightBiasQuantization"], "providers": ["CPUExecutionProvider"],
-        "session_config": {"session.x64quantprecision": "1"},
-        "device": {"cpu": "Slow CPU", "runtime_version": "9.9.9"}, "needs_disabled_optimizers": False,
+        "session_config": session_config(DEVICE), "device": DEVICE,
+        "needs_disabled_optimizers": False,
         "input": {"name": "input", "shape": [None, 1, 8, 8], "type": "float"},
         "output": {"name": "logits", "shape": [None, 4], "type": "float"},
     }  # fmt: skip

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 import exports
 import tiny
 from nightpress.evaluators.latency.target import Target
-from nightpress.evaluators.latency.timer import SESSION_CONFIG
+from nightpress.evaluators.latency.timer import processor, session_config
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.export import Options, export_trial, verify
 from nightpress.export.origin import Origin, origin_of
@@ -49,7 +49,7 @@ def exported(run: RunRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outputs(path: Path, inputs: np.ndarray | None = None) -> np.ndarray:
-    runtime = {"disabled_optimizers": list(Target().disabled_optimizers), "session_config": SESSION_CONFIG}
+    runtime = {"disabled_optimizers": list(Target().disabled_optimizers), "session_config": session_config(processor())}
     session = verify.open_session(path, {"threads": 1, **runtime})
     assert not isinstance(session, str), session
     return verify.outputs(session, verify.probe_inputs((1, 8, 8), 16) if inputs is None else inputs)
