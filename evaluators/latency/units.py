@@ -233,11 +233,12 @@ class Worker:
         """Units of layers and of the dequantisation of their stored weights, where ``wanted`` (layers, n)."""
         variant = state.layer_codes & 3
         for base in dict.fromkeys(self.layer_kinds):
-            of_base = wanted & (self.layer_kinds == base)[:, None]
+            of_base = np.flatnonzero(self.layer_kinds == base)
+            there, which = wanted[of_base], variant[of_base]
             for number, name in enumerate(LAYER_VARIANTS):
-                at, row = np.nonzero(of_base & (variant == number))
+                at, row = np.nonzero(there & (which == number))
                 if len(row):
-                    yield self._units_of_layers(state, f"{base}.{name}", at, row)
+                    yield self._units_of_layers(state, f"{base}.{name}", of_base[at], row)
         at, row = np.nonzero(wanted & (variant == 3))
         if len(row):
             yield self._dequantisations(state, at, row)
@@ -270,11 +271,13 @@ class Worker:
     def other_units(self, state: State, wanted: Mask) -> Iterator[Units]:
         """Units of operations between layers, where ``wanted`` (others, n)."""
         for kind in dict.fromkeys(self.other_kinds):
-            of_kind = wanted & (self.other_kinds == kind)[:, None]
+            of_kind = np.flatnonzero(self.other_kinds == kind)
+            there, which = wanted[of_kind], state.other_codes[of_kind]
             for number, name in enumerate(OTHER_VARIANTS):
-                at, row = np.nonzero(of_kind & (state.other_codes == number))
+                at, row = np.nonzero(there & (which == number))
                 if not len(row):
                     continue
+                at = of_kind[at]
                 sources = np.zeros(len(row))
                 for place in np.unique(at):
                     here = at == place
