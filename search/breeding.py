@@ -1,4 +1,4 @@
-"""A population search over more than seven thousand policies, none of which is trained."""
+"""A population search over thousands of policies, tens of thousands where each is quick to price; none is trained."""
 
 from collections.abc import Callable, Collection, Iterator
 
@@ -10,7 +10,9 @@ from .encoding import Encoder
 
 Array = NDArray[np.float64]
 GENERATIONS = 8
-POPULATION = 900
+POPULATION, MOST_POPULATION = 900, 4_000
+"""Of a generation: where a policy has :data:`WIDE` columns or more, and at most."""
+WIDE = 120
 PARENTS = 200
 MOST_ALIKE = 4
 """Fine-tunes of one network among the rows that are looked at closely."""
@@ -21,15 +23,19 @@ def breed(
 ) -> Array:  # fmt: skip
     """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children
     of the parents, shape (n, columns), and with random rows."""
-    pool = np.vstack(
-        [encoder.random(POPULATION // 10, generator), encoder.children(parents, POPULATION, generator)]
-    )  # fmt: skip
+    count = population(len(encoder.columns))
+    pool = np.vstack([encoder.random(count // 10, generator), encoder.children(parents, count, generator)])
     worths = worth(pool)
     for _ in range(GENERATIONS - 1):
         best = np.argsort(-worths, kind="stable")[:PARENTS]
-        born = encoder.children(pool[best], POPULATION, generator)
+        born = encoder.children(pool[best], count, generator)
         pool, worths = np.vstack([pool[best], born]), np.concatenate([worths[best], worth(born)])
     return pool[np.argsort(-worths, kind="stable")]
+
+
+def population(columns: int) -> int:
+    """Policies in a generation: as many as are looked at in the time of :data:`POPULATION` wide ones."""
+    return min(MOST_POPULATION, round(POPULATION * max(1.0, WIDE / columns)))
 
 
 def crowded(networks: NDArray[np.intp], most: int = MOST_ALIKE) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """Who proposes the next policy: Optuna's samplers by name, a greedy walk with measured steps, and ours.
 
 Latency and size of a policy cost nothing to know, only its accuracy does. So each proposal of the ``nightpress``
-sampler breeds more than seven thousand policies, prices them all, and takes the one with the largest expected gain in
+sampler breeds up to 32,000 policies, prices them all, and takes the one with the largest expected gain in
 hypervolume after the long fine-tune.
 """
 

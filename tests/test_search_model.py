@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nightpress.search.costs import trial_effort
+from nightpress.search.breeding import population
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
 from nightpress.search.netadapt import NetAdaptSampler
@@ -316,6 +317,12 @@ def test_where_nothing_alike_was_finished_nothing_is_stopped() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=2.0)
 
     assert Judge(MILD).verdict(record) is None
+
+
+@pytest.mark.parametrize(("columns", "policies"), [(10, 4000), (27, 4000), (60, 1800), (120, 900), (300, 900)])
+def test_a_generation_has_as_many_policies_as_are_priced_in_the_same_time(columns: int, policies: int) -> None:
+    assert population(columns) == policies
+
 
 
 def test_even_a_fast_trial_is_stopped_below_the_accuracy_that_is_asked_for() -> None:
