@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nightpress.search.costs import trial_effort
 from nightpress.search.breeding import population
+from nightpress.search.costs import trial_effort
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
 from nightpress.search.netadapt import NetAdaptSampler
