@@ -19,12 +19,11 @@ from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
 from ..spaces.errors import InputError
+from .forwards import cannot_run, check_plain, check_types, culprit, first_line, several
 
 CONSTANT = "constant."
 """Prefix of the state entries that are not the model's own but were computed from them."""
 _SIZED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "new_empty"})
-_INSIDE = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-"""Wrappers, with the attribute that holds the user's module."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -60,7 +59,7 @@ class _Picked(nn.Module):
         except (LookupError, AttributeError, TypeError) as error:
             raise InputError(
                 f"Task.output cannot pick from what {type(self.model).__name__} returns, a {type(returned).__name__}: "
-                f"{type(error).__name__}: {_first_line(error)}."
+                f"{type(error).__name__}: {first_line(error)}."
             ) from error
 
 
@@ -69,9 +68,9 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
 
     Raises InputError saying what cannot be exported, in which module, and what to do.
     """
-    _check_plain(model)
+    check_plain(model)
     copied = copy.deepcopy(model).cpu().eval()
-    _check_types(copied)
+    check_types(copied)
     _settle(copied)
     root = copied if output is None else _Picked(copied, output).eval()
     # Of two examples: sizes of one are taken for constants.
@@ -81,26 +80,6 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     captured = _captured(program, copied, "" if output is None else "model.")
     _check_mutations(program, set(captured.nodes), type(model).__name__)
     return captured
-
-
-def _check_plain(model: nn.Module) -> None:
-    """Raises InputError for what wraps or replaces a Python module; its parameters have other names, or no forward."""
-    for name, module in model.named_modules():
-        kind, where = type(module).__name__, f"its part {name}" if name else "it"
-        if isinstance(module, torch.jit.ScriptModule):
-            raise InputError(
-                f"The model must be a Python module, but {where} is TorchScript: build the module and load its weights."
-            )
-        if kind in _INSIDE:
-            raise InputError(f"The model must be a plain module, but {where} is a {kind}: give its .{_INSIDE[kind]}.")
-
-
-def _check_types(model: nn.Module) -> None:
-    """Raises InputError for weights that are not fp32: training and the exported file are."""
-    for name, value in model.named_parameters():
-        if value.dtype != torch.float32:
-            kind = str(value.dtype).removeprefix("torch.")
-            raise InputError(f"The model's weights must be float32, but {name} is {kind}: call model.float() first.")
 
 
 def _settle(model: nn.Module) -> None:
@@ -123,11 +102,9 @@ def _check_output(program: ExportedProgram, name: str) -> None:
     count = len(program.graph_signature.user_outputs)
     if whole is None or not whole.is_leaf() or count != 1:
         kind = whole.type.__name__ if whole is not None and whole.type is not None else "nothing"
-        example = "[0]" if kind in {"tuple", "list"} else "['out']"
-        raise InputError(
-            f"The model must return one tensor, but {name} returns a {kind} of {count}; Task.output picks the one that "
-            f"counts: Task(output=lambda outputs: outputs{example}, …)."
-        )
+        keys: list[object] = whole.context if whole is not None and isinstance(whole.context, list) else []
+        access = f"[{keys[0]!r}]" if keys else "[0]"
+        raise InputError(several(f"The model must return one tensor, but {name} returns", kind, count, access))
     value = nodes[-1].meta.get("val") if isinstance(nodes[-1], fx.Node) else nodes[-1]
     if not isinstance(value, Tensor):
         raise InputError(f"The model must return one tensor, but {name} returns {value!r}.")
@@ -206,8 +183,8 @@ def _hushed() -> Generator[None]:
 
 def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
     """One sentence: what, in which module, and what to do."""
-    kind, text = type(error).__name__, _first_line(error)
-    where = _culprit(error, model)
+    kind, text = type(error).__name__, first_line(error)
+    where = culprit(error, model)
     if "DataDependent" in kind or "data-dependent" in text or "Could not guard" in text:
         return (
             f"The forward of {where} branches on the values of a tensor, which no exported file can do: "
@@ -227,28 +204,11 @@ def _why(error: Exception, model: nn.Module, example: Tensor) -> str:
         with torch.no_grad():
             model(example)
     except Exception as plain:  # noqa: BLE001  the user's own forward again, without the tracer
-        return (
-            f"The model {type(model).__name__} cannot run a batch of 2 examples of shape {tuple(example.shape[1:])}: "
-            f"{_first_line(plain)} (in {_culprit(plain, model)}). Its forward must take one tensor, a batch of any "
-            "size in fp32."
-        )
+        return cannot_run(model, example, plain)
     return (
         f"The model {type(model).__name__} cannot be traced: {text} (in {where}). Its forward must not branch on "
         "tensor values nor leave torch; move such a part out of the model given to nightpress."
     )
-
-
-def _culprit(error: BaseException, model: nn.Module) -> str:
-    """The deepest module of the user's own whose forward was running when it failed."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = type(model).__name__
-    trace = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and names.get(id(owner)):
-            found = f"{names[id(owner)]} ({type(owner).__name__})"
-        trace = trace.tb_next
-    return found
 
 
 def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captured:
@@ -331,7 +291,3 @@ def described_scope(node: fx.Node) -> str:
     stack: dict[str, tuple[str, Any]] = node.meta["nn_module_stack"]
     kind = [kind for inner, kind in stack.values() if inner != _NO_MODULE][-1]
     return f"{path} ({str(getattr(kind, '__name__', kind)).rpartition('.')[2]})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

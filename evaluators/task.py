@@ -19,6 +19,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from ..spaces.errors import InputError
 from .data import MapDataset, item, last_line, materialise
+from .forwards import cannot_run, check_plain, check_types, not_one_tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Metric = Callable[[Tensor, Tensor], float]
@@ -120,6 +121,8 @@ def check_task(task: Task) -> None:
         raise InputError(
             f"The task's example_input must be one input of shape (1, ...), but got shape {tuple(example.shape)}."
         )
+    check_plain(model)
+    check_types(model)
     output = _output(task, model, example, "model")
     _check_extras(task, output)
     splits = (("training set", task.train), ("test set", task.test))
@@ -185,9 +188,7 @@ def _try_model(model: nn.Module, example: Tensor, name: str = "model") -> object
         with evaluating(model), torch.no_grad():
             return model(example.to(device_of(model)))
     except Exception as error:  # the user's own code
-        raise InputError(
-            f"The {name} fails on the example input of shape {tuple(example.shape)}: {last_line(error)}."
-        ) from error
+        raise InputError(cannot_run(model, example, error, name)) from error
 
 
 def _output(task: Task, module: nn.Module, example: Tensor, name: str) -> Tensor:
@@ -199,11 +200,9 @@ def _output(task: Task, module: nn.Module, example: Tensor, name: str) -> Tensor
             raise InputError(f"Task.output fails on what the {name} returns: {last_line(error)}.") from error
     if isinstance(returned, Tensor):
         return returned
-    source = f"the {name} returns" if task.output is None else "Task.output returns"
-    raise InputError(
-        f"One tensor is trained and judged, but {source} {_shape_words(returned)}: Task.output picks the tensor, for "
-        "example output=lambda returned: returned[0]."
-    )
+    if task.output is not None:
+        raise InputError(f"Task.output must pick one tensor, but it returns {_shape_words(returned)}.")
+    raise InputError(not_one_tensor(returned, type(module).__name__, name))
 
 
 def _check_extras(task: Task, output: Tensor) -> None:

@@ -324,7 +324,6 @@ def test_a_generation_has_as_many_policies_as_are_priced_in_the_same_time(column
     assert population(columns) == policies
 
 
-
 def test_even_a_fast_trial_is_stopped_below_the_accuracy_that_is_asked_for() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.01)
     found = Judge(HARSH, 0.95).verdict(record)

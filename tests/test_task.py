@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,20 @@ def test_of_a_model_that_returns_more_than_a_tensor_the_task_picks_one(task: Tas
     assert picked(task, task.model) is task.model
 
 
+class Returning(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: Tensor) -> object:
+        return self.value
+
+
+class Pairs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
 # Values that no annotation allows come from users without a type checker.
 BAD_TASKS: list[tuple[dict[str, object], str]] = [
     ({"model": "net"}, r"model must be a torch\.nn\.Module, but got a value of type str"),
@@ -106,10 +121,19 @@ BAD_TASKS: list[tuple[dict[str, object], str]] = [
     ({"example_input": torch.tensor(0.0)}, r"of shape \(1, \.\.\.\), but got shape \(\)"),
     (
         {"example_input": torch.zeros(1, 4)},
-        r"model fails on .* shape \(1, 4\): RuntimeError: .*mat1 and mat2",
+        r"model \w+ cannot run a batch of 1 example of shape \(4,\): .*mat1 and mat2.*\. Its forward must take",
     ),
     ({"model": nn.Sequential(nn.Linear(3, 2), nn.Flatten(0))}, r"\(1, classes\), but got shape \(2,\)"),
-    ({"model": nn.LSTM(3, 2)}, r"the model returns a value of type tuple: Task\.output picks the tensor"),
+    ({"model": nn.LSTM(3, 2)}, r"model must return one tensor, but LSTM returns a tuple of 2; .*outputs\[0\]"),
+    ({"model": Returning({"scores": 1, "aux": 2})}, r"but Returning returns a dict of 2; .*outputs\['scores'\]"),
+    ({"model": Returning(SimpleNamespace(kind="x", scores=torch.zeros(1, 2)))}, r"Namespace of 1; .*outputs\.scores, "),
+    ({"model": Returning(None)}, "must return one tensor, but Returning returns None"),
+    ({"model": nn.Linear(3, 2).half()}, r"weights must be float32, but weight is float16: call model\.float\(\) first"),
+    ({"model": nn.DataParallel(nn.Linear(3, 2))}, r"it is a DataParallel: give its \.module"),
+    (
+        {"model": nn.Sequential(Pairs())},
+        r"cannot run .*missing 1 required .* \(in 0 \(Pairs\)\)\. Its forward",
+    ),
     ({"train": dataset([])}, "training set is empty"),
     ({"test": dataset([])}, "test set is empty"),
     ({"train": iter([])}, "training set must be a map-style data set, but type list_iterator has no __len__"),
@@ -132,7 +156,7 @@ BAD_TASKS: list[tuple[dict[str, object], str]] = [
     ({"train": WithTargets([0, 0, 4])}, "training set has label 4 at index 2"),
     ({"teacher": "big"}, r"teacher must be a torch\.nn\.Module, but got a value of type str"),
     ({"teacher": nn.Linear(3, 4)}, r"teacher must give .*shape \(1, 2\), but it gives shape \(1, 4\)"),
-    ({"teacher": nn.Linear(5, 2)}, "The teacher fails on the example input"),
+    ({"teacher": nn.Linear(5, 2)}, "The teacher Linear cannot run a batch of 1 example"),
     (
         {"augment": lambda x: x[:1]},
         r"augment must keep .* shape \(2, 3\), but it returned shape \(1, 3\)",
@@ -144,7 +168,7 @@ BAD_TASKS: list[tuple[dict[str, object], str]] = [
     ({"output": lambda returned: returned["logits"]}, "Task.output fails on what the model returns: IndexError"),
     (
         {"output": lambda returned: [returned]},
-        "Task.output returns a value of type list: Task.output picks",
+        "Task.output must pick one tensor, but it returns a value of type list",
     ),
 ]
 
