@@ -30,7 +30,7 @@ from .inspect import network_of
 from .onnx_graph import build_onnx
 from .pausing import Place, read_place, read_weights
 from .quality import Score, judge, outputs_of, score
-from .runtime import check_bits, open_session
+from .runtime import check_bits, check_grids, open_session
 from .sparsity import sparsify
 from .staged import cut_further, widened
 from .task import Task, load_task, picked
@@ -312,6 +312,7 @@ class Evaluator:
         simulated = outputs_of(module, self.test, self.task, self.compute)
         used = session.bits_used(plan)
         check_bits(used, plan)
+        check_grids(path, plan)
         agreement = float((simulated.argmax(dim=1) == exported.argmax(dim=1)).float().mean())
         return replace(
             outcome,

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from ..spaces.plan import Plan
@@ -116,6 +117,28 @@ def check_bits(used: dict[str, str], plan: Plan) -> None:
         intended = "int8" if planned.int8 else "fp32"
         if used[name] != intended:
             raise ValueError(f"layer {name} was to run in {intended}, but the runtime runs it in {used[name]}")
+
+
+def check_grids(path: Path, plan: Plan) -> None:
+    """Raises ValueError naming the first layer whose file has other weights than the policy's bits allow: so many
+    levels on either side of zero, and zero, in each output channel."""
+    graph = onnx.load(str(path)).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    axes = {node.input[0]: {a.name: a.i for a in node.attribute}.get("axis", 1)
+            for node in graph.node if node.op_type == "DequantizeLinear"}  # fmt: skip
+    for planned in plan.ops:
+        name, bits, weight = planned.op.module, planned.bits.weights, f"{planned.op.name}.weight.q"
+        if not planned.weight_count or name is None or bits > 8:
+            continue
+        if weight not in stored:
+            raise ValueError(f"layer {name} was to have weights of {bits} bits, but its file has no integers for it")
+        integers = np.moveaxis(numpy_helper.to_array(stored[weight]), axes[weight], 0)
+        levels = max(len(np.unique(channel)) for channel in integers)
+        if levels > 2**bits - 1:
+            raise ValueError(
+                f"layer {name} was to have weights of {bits} bits, at most {2**bits - 1} levels a channel, but its "
+                f"file has {levels}"
+            )
 
 
 KERNELS = {

@@ -237,8 +237,9 @@ def canonical(policy: Policy, anatomy: Anatomy) -> Policy:
 
 
 def _canonical_bits(pair: LayerBits) -> LayerBits:
-    """Activations are quantised on integer kernels only: beside wider weights they stay as they are."""
-    idle = pair.weights > 8 and pair.activations <= 8
+    """Activations are quantised on integer kernels only: beside wider weights, or in 16 bits, for which no runtime has
+    a kernel, they stay as they are."""
+    idle = pair.weights > 8 or pair.activations == 16
     return LayerBits(weights=pair.weights, activations=32) if idle else pair
 
 
@@ -278,7 +279,7 @@ def check_policy(policy: Policy, anatomy: Anatomy, bit_choices: Sequence[LayerBi
     if bit_choices is None:
         return
     for name, pair in policy.bits.items():
-        if pair not in bit_choices:
+        if _canonical_bits(pair) not in bit_choices:
             listed = ", ".join(bits_name(p) for p in bit_choices)
             raise InputError(
                 f"{source}: bits.{name} must be one of {listed} (weights/activations) on this target, but got "

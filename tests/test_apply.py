@@ -24,7 +24,7 @@ from nightpress.evaluators.evaluate import write_onnx
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.evaluators.quantise import quantisers, weight_scales
-from nightpress.evaluators.runtime import Session, bits_used, check_bits, optimised_graph
+from nightpress.evaluators.runtime import Session, bits_used, check_bits, check_grids, optimised_graph
 from nightpress.evaluators.training import Trainer
 from nightpress.spaces.plan import Plan, plan
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
@@ -245,6 +245,7 @@ def check_export(made: Compressor, policy: Policy, inputs: Tensor, folder: Path)
     used = bits_used(path, planned, DISABLED)
     assert used == {p.op.module: "int8" if p.int8 else "fp32" for p in planned.ops if p.weight_count}
     check_bits(used, planned)
+    check_grids(path, planned)
 
 
 @pytest.mark.slow
@@ -458,6 +459,22 @@ def test_a_layer_that_does_not_run_as_the_policy_says_is_named(tmp_path: Path) -
         check_bits(dict.fromkeys(used, "fp32"), planned)
     with pytest.raises(ValueError, match=r"but the runtime runs it in unknown$"):
         check_bits(dict.fromkeys(used, "unknown"), planned)
+
+
+def test_integers_of_more_bits_than_the_policy_has_are_noticed(tmp_path: Path) -> None:
+    policy = uniform(ANATOMY, width=1, bits=INT8)
+    module, planned = prepared(tiny(), policy, images(4))
+    path = exported(module, planned, policy, tmp_path)
+    check_grids(path, planned)
+
+    small = plan(ANATOMY, uniform(ANATOMY, width=1, bits=LayerBits(weights=4, activations=8)))
+    with pytest.raises(
+        ValueError, match=r"^layer stem\.0 was to have weights of 4 bits, at most 15 levels"
+    ):
+        check_grids(path, small)
+    plain = exported(*prepared(tiny(), PLAIN, images(4)), PLAIN, tmp_path)
+    with pytest.raises(ValueError, match=r"^layer stem\.0 .* its file has no integers for it$"):
+        check_grids(plain, planned)
 
 
 def test_an_optimiser_that_quantises_on_its_own_is_noticed(tmp_path: Path) -> None:

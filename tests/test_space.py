@@ -317,6 +317,8 @@ def test_a_canonical_policy_is_unchanged_by_its_file(policy: Policy) -> None:
             {"prune": {"stem": 0.5}, "finetune": FineTune(stages=3)},
         ),
         ({"sparsity": {"stem": 0.0}}, {}),
+        ({"bits": {"stem": LayerBits(weights=8, activations=16)}}, {"bits": {"stem": LayerBits(weights=8)}}),
+        ({"bits": {"stem": LayerBits(activations=16)}}, {}),
         ({"removed_blocks": ("one",), "sparsity": {"one.a": 0.5}}, {"removed_blocks": ("one",)}),
     ],
 )
