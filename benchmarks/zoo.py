@@ -4,8 +4,8 @@ Each network runs in a process of its own, whose memory is capped at 8 GB: inspe
 0 to 0.7, mixed bits, a removed block where there is one) is applied, trains one step, is exported and run in ONNX
 Runtime, and its answers are compared with torch. Weights are random, from a fixed seed; since a deep network of random
 weights is chaotic (one integer that rounds the other way grows from layer to layer), the batch norms are shifted by
-one, which keeps most activations above zero. Then outputs hardly differ from image to image, so that even those of another
-image are alike: ``apart`` is the lower cosine once the mean over the images is taken off both sides.
+one, which keeps most activations above zero. Then outputs hardly differ from image to image, and even those of another image
+are alike: ``apart`` is the lower cosine once the mean over the images is taken off both sides.
 
     python benchmarks/zoo.py --out docs/results/zoo.txt            # about 20 minutes on one core
     python benchmarks/zoo.py --only resnet18,swin_t
@@ -206,7 +206,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['name']:28} {'yes' if passed(row) else 'NO':4} {row['coverage']:8.2f} {row['groups']:6} "
         f"{row['blocks']:6} {row['params_kept']:7.2f} {row['fp32_error']:10.1e} {row['int8_cosine']:8.4f} "
         f"{row['int8_layers']:>9} "
-        f"{row['mixed_cosine']:8.4f} {row['mixed_int8_layers']:>9} {row['cosine_apart']:7.4f} {row['peak_gb']:6.1f} {row['inspect_s']:8.1f} "
+        f"{row['mixed_cosine']:8.4f} {row['mixed_int8_layers']:>9} {row['cosine_apart']:7.4f} "
+        f"{row['peak_gb']:6.1f} {row['inspect_s']:8.1f} "
         f"{row['seconds']:8.1f}"
     )
 
@@ -223,7 +224,8 @@ def main() -> None:
     names = options.only.split(",") if options.only else NAMES
     heading = (
         f"{'network':28} {'ok':4} {'coverage':>8} {'groups':>6} {'blocks':>6} {'params':>7} {'fp32 error':>10} "
-        f"{'cos int8':>8} {'int8':>9} {'cos mix':>8} {'int8 mix':>9} {'apart':>7} {'GB':>6} {'inspect':>8} {'seconds':>8}"
+        f"{'cos int8':>8} {'int8':>9} {'cos mix':>8} {'int8 mix':>9} {'apart':>7} {'GB':>6} "
+        f"{'inspect':>8} {'seconds':>8}"
     )
     print(heading, flush=True)
     rows: list[dict[str, Any]] = []

@@ -468,9 +468,7 @@ def test_integers_of_more_bits_than_the_policy_has_are_noticed(tmp_path: Path) -
     check_grids(path, planned)
 
     small = plan(ANATOMY, uniform(ANATOMY, width=1, bits=LayerBits(weights=4, activations=8)))
-    with pytest.raises(
-        ValueError, match=r"^layer stem\.0 was to have weights of 4 bits, at most 15 levels"
-    ):
+    with pytest.raises(ValueError, match=r"^layer stem\.0 was to have weights of 4 bits, at most 15 levels"):
         check_grids(path, small)
     plain = exported(*prepared(tiny(), PLAIN, images(4)), PLAIN, tmp_path)
     with pytest.raises(ValueError, match=r"^layer stem\.0 .* its file has no integers for it$"):
