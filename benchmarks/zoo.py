@@ -4,8 +4,8 @@ Each network runs in a process of its own, whose memory is capped at 8 GB: inspe
 0 to 0.7, mixed bits, a removed block where there is one) is applied, trains one step, is exported and run in ONNX
 Runtime, and its answers are compared with torch. Weights are random, from a fixed seed; since a deep network of random
 weights is chaotic (one integer that rounds the other way grows from layer to layer), the batch norms are shifted by
-one, which keeps most activations above zero. Then outputs hardly differ from image to image, and even those of another image
-are alike: ``apart`` is the lower cosine once the mean over the images is taken off both sides.
+one, which keeps most activations above zero. Then outputs hardly differ from image to image, and even those of
+another image are alike: ``apart`` is the lower cosine once the mean over the images is taken off both sides.
 
     python benchmarks/zoo.py --out docs/results/zoo.txt            # about 20 minutes on one core
     python benchmarks/zoo.py --only resnet18,swin_t
