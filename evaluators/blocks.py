@@ -1,4 +1,5 @@
-"""Residual blocks, found in the graph: a sum that everything since one tensor flows into, in shapes that agree."""
+"""Residual blocks, found in the graph: a sum that everything since one tensor flows into. An identity can replace it
+where shapes agree, and its shortcut where that is a 1×1 projection."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,24 +9,23 @@ _ACTIVATIONS = frozenset({"relu", "relu6"})
 
 
 def find_blocks(ops: Sequence[Op], output: str, macs_of: Callable[[Op], int]) -> list[Block]:
-    """Blocks that an identity can replace, the smaller first where they would overlap.
+    """Blocks that an identity or their own projection can replace, the smaller first where they would overlap, and an
+    identity before a projection.
 
     A block ends with a sum whose dominator (the last tensor that all its paths come through) has the same shape and
-    loses the same channels. An activation that alone reads the sum belongs to it.
+    loses the same channels. An activation that alone reads the sum belongs to it. Where a summand is a 1×1 convolution
+    of the dominator, the block is all else that leads to the sum, whose activation stays.
     """
     graph = _Graph(ops, output)
-    found: list[Block] = []
-    for op in ops:
-        block = graph.block(op, macs_of) if op.kind == "add" and len(op.inputs) == 2 else None
-        if block is not None:
-            found.append(block)
-    found.sort(key=lambda b: len(b.ops))
+    sums = [op for op in ops if op.kind == "add" and len(op.inputs) == 2]
     chosen: list[Block] = []
     taken: set[str] = set()
-    for block in found:
-        if taken.isdisjoint(block.ops):
-            chosen.append(block)
-            taken.update(block.ops)
+    for find in (graph.block, graph.beside_projection):
+        found = [block for op in sums if (block := find(op, macs_of)) is not None]
+        for block in sorted(found, key=lambda b: len(b.ops)):
+            if taken.isdisjoint(block.ops):
+                chosen.append(block)
+                taken.update(block.ops)
     order = {op.name: i for i, op in enumerate(ops)}
     return _named(sorted(chosen, key=lambda b: order[b.output]))
 
@@ -51,6 +51,21 @@ class _Graph:
         if len(after) == 1 and after[0] and self._by_name[after[0]].kind in _ACTIVATIONS:
             last = after[0]
             inside.add(last)
+        return self._closed(inside, start, last, macs_of)
+
+    def beside_projection(self, end: Op, macs_of: Callable[[Op], int]) -> Block | None:
+        start = self._dominator.get(end.name)
+        shortcut = next((name for name in end.inputs if self._projects(self._by_name[name], start)), None)
+        if start is None or shortcut is None or self._by_name[shortcut].lost != end.lost:
+            return None
+        return self._closed(self._between(start, end.name) - {shortcut}, shortcut, end.name, macs_of)
+
+    def _projects(self, op: Op, start: str | None) -> bool:
+        return op.kind == "conv" and set(op.attrs["kernel"]) == {1} and op.inputs[0] == start
+
+    def _closed(self, inside: set[str], source: str, last: str, macs_of: Callable[[Op], int]) -> Block | None:
+        """The block of these operations with ``source`` in the place of ``last``; None where something else reads what
+        is inside, or uses its layers."""
         layers = [op for op in self._by_name.values() if op.name in inside and op.kind in WEIGHTED and op.module]
         closed = all(user in inside for name in inside - {last} for user in self._users[name])
         elsewhere = {op.module for op in self._by_name.values() if op.name not in inside and op.kind in WEIGHTED}
@@ -60,7 +75,7 @@ class _Graph:
         return Block(
             name=_common(names),
             ops=tuple(sorted(inside, key=lambda n: self._order[n])),
-            source=start,
+            source=source,
             output=last,
             layers=names,
             macs=sum(macs_of(op) for op in layers),

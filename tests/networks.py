@@ -129,6 +129,18 @@ class Shrunk(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.shortcut(x))
 
 
+class Projected(nn.Module):
+    """A block with a convolution in its shortcut; ``stride`` 1 keeps the shape."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, stride=stride, padding=1)
+        self.shortcut = nn.Conv2d(8, 8, 1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + self.shortcut(x))
+
+
 class Twice(nn.Module):
     """One convolution that is used twice."""
 

@@ -8,7 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import DIM, Between, Dense, Encoder, Excited, Inverted, Make, OverTokens, Shrunk, Twice, Vision, tokens
+from networks import (
+    DIM,
+    Between,
+    Dense,
+    Encoder,
+    Excited,
+    Inverted,
+    Make,
+    OverTokens,
+    Projected,
+    Shrunk,
+    Twice,
+    Vision,
+    tokens,
+)
 from nightpress.evaluators.apply import Compressor
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.policy import Policy
@@ -114,7 +128,6 @@ def test_a_block_in_the_middle_joins_what_is_around_it() -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Between(Shrunk(), width=16),
         lambda: Between(Dense(), width=12),
         lambda: Between(Excited()),
         lambda: Between(Twice()),
@@ -125,28 +138,58 @@ def test_what_changes_the_shape_or_is_no_sum_is_no_block(make: Make) -> None:
     assert blocks(make) == {}
 
 
-class Projected(nn.Module):
-    """A block with a convolution in its shortcut; ``stride`` 1 keeps the shape."""
-
-    def __init__(self, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, stride=stride, padding=1)
-        self.shortcut = nn.Conv2d(8, 8, 1, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.conv(x) + self.shortcut(x))
+def silent(stride: int) -> nn.Module:
+    conv = nn.Conv2d(8, 8, 3, stride=stride, padding=1, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
 
 
-def test_a_projection_that_changes_the_shape_is_not_removable() -> None:
-    assert blocks(lambda: Between(Projected(2))) == {}
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_projection_stands_for_its_block_alone(stride: int) -> None:
+    """An identity would not fit: it has another shape, or may lose other channels."""
 
+    def make() -> nn.Module:
+        return Between(Projected(stride))
 
-def test_a_block_whose_shortcut_cuts_its_channels_loose_is_not_removable() -> None:
-    """Its output may lose other channels than its input: an identity would not fit."""
-    anatomy = made(lambda: Between(Projected(1)), images(2)).anatomy
-
-    assert anatomy.blocks == ()
+    anatomy = made(make, images(2)).anatomy
+    assert {b.name: b.layers for b in anatomy.blocks} == {"inner.conv": ("inner.conv",)}
+    assert kinds(anatomy, "inner.conv") == ["conv", "add"]  # the activation behind the sum stays
     assert [group.layers for group in anatomy.groups] == [("stem",), ("inner.conv", "inner.shortcut")]
+    expected = replaced(make, images(3), inner__conv=lambda: silent(stride))
+    assert torch.equal(without(make, images(3), "inner.conv"), expected)
+
+
+def test_the_shortcut_without_weights_stands_for_its_block_too() -> None:
+    def make() -> nn.Module:
+        return Between(Shrunk(), width=16)
+
+    assert blocks(make) == {"inner": ("inner.conv1", "inner.conv2")}
+    assert torch.equal(without(make, images(3), "inner"), replaced(make, images(3), inner__bn2=Zero))
+
+
+def test_a_branch_that_the_projection_shares_a_layer_with_stays() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            short = self.first(x)
+            return short + self.second(short)
+
+    assert blocks(lambda: Between(Shared())) == {"inner.second": ("inner.second",)}  # by an identity
+
+
+def test_an_identity_goes_before_a_projection_inside_it() -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.wide(x) + self.narrow(x) + x)
+
+    assert blocks(lambda: Between(Three())) == {"inner": ("inner.wide", "inner.narrow")}
 
 
 def test_the_branches_of_a_transformer_layer_go_one_by_one() -> None:

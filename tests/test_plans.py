@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from networks import Projected
 from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.kernels import CONVERSIONS, kernels
 from nightpress.evaluators.latency.measure import write_random
@@ -29,9 +30,12 @@ from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import Planner, choices_of, chunks, pack, pack_rows, policy_at, unpack
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy
 from nightpress.spaces.space import canonical
-from strategies import policies, space_of, tiny, toy_anatomy
+from strategies import compressor_of, images, policies, seeded, space_of, task_of, tiny, toy_anatomy
 
 ANATOMIES = (tiny().anatomy, toy_anatomy())
+PROJECTED = compressor_of(task_of(seeded(lambda: nn.Sequential(
+    nn.Conv2d(3, 8, 3), nn.ReLU(), Projected(1), Projected(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+)), images(2))).anatomy  # fmt: skip
 
 
 def random_policies(anatomy: Anatomy, count: int, seed: int) -> list[Policy]:
@@ -71,12 +75,12 @@ def test_a_batch_is_planned_as_its_policies_are(some: list[Policy]) -> None:
     assert_same_as_plans(ANATOMIES[0], some)
 
 
-@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+@pytest.mark.parametrize("anatomy", [*ANATOMIES, PROJECTED], ids=["tiny", "toy", "projected"])
 def test_random_policies_are_planned_alike(anatomy: Anatomy) -> None:
     assert_same_as_plans(anatomy, random_policies(anatomy, 120, 1))
 
 
-@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+@pytest.mark.parametrize("anatomy", [*ANATOMIES, PROJECTED], ids=["tiny", "toy", "projected"])
 def test_what_a_batch_says_of_a_policy_is_that_policy(anatomy: Anatomy) -> None:
     some = random_policies(anatomy, 40, 2)
     choices = choices_of(anatomy, some)
@@ -120,7 +124,7 @@ def test_files_of_a_batch_weigh_what_those_of_its_plans_do(make: Callable[[], An
     assert found.tolist() == [payload_bytes(made) + round(float(structure(made) @ overheads)) for made in plans]
 
 
-@pytest.mark.parametrize("anatomy", ANATOMIES, ids=["tiny", "toy"])
+@pytest.mark.parametrize("anatomy", [*ANATOMIES, PROJECTED], ids=["tiny", "toy", "projected"])
 def test_every_size_that_an_axis_takes_is_a_whole_step(anatomy: Anatomy) -> None:
     planner = Planner(anatomy)
     least, step, counts = planner.axis_range()
@@ -191,8 +195,8 @@ def test_weights_stay_signed_where_there_are_kernels_for_them_that_do_not_satura
 
 @pytest.mark.slow
 @pytest.mark.skipif("avx512f" not in fingerprint(Target()).flags, reason="blocks of 16 channels need AVX-512")
-def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path) -> None:
-    anatomy = ANATOMIES[0]
+@pytest.mark.parametrize("anatomy", [ANATOMIES[0], PROJECTED], ids=["tiny", "projected"])
+def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path, anatomy: Anatomy) -> None:
     some = random_policies(anatomy, 24, 4)
     worker = Worker(anatomy)
     made = kernels(worker.planner, worker.planner.plans(choices_of(anatomy, some)))

@@ -132,9 +132,15 @@ class _Layouts:
         self.bytes_[position] = self.bytes_[source] & there
         self.last[position] = self.last[source] & there
         self.blocked[position] = self.blocked[source] & ~quantised[source] & there
-        before = self.plans.fused[source] if self.ops[source].kind in WEIGHTED else self.absorbed[source]
+        before = self._takes_activation(source)
+        for block, alias in self.planner.aliases[source]:
+            where = self.plans.removed[block]
+            before = before & ~where | self._takes_activation(alias) & where
         self.absorbed[position] = (self.bytes_[source] | before | quantised[position]) & there
         self.block_kernel[position] = self.blocked[position] & ~self.absorbed[position]
+
+    def _takes_activation(self, position: int) -> Flags:
+        return self.plans.fused[position] if self.ops[position].kind in WEIGHTED else self.absorbed[position]
 
     def _other(self, position: int, op: Op) -> None:
         inputs, there, int8 = self.planner.inputs[position], self.plans.alive[position], self.plans.int8[position]
