@@ -19,11 +19,10 @@ MOST_ALIKE = 4
 
 
 def breed(
-    encoder: Encoder, parents: Array, worth: Callable[[Array], Array], generator: np.random.Generator
+    encoder: Encoder, parents: Array, worth: Callable[[Array], Array], generator: np.random.Generator, count: int
 ) -> Array:  # fmt: skip
     """Rows after some generations of crossing, mutation and choice by ``worth``, the best first. Begins with children
-    of the parents, shape (n, columns), and with random rows."""
-    count = population(len(encoder.columns))
+    of the parents, shape (n, columns), and with random rows. ``count`` of them are born in each generation."""
     pool = np.vstack([encoder.random(count // 10, generator), encoder.children(parents, count, generator)])
     worths = worth(pool)
     for _ in range(GENERATIONS - 1):

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from ..spaces.policy import Policy, digest
 from ..spaces.space import Space
 from .batch import CANDIDATES, MOST, TOGETHER, Batch, Looked
-from .breeding import PARENTS, breed, crowded, fresh
+from .breeding import PARENTS, breed, crowded, fresh, population
 from .costs import ManyCosts, trial_effort
 from .encoding import Encoder
 from .experience import Experience
@@ -210,7 +210,7 @@ class NightpressSampler(PolicySampler):
     def _bred(self, worth: Looked, best: Array, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""
         parents = np.vstack([best, self._survivors]) if self._survivors is not None else best
-        found = breed(self.encoder, parents, worth, generator)
+        found = breed(self.encoder, parents, worth, generator, population(len(self.encoder.columns)))
         self._survivors = found[:PARENTS]
         return found
 

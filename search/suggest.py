@@ -19,7 +19,7 @@ from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
-from .breeding import breed, crowded, fresh
+from .breeding import POPULATION, breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from .encoding import Encoder
 from .experience import Experience
@@ -155,7 +155,9 @@ def _untried(
         found[order[crowded(encoder.networks(rows)[order])]] -= 1e3
         return found
 
-    rows = breed(encoder, known.experience.rows, spread_out, np.random.default_rng(seed))
+    generator = np.random.default_rng(seed)
+    # Each row is looked at closely here, so no more of them than where they are widest: a person waits.
+    rows = breed(encoder, known.experience.rows, spread_out, generator, POPULATION)
     rows = rows[~crowded(encoder.networks(rows), 1)]  # a network counts once, with the fine-tune that suits it best
     candidates = list(islice(fresh(encoder, rows, known.experience.digests), CANDIDATES))
     if not candidates:
