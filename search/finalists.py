@@ -1,11 +1,14 @@
 """After the search: re-measure the front, choose a spread of it for the long fine-tune."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.latency.measure import MeasurementError, measure_policies
+from ..spaces.policy import Policy
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
@@ -153,6 +156,19 @@ def surrogate_of(session: Session) -> Surrogate:
     known.read(session.store.study)
     with threadpool_limits(limits=1, user_api="blas"):
         return Surrogate(Describer(encoder, session.sensitivity), known.observations())
+
+
+def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
+    """Those that may come within ``min_accuracy``: even the upper end of what is expected of them must not lose twice
+    of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
+    such a limit."""
+    least = search_limits(session).min_accuracy
+    if least is None or not policies:
+        return list(policies)
+    surrogate = surrogate_of(session)
+    _, _, hope = surrogate.accuracy(np.stack([surrogate.describer.encoder.row(policy) for policy in policies]))
+    floor = least - max(session.state["given"]["search"]["accuracy"] - least, 0.0)
+    return [policy for policy, value in zip(policies, hope, strict=True) if value >= floor]
 
 
 def hopeful(session: Session, trial: TrialRecord) -> bool:

@@ -32,7 +32,8 @@ from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
 from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
-from .session import TICK_SECONDS, InterruptionError, OverdueError, Session, graceful
+from .session import TICK_SECONDS, InterruptionError, OverdueError, Session
+from .signals import graceful
 from .split_gap import note_gap, search_limits
 from .storages import close, open_storage
 from .store import Store, policy_of
@@ -264,7 +265,8 @@ def _enqueue_seeds(session: Session) -> None:
     steps = greedy_walk(prepared.space, session.sensitivity, session.costs_of, WALK)
     rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
     _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
-    walk = [] if "seeds" in session.config.search.without else walk_seeds(steps, SEEDS)
+    within = finalists.reachable(session, steps)
+    walk = [] if "seeds" in session.config.search.without else walk_seeds(within, SEEDS)
     own = own_policies(session.config.seeds, prepared.space)
     seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
     _enqueue(session, "seed", [(policy, None) for policy in seeds])
@@ -274,7 +276,10 @@ def _enqueue_seeds(session: Session) -> None:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
         reason = "each step the cut with the most time and bytes saved per damage"
-    session.folder.decide("sensitivity", f"enqueued {len(walk)} policies of a greedy walk", reason)
+    session.folder.decide(
+        "sensitivity", f"enqueued {len(walk)} policies of a greedy walk", reason,
+        steps=len(steps), beyond_min_accuracy=len(steps) - len(within),
+    )  # fmt: skip
     session.update(seeds_enqueued=True)
 
 

@@ -1,14 +1,12 @@
 """What all phases of a night share, and how they are told to stop."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -383,21 +381,3 @@ def quality_of(
         rung=rung, split=split, accuracy=score.accuracy, accuracy_se=score.accuracy_se, samples=score.samples,
         seconds=score.seconds if seconds is None else seconds, losses=losses,
     )  # fmt: skip
-
-
-@contextmanager
-def graceful(session: Session) -> Generator[None]:
-    """SIGINT and SIGTERM ask the night to stop; a second one ends it at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if session.stop:
-            raise KeyboardInterrupt
-        log.info("signal %s: ending the night gracefully", signal.Signals(number).name)
-        session.stop = True
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import Score
 from nightpress.search.clock import Clock, Times
 from nightpress.search.config import FineTuneConfig, Limits, RunConfig
-from nightpress.search.finalists import choose
+from nightpress.search.finalists import choose, reachable
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import long_costs, outcome_file, train_long, train_rules
@@ -24,7 +24,7 @@ from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.search.store import Store
 from nightpress.search.trials import enqueue
 from nightpress.spaces.policy import FP32, INT8, Policy
-from nightpress.spaces.space import Space
+from nightpress.spaces.space import Space, uniform
 from strategies import toy_anatomy
 from test_planning import TASK
 
@@ -143,6 +143,14 @@ def test_a_test_split_that_is_as_easy_leaves_the_limit_where_it_is(tmp_path: Pat
     session = judged(tmp_path, least=0.86)
     note_gap(session)
     assert search_limits(session) == session.config.limits
+
+
+def test_steps_of_the_walk_that_no_fine_tune_would_bring_within_the_limit_are_not_taken(tmp_path: Path) -> None:
+    """Of the error that is allowed, 10 points, twice may be left: 80 % of the channels gone leave 62 %."""
+    steps = [uniform(SPACE.anatomy, width=width, bits=INT8) for width in (0.7, 0.2)]
+
+    assert reachable(judged(tmp_path / "limited"), steps) == steps[:1]
+    assert reachable(judged(tmp_path / "free", least=None), steps) == steps
 
 
 def trained(session: Session) -> list[str | None]:

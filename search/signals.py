@@ -1,0 +1,29 @@
+"""SIGINT and SIGTERM, as a night takes them."""
+
+import logging
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+from .session import Session
+
+log = logging.getLogger("nightpress")
+
+
+@contextmanager
+def graceful(session: Session) -> Generator[None]:
+    """SIGINT and SIGTERM ask the night to stop; a second one ends it at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if session.stop:
+            raise KeyboardInterrupt
+        log.info("signal %s: ending the night gracefully", signal.Signals(number).name)
+        session.stop = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
