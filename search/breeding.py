@@ -15,7 +15,7 @@ POPULATION, MOST_POPULATION = 900, 4_000
 WIDE = 120
 PARENTS = 200
 MOST_ALIKE = 4
-"""Fine-tunes of one network among the rows that are looked at closely."""
+"""Fine-tunes of one network, those that were tried and those that are looked at closely."""
 
 
 def breed(
@@ -37,12 +37,16 @@ def population(columns: int) -> int:
     return min(MOST_POPULATION, round(POPULATION * max(1.0, WIDE / columns)))
 
 
-def crowded(networks: NDArray[np.intp], most: int = MOST_ALIKE) -> NDArray[np.bool_]:
-    """Of rows, the best first, those before which ``most`` of the same network stand already, shape (n,)."""
+def crowded(
+    networks: NDArray[np.intp], most: int = MOST_ALIKE, tried: NDArray[np.intp] | None = None
+) -> NDArray[np.bool_]:
+    """Of rows, the best first, those before which ``most`` of the same network stand already, shape (n,). ``tried``:
+    how many of each row's network are known beside them."""
     order = np.argsort(networks, kind="stable")
     _, first, counts = np.unique(networks[order], return_index=True, return_counts=True)
     found = np.empty(len(networks), np.bool_)
-    found[order] = np.arange(len(networks)) - np.repeat(first, counts) >= most
+    before = np.arange(len(networks)) - np.repeat(first, counts)
+    found[order] = before + (tried[order] if tried is not None else 0) >= most
     return found
 
 

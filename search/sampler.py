@@ -224,7 +224,10 @@ class NightpressSampler(PolicySampler):
         mean = surrogate.mean(rows)
         rough = self._by_effort(rows, costs, (mean, np.full(len(rows), self._spread)), surrogate, aim.rough())
         order = np.argsort(-rough, kind="stable")
-        crowd = crowded(self.encoder.networks(rows)[order])
+        networks = self.encoder.networks(np.vstack([self.experience.rows, rows]))
+        known, new = networks[: -len(rows)], networks[-len(rows) :]
+        tried = np.bincount(known, minlength=int(networks.max()) + 1)[new]
+        crowd = crowded(new[order], tried=tried[order])
         best = np.concatenate([order[~crowd], order[crowd]])[:SCREENED]
         worth = rough - 1e3
         hoped = surrogate.hoped(rows[best], min(SHORT, surrogate.rung))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nightpress.search.breeding import population
+from nightpress.search.breeding import MOST_ALIKE, crowded, population
 from nightpress.search.costs import trial_effort
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
@@ -144,6 +144,21 @@ def test_variants_of_what_was_tried_do_not_crowd_out_what_was_not(tmp_path: Path
     worth = sampler._worth(np.vstack([rows, others]), surrogate, aim)  # pyright: ignore[reportPrivateUsage]
 
     assert worth[len(rows) :].max() > worth[: len(rows)].max()
+
+
+def test_what_was_tried_counts_among_the_variants_of_a_network() -> None:
+    networks = np.array([7, 7, 7, 5, 5])
+
+    assert crowded(networks, 2).tolist() == [False, False, True, False, False]
+    assert crowded(networks, 2, np.array([1, 1, 1, 2, 2])).tolist() == [False, True, True, True, True]
+
+
+def test_a_search_does_not_stay_with_the_fine_tunes_of_one_network(tmp_path: Path, space: Space) -> None:
+    store, encoder = made_store(tmp_path, space, "nightpress"), Encoder(space)
+    run_trials(store, space, 50)
+
+    rows = np.stack([encoder.row(policy_of(trial)) for trial in store.trials()])
+    assert np.bincount(encoder.networks(rows)).max() <= MOST_ALIKE
 
 
 def _covers(encoder: Encoder, row: NDArray[np.float64]) -> float:
