@@ -8,6 +8,7 @@ import atexit
 import gc
 import importlib
 import json
+import math
 import os
 import resource
 import selectors
@@ -16,32 +17,58 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..spaces.anatomy import Anatomy, Group, anatomy_from_json, anatomy_to_json, kept_channels
+from ..spaces.errors import InputError
 from ..spaces.plan import Plan, plan
 from ..spaces.policy import Policy
 
-MEMORY_BYTES = 4 * 1024**3
-SECONDS = 120.0
-"""For one group; all at once get it too."""
+MEMORY_GIB, SECONDS = 4.0, 120.0
+"""The caps where the environment names no others. The time is that of one group; all at once get it too."""
+_MEMORY, _TIME = "NIGHTPRESS_DRY_RUN_GIB", "NIGHTPRESS_DRY_RUN_SECONDS"
 _DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """Of a dry run."""
+
+    memory_bytes: int
+    seconds: float
+
+
+def caps() -> Caps:
+    """Those of the environment, so that every command finds the same groups. Raises InputError for no number."""
+    return Caps(int(_number(_MEMORY, MEMORY_GIB) * 1024**3), _number(_TIME, SECONDS))
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} in the environment must be a number above 0, but is {text!r}.")
+    return value
 
 
 def start() -> None:
     """Let the process come up, which takes seconds, while something else is done."""
-    _child(MEMORY_BYTES)
+    _child(caps().memory_bytes)
 
 
 def verify_groups(
-    anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], *, memory_bytes: int = MEMORY_BYTES,
-    seconds: float = SECONDS,
-) -> dict[str, str]:  # fmt: skip
+    anatomy: Anatomy, shapes: Mapping[str, tuple[int, ...]], allowed: Caps | None = None
+) -> dict[str, str]:
     """Groups that cannot be pruned, with the reason. ``shapes`` are those of the model's state.
 
     A group at which the process dies or hangs is left out, and a new process goes on with the others.
     """
+    allowed = allowed or caps()
     failed: dict[str, str] = {}
     waiting = [group.name for group in anatomy.groups]
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
@@ -50,13 +77,20 @@ def verify_groups(
         while waiting:
             request = {"anatomy": anatomy_to_json(anatomy), "shapes": shapes, "groups": waiting, "together": together}
             path.write_text(json.dumps(request))
-            answers, ended = _child(memory_bytes).ask(path, seconds)
-            failed |= {name: why for name, why in answers.items() if why}
+            answers, ended = _child(allowed.memory_bytes).ask(path, allowed.seconds)
+            failed |= {name: _with_cap(why, allowed) for name, why in answers.items() if why}
             waiting = [name for name in waiting if name not in answers]
             if ended is not None and not together and waiting:
-                failed[waiting.pop(0)] = ended
+                failed[waiting.pop(0)] = _with_cap(ended, allowed)
             together = False  # what ended the first process may have been all of them at once
     return failed
+
+
+def _with_cap(why: str, allowed: Caps) -> str:
+    """The reason, with the cap on memory where that was it."""
+    if "alloc" not in why.lower() and "memory" not in why.lower():
+        return why
+    return f"{why} ({allowed.memory_bytes / 1024**3:g} GiB are allowed; {_MEMORY} allows more)"
 
 
 class _Child:
@@ -91,7 +125,7 @@ class _Child:
             while True:
                 if not waiting.select(max(0.0, deadline - time.monotonic())):
                     self.close()
-                    return answers, f"its dry run took more than {seconds:g} s"
+                    return answers, f"its dry run took more than {seconds:g} s ({_TIME} allows more)"
                 part = os.read(stdout.fileno(), 1 << 16)
                 if not part:
                     return answers, self._ended()
@@ -115,7 +149,8 @@ class _Child:
             return f"its dry run was killed by signal {-code}"
         self._errors.seek(0)
         lines = self._errors.read().strip().splitlines()
-        return f"its dry run failed: {lines[-1] if lines else f'exit code {code}'}"
+        told = lines[-1] if lines else f"exit code {code}"
+        return f"its dry run failed: {told}"
 
 
 _children: list[_Child] = []

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -196,6 +196,7 @@ def _cache_path(digest: str, task: Task, step_of: Callable[[int], int]) -> Path:
     here = Path(__file__).parent
     for name in _CODE:
         code.update((here / f"{name}.py").read_bytes())
+    parts.append(astuple(dryrun.caps()))
     code.update((here.parent / "spaces" / "anatomy.py").read_bytes())
     key = hashlib.sha256(json.dumps([*parts, version("torch"), code.hexdigest()]).encode()).hexdigest()[:24]
     return folder / f"anatomy-{key}.json"

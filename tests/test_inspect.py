@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import Between, Inverted, Shrunk, Tied, Vision, tokens
-from nightpress.evaluators.dryrun import verify_groups
+from nightpress.evaluators.dryrun import Caps, caps, verify_groups
 from nightpress.evaluators.inspect import inspect, network_of, without_groups
 from nightpress.spaces.anatomy import Anatomy, LeftOut, Slice, anatomy_from_json, anatomy_to_dict, anatomy_to_json
 from nightpress.spaces.errors import InputError
@@ -240,27 +240,44 @@ def test_a_group_that_needs_more_memory_than_the_cap_is_left_out_and_the_rest_st
     big = Slice(parameter="big", axis=0, indices=tuple((channel,) for channel in range(6)))
     wrong = with_slices(anatomy, "inner.conv1", lambda slices: (*slices, big))
 
-    failed = verify_groups(wrong, {**shapes, "big": (6, 100_000_000)}, memory_bytes=7 * 1024**3 // 2)
+    failed = verify_groups(wrong, {**shapes, "big": (6, 100_000_000)}, Caps(7 * 1024**3 // 2, 120))
 
     assert list(failed) == ["inner.conv1"]
     assert "alloc" in failed["inner.conv1"].lower()
+    assert failed["inner.conv1"].endswith("(3.5 GiB are allowed; NIGHTPRESS_DRY_RUN_GIB allows more)")
 
 
 def test_without_memory_for_anything_every_group_says_so() -> None:
     anatomy, shapes = anatomy_of(lambda: Between(Residual(8, 6)))
 
-    failed = verify_groups(anatomy, shapes, memory_bytes=16 * 1024**2)
+    failed = verify_groups(anatomy, shapes, Caps(16 * 1024**2, 120))
 
     assert set(failed) == {"stem", "inner.conv1"}
     assert all(reason.startswith("its dry run ") for reason in failed.values())
 
 
+def test_the_environment_sets_the_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert caps() == Caps(4 * 1024**3, 120.0)
+    monkeypatch.setenv("NIGHTPRESS_DRY_RUN_GIB", "0.5")
+    monkeypatch.setenv("NIGHTPRESS_DRY_RUN_SECONDS", "7")
+    assert caps() == Caps(1024**3 // 2, 7.0)
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf"])
+def test_a_cap_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("NIGHTPRESS_DRY_RUN_GIB", text)
+    with pytest.raises(InputError, match=rf"^NIGHTPRESS_DRY_RUN_GIB .* a number above 0, but is '{text}'\.$"):
+        caps()
+
+
 def test_groups_that_take_longer_than_the_cap_are_left_out_with_it() -> None:
     anatomy, shapes = anatomy_of(lambda: Between(Residual(8, 6)))
 
-    failed = verify_groups(anatomy, shapes, seconds=0.001)
+    failed = verify_groups(anatomy, shapes, Caps(4 * 1024**3, 0.001))
 
-    assert failed == dict.fromkeys(["stem", "inner.conv1"], "its dry run took more than 0.001 s")
+    assert failed == dict.fromkeys(
+        ["stem", "inner.conv1"], "its dry run took more than 0.001 s (NIGHTPRESS_DRY_RUN_SECONDS allows more)"
+    )
     assert verify_groups(anatomy, shapes) == {}  # and the next one has a process again
 
 
