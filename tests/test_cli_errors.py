@@ -154,7 +154,7 @@ def test_a_built_in_task_that_is_not_there(cli: Cli) -> None:
         ("answer", r"answer in \S+/task\.py must be a function, but it is of type int\."),
         ("returns_nothing", r"returns_nothing in \S+ must return a \S+\.Task, but it returned None\."),
         ("not_a_task", r"not_a_task in \S+ must return a \S+\.Task, but it returned a value of type int\."),
-        ("wrong_input", r"The model fails on the example input of shape \(1, 3, 8, 8\): RuntimeError: .*channels.*\."),
+        ("wrong_input", r"The model \w+ cannot run a batch of 1 .*channels.* Its forward must take .*\."),
         ("empty_training_set", r"The training set is empty, but at least one item is needed\."),
         ("label_out_of_range", r"Labels must be in \[0, 4\), .*, but the training set has label 4 at index 5\."),
     ],
