@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from ..spaces.errors import InputError
 from .forwards import cannot_run, check_plain, check_types, culprit, first_line, several
 
+log = logging.getLogger("nightpress")
 CONSTANT = "constant."
 """Prefix of the state entries that are not the model's own but were computed from them."""
 _SIZED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "new_empty"})
@@ -249,12 +250,32 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
             state[CONSTANT + node.name] = values[node].detach().contiguous()
     result = next(n for n in program.graph.nodes if n.op == "output").args[0][-1]
     used = {names[source.name] for n in nodes for source in n.all_input_nodes if source.name in names}
+    _tell_of_ties(model, names, values, used, nodes)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     constants = {name for name in used if name.startswith(CONSTANT)}
     return Captured(
         nodes=tuple(nodes), output=result, state={name: state[name] for name in sorted(used)}, names=names,
         frozen=frozenset(frozen | constants),
     )  # fmt: skip
+
+
+def _tell_of_ties(
+    model: nn.Module, names: dict[str, str], values: dict[fx.Node, Any], used: set[str], nodes: list[fx.Node]
+) -> None:
+    """Warn of a weight that is used as it is and, by a computation that does not depend on the input, a second time
+    (transposed, for one): the second use becomes a constant, which training leaves behind."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad} & used
+    behind: dict[fx.Node, set[str]] = {}
+    for node in values:
+        own = {names[node.name]} & trained if node.op == "placeholder" else set[str]()
+        behind[node] = own.union(*(behind.get(source, set()) for source in node.all_input_nodes))
+    for node in dict.fromkeys(source for live in nodes for source in live.all_input_nodes):
+        if node.op != "placeholder":
+            for name in sorted(behind.get(node, ())):
+                log.warning(
+                    "%s is also used through %s, which becomes a constant: where the weight itself is trained, the two "
+                    "are no longer tied", name, getattr(node.target, "__name__", node.name).split(".")[0],
+                )  # fmt: skip
 
 
 def _constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

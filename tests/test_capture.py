@@ -421,3 +421,39 @@ def test_a_weight_that_is_computed_from_others_becomes_one_that_can_be_trained()
     assert [group.name for group in anatomy.groups] == ["0"]
     assert torch.equal(network.state["0.weight"], cast("nn.Conv2d", model.get_submodule("0")).weight)
     assert not network.frozen
+
+
+class Autoencoder(nn.Module):
+    """Its decoder is the encoder, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(192, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.relu(self.encoder(x.flatten(1))), self.encoder.weight.t())
+
+
+def test_a_weight_that_is_tied_through_a_computation_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    capture(seeded(Autoencoder), images(1))
+
+    [told] = [record.message for record in caplog.records if record.name == "nightpress"]
+    assert told == (
+        "encoder.weight is also used through t, which becomes a constant: where the weight itself is trained, the two "
+        "are no longer tied"
+    )
+
+
+def test_what_is_tied_as_it_is_or_computed_from_constants_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(192, 192)
+            self.scale = nn.Parameter(torch.ones(192))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.relu(self.inner(x.flatten(1)))) * self.scale.exp()
+
+    capture(seeded(Twice), images(1))
+
+    assert not [record for record in caplog.records if record.name == "nightpress"]
