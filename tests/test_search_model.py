@@ -153,6 +153,7 @@ def test_what_was_tried_counts_among_the_variants_of_a_network() -> None:
     assert crowded(networks, 2, np.array([1, 1, 1, 2, 2])).tolist() == [False, True, True, True, True]
 
 
+@pytest.mark.slow
 def test_a_search_does_not_stay_with_the_fine_tunes_of_one_network(tmp_path: Path, space: Space) -> None:
     store, encoder = made_store(tmp_path, space, "nightpress"), Encoder(space)
     run_trials(store, space, 50)
