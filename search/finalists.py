@@ -84,8 +84,8 @@ def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord
 
 
 def choose(session: Session, more: int = 0) -> list[TrialRecord]:
-    """A spread of the search's front within the limits: who may become the pick, then most hypervolume first; so many
-    ``more`` than are planned.
+    """A spread of the search's front within the limits: who may become the pick, then those that add most hypervolume
+    to it and to the rules; so many ``more`` than are planned.
 
     Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
     short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best. A
@@ -107,11 +107,19 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])
-    chosen = [front[i] for i in spread(points[front], corner, wanted, pick)]
+    chosen = [front[i] for i in spread(points[front], corner, wanted, pick, _trained_rules(session, surrogate))]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((i for i in front if i not in chosen), key=lambda i: points[i, 0])
     found = (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
     return [trials[i] for i in found]
+
+
+def _trained_rules(session: Session, surrogate: Surrogate) -> list[tuple[float, float, float]]:
+    """Losses of the rules that had their long fine-tune: a finalist that one of them dominates would show nothing."""
+    longs = session.store.longs()
+    rules = [t for t in complete(session, "baseline") if t.number in longs]
+    expected = _expected(surrogate, rules) if rules else {}
+    return [_losses(rule, expected[rule.number]) for rule in rules]
 
 
 def expected_accuracies(session: Session, trials: list[TrialRecord]) -> dict[int, float]:

@@ -96,17 +96,22 @@ def _area(losses: Array, corner: Array) -> float:
 
 
 def spread(
-    points: Sequence[Sequence[float]] | Array, reference: Sequence[float] | Array, count: int, first: Sequence[int] = ()
-) -> list[int]:
+    points: Sequence[Sequence[float]] | Array, reference: Sequence[float] | Array, count: int,
+    first: Sequence[int] = (), known: Sequence[Sequence[float]] | Array = (),
+) -> list[int]:  # fmt: skip
     """At most ``count`` indices: ``first``, then those chosen greedily by the hypervolume that each adds to those
-    before it."""
+    before it and to the ``known`` points."""
     losses = as_losses(points)
+    beside = as_losses(known) if len(known) else losses[:0]
     chosen = list(first[:count])
+
+    def covered(more: Sequence[int]) -> float:
+        there = np.vstack([beside, losses[list(more)]])
+        return hypervolume(there, reference) if len(there) else 0.0
+
     while len(chosen) < min(count, len(losses)):
-        have = hypervolume(losses[chosen], reference) if chosen else 0.0
-        gains = [
-            -1.0 if i in chosen else hypervolume(losses[[*chosen, i]], reference) - have for i in range(len(losses))
-        ]
+        have = covered(chosen)
+        gains = [-1.0 if i in chosen else covered([*chosen, i]) - have for i in range(len(losses))]
         best = int(np.argmax(gains))
         if gains[best] <= 0:
             break

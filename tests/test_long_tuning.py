@@ -153,6 +153,21 @@ def test_steps_of_the_walk_that_no_fine_tune_would_bring_within_the_limit_are_no
     assert reachable(judged(tmp_path / "free", least=None), steps) == steps
 
 
+def test_a_trial_that_a_rule_dominates_is_no_finalist(tmp_path: Path) -> None:
+    """Rules take 0.5 ms, the uncompressed one among them; of four trials the first is slower and no more accurate."""
+    session = judged(tmp_path, least=None)
+    train_rules(session)
+    session.state["rungs"] |= {"finalists": 4, "long_sized": True}
+    group = SPACE.anatomy.groups[0].name
+    for cut, latency_ms in ((0.125, 0.6), (0.25, 0.4), (0.5, 0.3), (0.625, 0.2)):
+        policy = Policy(model=SPACE.anatomy.digest, prune={group: cut})
+        finish(session, policy, "search", None, latency_ms=latency_ms)
+
+    chosen = {t.policy["prune"][group] for t in choose(session)}
+    assert chosen >= {0.25, 0.625}
+    assert 0.125 not in chosen
+
+
 def trained(session: Session) -> list[str | None]:
     runner = session.runner
     assert isinstance(runner, Instant)

@@ -135,6 +135,12 @@ def test_spread_begins_with_what_is_given() -> None:
     assert pareto.spread(points, [1, 1], 1, first=[0]) == [0]
 
 
+def test_spread_adds_to_what_is_known() -> None:
+    points = [(0.1, 0.5), (0.5, 0.1), (0.3, 0.3)]
+    assert pareto.spread(points, [1, 1], 3, known=[(0.0, 0.4)]) == [1, 2]
+    assert pareto.spread(points, [1, 1], 3, known=[(0.0, 0.0)]) == []
+
+
 def test_spread_takes_the_ends_before_the_near_neighbour() -> None:
     assert pareto.spread([(0.0, 0.9), (0.05, 0.85), (0.9, 0.0)], [1, 1], 2) == [1, 2]
 
