@@ -156,8 +156,8 @@ def _untried(
         return found
 
     generator = np.random.default_rng(seed)
-    # Each row is looked at closely here, so no more of them than where they are widest: a person waits.
-    rows = breed(encoder, known.experience.rows, spread_out, generator, POPULATION)
+    # Each row is looked at closely here, so there are fewer of them: a person waits.
+    rows = breed(encoder, known.experience.rows, spread_out, generator, POPULATION // 2)
     rows = rows[~crowded(encoder.networks(rows), 1)]  # a network counts once, with the fine-tune that suits it best
     candidates = list(islice(fresh(encoder, rows, known.experience.digests), CANDIDATES))
     if not candidates:
