@@ -107,19 +107,21 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])
-    chosen = [front[i] for i in spread(points[front], corner, wanted, pick, _trained_rules(session, surrogate))]
+    # A finalist that a rule dominates would show nothing.
+    rules = [_losses(rule, accuracy) for rule, accuracy in _trained(session, surrogate, "baseline")]
+    chosen = [front[i] for i in spread(points[front], corner, wanted, pick, rules)]
     # Where nothing beats the reference point, the most accurate ones are still worth a look.
     rest = sorted((i for i in front if i not in chosen), key=lambda i: points[i, 0])
     found = (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
     return [trials[i] for i in found]
 
 
-def _trained_rules(session: Session, surrogate: Surrogate) -> list[tuple[float, float, float]]:
-    """Losses of the rules that had their long fine-tune: a finalist that one of them dominates would show nothing."""
+def _trained(session: Session, surrogate: Surrogate, role: str | None = None) -> list[tuple[TrialRecord, float]]:
+    """Trials that had their long fine-tune, each with the accuracy that is to be expected of it."""
     longs = session.store.longs()
-    rules = [t for t in complete(session, "baseline") if t.number in longs]
-    expected = _expected(surrogate, rules) if rules else {}
-    return [_losses(rule, expected[rule.number]) for rule in rules]
+    found = [t for t in complete(session, role) if t.number in longs]
+    expected = _expected(surrogate, found) if found else {}
+    return [(t, expected[t.number]) for t in found]
 
 
 def expected_accuracies(session: Session, trials: list[TrialRecord]) -> dict[int, float]:
@@ -143,11 +145,13 @@ def _likely_pick(
     rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
     pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be.
     ``mean`` and ``error`` are of the trials' u, each of shape (n,)."""
-    least, longs = kept_accuracy(surrogate, search_limits(session).min_accuracy), session.store.longs()
-    trained = [t for t in complete(session) if t.number in longs and _cheap_enough(session, t)]
-    expected = _expected(surrogate, trained) if trained else {}
+    least = kept_accuracy(surrogate, search_limits(session).min_accuracy)
     fastest_ms = min(
-        (t.latency.latency_ms for t in trained if t.latency and expected[t.number] >= least),
+        (
+            t.latency.latency_ms
+            for t, accuracy in _trained(session, surrogate)
+            if t.latency and accuracy >= least and _cheap_enough(session, t)
+        ),
         default=session.state["reference"]["latency_ms"],
     )
     likely = ndtr((mean - surrogate.scale.up(least)) / error)
