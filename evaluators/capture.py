@@ -105,7 +105,7 @@ def _check_output(program: ExportedProgram, name: str) -> None:
         kind = whole.type.__name__ if whole is not None and whole.type is not None else "nothing"
         keys: list[object] = whole.context if whole is not None and isinstance(whole.context, list) else []
         access = f"[{keys[0]!r}]" if keys else "[0]"
-        raise InputError(several(f"The model must return one tensor, but {name} returns", kind, count, access))
+        raise InputError(several(name, kind, count, access))
     value = nodes[-1].meta.get("val") if isinstance(nodes[-1], fx.Node) else nodes[-1]
     if not isinstance(value, Tensor):
         raise InputError(f"The model must return one tensor, but {name} returns {value!r}.")

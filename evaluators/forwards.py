@@ -44,23 +44,23 @@ def cannot_run(model: nn.Module, example: Tensor, error: Exception, role: str = 
 
 def not_one_tensor(returned: object, name: str, role: str = "model") -> str:
     """What to do about a forward that returns several tensors, or none."""
-    said = f"The {role} must return one tensor, but {name} returns"
+    kind = type(returned).__name__
     if isinstance(returned, Mapping) and returned:
         keys = list(cast("Mapping[Any, object]", returned))
-        return several(said, type(returned).__name__, len(keys), f"[{keys[0]!r}]")
+        return several(name, kind, len(keys), f"[{keys[0]!r}]", role)
     if isinstance(returned, Sequence) and not isinstance(returned, str) and returned:
-        return several(said, type(returned).__name__, len(cast("Sequence[object]", returned)), "[0]")
+        return several(name, kind, len(cast("Sequence[object]", returned)), "[0]", role)
     parts = [key for key, value in getattr(returned, "__dict__", {}).items() if isinstance(value, Tensor)]
     if parts:
-        return several(said, type(returned).__name__, len(parts), f".{parts[0]}")
-    return f"{said} {returned!r}."
+        return several(name, kind, len(parts), f".{parts[0]}", role)
+    return f"The {role} must return one tensor, but {name} returns {returned!r}."
 
 
-def several(said: str, kind: str, count: int, access: str) -> str:
-    """The end of a sentence on more than one output; ``access`` is how one of them is taken."""
+def several(name: str, kind: str, count: int, access: str, role: str = "model") -> str:
+    """What to do about a forward that returns ``count`` tensors in one ``kind``; ``access`` is how one is taken."""
     return (
-        f"{said} a {kind} of {count}; Task.output picks the one that counts: "
-        f"Task(output=lambda outputs: outputs{access}, …)."
+        f"The {role} must return one tensor, but {name} returns a {kind} of {count}; Task.output picks the one that "
+        f"counts: Task(output=lambda outputs: outputs{access}, …)."
     )
 
 
