@@ -7,6 +7,7 @@ import traceback
 from typer.exceptions import Abort, Exit, TyperException
 
 from ..spaces.errors import InputError
+from ..spaces.files import DISK_FULL
 
 
 def main() -> int:
@@ -30,6 +31,8 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001  whatever it was, the user gets a sentence
         if os.environ.get("NIGHTPRESS_DEBUG"):
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return _fail("The disk is full: make room; a run then goes on with --resume.", 2)
         text = (str(error).strip().splitlines() or [""])[0]
         return _fail(f"{type(error).__name__}: {text} (NIGHTPRESS_DEBUG=1 shows where)", 1)
 

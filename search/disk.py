@@ -1,6 +1,5 @@
 """Room on the disk: what a run may use, what nobody needs any more, and what to do when there is none."""
 
-import errno
 import logging
 import os
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..spaces.files import DISK_FULL
 from .folder import ARTIFACTS, RunFolder
 from .pareto import dominated_by, losses
 from .records import Rung, TrialRecord, TrialState
@@ -17,7 +17,6 @@ from .session import Session
 from .worker import Failure
 
 log = logging.getLogger("nightpress")
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RESERVE_BYTES = 64 << 20
 """Free space below which nothing new begins, beside what a few checkpoints take."""
 CHECKPOINTS_AHEAD = 4
@@ -28,7 +27,7 @@ PAUSE_SECONDS, PAUSE_SHARE = 600.0, 0.05
 
 def is_full(failure: object) -> bool:
     """Whether an evaluation failed because it could not write; safetensors' own error says it in words only."""
-    return isinstance(failure, Failure) and any(os.strerror(number) in failure.text for number in FULL)
+    return isinstance(failure, Failure) and any(os.strerror(number) in failure.text for number in DISK_FULL)
 
 
 def used_bytes(folder: RunFolder) -> int:

@@ -1,9 +1,9 @@
 """A run's folder: its files, who may write to it, and the run read back as one value."""
 
-import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from ..spaces.errors import InputError
+from ..spaces.files import DISK_FULL
 from .records import RunRecord
 from .store import STUDY, read_study
 
@@ -27,6 +28,7 @@ SENSITIVITY, LOG, REPORT, ARTIFACTS, LOCK = (
 )
 BALLAST, BALLAST_BYTES = ".ballast", 8 << 20
 """A file that is given up when the disk is full, so that the record and the report can still be written."""
+RETRY_SECONDS, PATIENCE_SECONDS = 0.2, 5.0
 log = logging.getLogger("nightpress")
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class RunFolder:
         self._lock: IO[str] | None = None
         self.pressed = False
         """Whether the ballast had to be given up."""
+        self._pressed_at = -math.inf
 
     def acquire(self) -> None:
         """Raises InputError naming the other driver's pid and host."""
@@ -82,26 +85,28 @@ class RunFolder:
             (self.path / BALLAST).unlink(missing_ok=True)
 
     def make_room(self) -> bool:
-        """Give the ballast up; whether there was any."""
+        """Whether a write that found no room is worth another try: give the ballast up; after that, wait a little, for
+        some file systems (XFS, btrfs) free in the background what was deleted, and somebody may have taken it first."""
         try:
             (self.path / BALLAST).unlink()
         except FileNotFoundError:
-            return False
-        self.pressed = True
+            time.sleep(RETRY_SECONDS)
+            return time.monotonic() - self._pressed_at < PATIENCE_SECONDS
+        self.pressed, self._pressed_at = True, time.monotonic()
         log.warning("the disk is full: space that was set aside for the record is used now")
         return True
 
     def drop_ballast(self) -> None:
         (self.path / BALLAST).unlink(missing_ok=True)
 
-    def _written(self, write: Callable[[], T]) -> T:
-        """Write, once more with the ballast's space when the disk is full."""
-        try:
-            return write()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.make_room():
-                raise
-            return write()
+    def written(self, write: Callable[[], T]) -> T:
+        """Write, again with the ballast's space when the disk is full."""
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in DISK_FULL or not self.make_room():
+                    raise
 
     def artifacts(self, trial: int) -> Path:
         return self.path / ARTIFACTS / str(trial)
@@ -117,7 +122,7 @@ class RunFolder:
                 os.fsync(file.fileno())
             partial.replace(self.path / name)
 
-        self._written(write)
+        self.written(write)
 
     def read_json(self, name: str) -> Any:
         """The file's content, None when it does not exist."""
@@ -146,7 +151,7 @@ class RunFolder:
             with (self.path / name).open("a") as file:
                 file.write(line)
 
-        self._written(write)
+        self.written(write)
 
 
 class JsonLog(logging.Handler):

@@ -6,7 +6,6 @@ before the next entry.
 """
 
 import copy
-import errno
 import fcntl
 import json
 import os
@@ -23,6 +22,7 @@ from optuna.storages.journal._storage import JournalStorageReplayResult  # pyrig
 from optuna.trial import FrozenTrial, TrialState
 
 from ..spaces.errors import InputError
+from ..spaces.files import DISK_FULL
 
 FOLLOWED = frozenset({
     "digest", "started", "role", "predicted", "measured", "size_bytes", "macs", "params", "reused_from", "reason",
@@ -178,12 +178,12 @@ class JournalFile(BaseJournalBackend):
         durable = not all(_followed(log) for log in logs)
         with self._locked() as file:
             _cut_torn_tail(file)
-            try:
-                _append(file, data, durable=durable)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_room():
-                    raise
-                _append(file, data, durable=durable)
+            while True:
+                try:
+                    return _append(file, data, durable=durable)
+                except OSError as error:
+                    if error.errno not in DISK_FULL or not self._make_room():
+                        raise
 
     @contextmanager
     def _locked(self) -> Generator[int]:

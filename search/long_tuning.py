@@ -128,7 +128,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
         else:
-            _save(outcome_file(session, number), result)
+            save_outcome(session, number, result)
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))
         session.update(activity=f"{len(waiting)} long fine-tunes to go")
     session.update(activity=None)
@@ -300,8 +300,9 @@ def outcome_file(session: Session, number: int) -> Path:
     return session.folder.artifacts(number) / OUTCOME
 
 
-def _save(path: Path, outcome: Outcome) -> None:
-    write_whole(path, lambda partial: partial.write_text(json.dumps(asdict(outcome), allow_nan=False)))
+def save_outcome(session: Session, number: int, outcome: Outcome) -> None:
+    path, text = outcome_file(session, number), json.dumps(asdict(outcome), allow_nan=False)
+    session.folder.written(lambda: write_whole(path, lambda partial: partial.write_text(text)))
 
 
 def load_outcome(path: Path) -> Outcome:

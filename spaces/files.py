@@ -1,9 +1,13 @@
 """Files that are either the old or the new one, never half of the new."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says where a file finds no room."""
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,6 +88,32 @@ def test_the_record_stays_whole_on_a_full_disk(tmp_path: Path) -> None:
     assert done.stdout == "whole\n", done.stderr
 
 
+OUTCOME = """
+from pathlib import Path
+from types import SimpleNamespace
+from nightpress.evaluators.evaluate import Outcome
+from nightpress.evaluators.quality import Score
+from nightpress.search.folder import RunFolder
+from nightpress.search.long_tuning import load_outcome, outcome_file, save_outcome
+
+session = SimpleNamespace(folder=RunFolder(Path(sys.argv[1])))
+session.folder.artifacts(3).mkdir(parents=True)
+session.folder.lay_ballast()
+fill(Path(sys.argv[1]) / "filler")
+outcome = Outcome(search=Score(accuracy=0.9, accuracy_se=0.01, samples=800, seconds=1.0))
+save_outcome(session, 3, outcome)
+assert session.folder.pressed
+assert load_outcome(outcome_file(session, 3)).search == outcome.search
+print("kept")
+"""
+
+
+@pytest.mark.slow
+def test_a_long_fine_tune_that_ends_on_a_full_disk_is_kept(tmp_path: Path) -> None:
+    done = on_small_disk(tmp_path / "disk", "40m", OUTCOME)
+    assert done.stdout == "kept\n", done.stderr
+
+
 NIGHT = """
 import json, signal, time
 from pathlib import Path
@@ -101,30 +128,38 @@ night = subprocess.Popen(tiny.command("run", config, "--json"), **pipes)
 while night.poll() is None and not list(run.glob("artifacts/8/short.safetensors")):
     time.sleep(0.02)
 night.send_signal(signal.SIGSTOP)  # or the filler would take the room that the night frees meanwhile
+threads = Path(f"/proc/{night.pid}/task").glob
+while any(path.read_text().rsplit(")", 1)[1].split()[0] != "T" for path in threads("*/stat")):
+    time.sleep(0.01)
 fill(disk / "filler")
 night.send_signal(signal.SIGCONT)
+MEANWHILE
 out, err = night.communicate()
 print(json.dumps({"code": night.returncode, "err": err, "files": [p.name for p in run.iterdir()],
                   "status": tiny.nightpress("status", run, "--json").json, "told": (disk / "told").read_text()}))
 """
 
 
-@pytest.mark.slow
-def test_a_night_without_room_pauses_says_so_and_ends_with_all_it_has(tmp_path: Path) -> None:
+def night_on_small_disk(tmp_path: Path, meanwhile: str = "") -> dict[str, Any]:
+    """What a night says and leaves whose disk is filled after its first trials; ``meanwhile`` runs then."""
     task = tiny.write_task(tmp_path)
     profile = tiny.write_profile(tmp_path / "profile.json", tiny.anatomy_of(task))
     disk = tmp_path / "disk"
     config = tiny.write_config(
-        tmp_path, out=str(disk / "run"), target=str(profile), budget="150s", search={"max_trials": 60},
+        tmp_path, out=str(disk / "run"), target=str(profile), budget="70s", search={"max_trials": 60},
         notify={"command": f'echo "$NIGHTPRESS_EVENT $NIGHTPRESS_TEXT" >> {tmp_path / "told"}'},
     )  # fmt: skip
     script = NIGHT.replace("sys.argv[3]", repr(str(config))).replace("sys.argv[4]", repr(str(Path(__file__).parent)))
     script = script.replace('(disk / "told")', f"Path({str(tmp_path / 'told')!r})")
-
-    done = on_small_disk(disk, "90m", script)
-
+    done = on_small_disk(disk, "90m", script.replace("MEANWHILE", meanwhile))
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_a_night_without_room_pauses_says_so_and_ends_with_all_it_has(tmp_path: Path) -> None:
+    found = night_on_small_disk(tmp_path)
+
     assert found["code"] == 0, found["err"]
     assert found["status"]["state"] == "done"
     assert found["status"]["trials"]["COMPLETE"] >= 8
@@ -138,6 +173,22 @@ def test_a_night_without_room_pauses_says_so_and_ends_with_all_it_has(tmp_path: 
     assert trouble.startswith("trouble ")
     assert "the disk has" in trouble
     assert end.startswith("done ")
+
+
+@pytest.mark.slow
+def test_a_night_that_cannot_even_write_its_record_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
+    greedy = """
+while night.poll() is None:
+    fill(disk / f"filler{time.monotonic()}")
+    time.sleep(0.01)
+"""
+    found = night_on_small_disk(tmp_path, meanwhile=greedy)
+
+    assert found["code"] == 2
+    assert found["err"].splitlines()[-1] == (
+        "nightpress: The disk is full: make room; a run then goes on with --resume."
+    )
+    assert found["status"]["trials"]["COMPLETE"] >= 8
 
 
 # What nobody needs
