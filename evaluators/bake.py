@@ -34,8 +34,10 @@ def bake(module: fx.GraphModule, plan: Plan) -> Tensors:
                 layers[name] = _layer(module, planned, name)
             elif planned.op.kind == "batch_norm":
                 norms[name] = _norm(cast("nn.BatchNorm2d", module.get_submodule(name)))
-            elif planned.op.kind == "layer_norm":
-                norms[name] = _layer_norm(cast("nn.LayerNorm", module.get_submodule(name)), planned.channels)
+            elif planned.op.kind in {"layer_norm", "group_norm"}:
+                norms[name] = _affine(cast("nn.LayerNorm", module.get_submodule(name)), planned.channels)
+            elif planned.op.kind == "prelu":
+                norms[name] = (_finite(cast("nn.PReLU", module.get_submodule(name)).weight.detach().float(), name),)
         grids = {
             tensor: (float(grid[0]), int(grid[1]))
             for tensor, grid in ((t, q.grid()) for t, q in quantisers(module).items())
@@ -70,7 +72,7 @@ def _norm(norm: nn.BatchNorm2d) -> tuple[Array, Array, Array, Array]:
     return scale, shift, centre, spread
 
 
-def _layer_norm(norm: nn.LayerNorm, channels: int) -> tuple[Array, ...]:
+def _affine(norm: nn.LayerNorm | nn.GroupNorm, channels: int) -> tuple[Array, ...]:
     values: list[tuple[Tensor | None, Tensor]] = [
         (norm.weight, torch.ones(channels)), (norm.bias, torch.zeros(channels)),
     ]  # fmt: skip

@@ -99,6 +99,35 @@ def _norm(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) -> tuple
     return source
 
 
+def _group_norm(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    """It loses whole groups: what is left of the others would have other statistics."""
+    [source] = inputs
+    given, groups = labelling.flat(source[1]), op.attrs["groups"]
+    if given is not None and 1 < groups < len(given):
+        rows = given.reshape(groups, -1)
+        for column in range(1, rows.shape[1]):
+            labelling.equal(rows[:, 0], rows[:, column])
+    return _norm(labelling, op, inputs)
+
+
+def _prelu(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    return inputs[0] if op.attrs["shared"] else _norm(labelling, op, inputs)
+
+
+def _pixel_shuffle(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:
+    """All pixels that a channel is made of go together."""
+    [source] = inputs
+    given = labelling.flat(source[1])
+    made: Axis = (Part(op.shape[1]),)
+    if given is not None:
+        rows = given.reshape(op.shape[1], -1)
+        for column in range(1, rows.shape[1]):
+            labelling.equal(rows[:, 0], rows[:, column])
+        made = (Part(op.shape[1], np.ascontiguousarray(rows[:, 0])),)
+    labelling.fix(source[2:])
+    return (source[0], made, *((Part(size),) for size in op.shape[2:]))
+
+
 def _spatial(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) -> tuple[Axis, ...]:
     """Pooling and resizing: the axes behind the channels change and can lose nothing."""
     [source] = inputs
@@ -305,12 +334,19 @@ _RULES: dict[str, Callable[[Labelling, Op, list[tuple[Axis, ...]]], tuple[Axis, 
     "linear": _linear,
     "batch_norm": _norm,
     "layer_norm": _norm,
+    "group_norm": _group_norm,
+    "prelu": _prelu,
+    "pixel_shuffle": _pixel_shuffle,
     "max_pool": _spatial,
     "avg_pool": _spatial,
     "global_pool": _spatial,
     "resize": _spatial,
     "mean": _mean,
+    "sum": _mean,
+    "amax": _mean,
+    "l2_norm": _mean,
     "softmax": _softmax,
+    "log_softmax": _softmax,
     "matmul": _matmul,
     "attention": _attention,
     "cat": _cat,

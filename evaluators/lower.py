@@ -1,7 +1,7 @@
 """A captured graph as a list of operations that the plan, the predictor and the ONNX builder understand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ _ELEMENTWISE = {
     "hardswish_": "hardswish", "hardsigmoid": "hardsigmoid", "hardsigmoid_": "hardsigmoid", "silu": "silu",
     "silu_": "silu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh", "exp": "exp",
     "sqrt": "sqrt", "abs": "abs", "erf": "erf", "neg": "neg", "softplus": "softplus", "mish": "mish",
-    "mish_": "mish",
+    "mish_": "mish", "log": "log", "rsqrt": "rsqrt", "reciprocal": "reciprocal", "selu": "selu", "selu_": "selu",
 }  # fmt: skip
 _IDENTITY = frozenset({
     "dropout", "dropout_", "feature_dropout", "contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy",
@@ -30,6 +30,7 @@ _RECURRENT = frozenset({
 })  # fmt: skip
 _BINARY = {
     "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "sub": "sub", "sub_": "sub", "div": "div", "div_": "div",
+    "maximum": "maximum", "minimum": "minimum",
 }  # fmt: skip
 _RESHAPES = frozenset({
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "squeeze_", "unsqueeze_", "_unsafe_view",
@@ -132,14 +133,76 @@ class _Lowering(ShapeLowering):
         given = arguments(node, ("input", "shape", "weight", "bias", "eps"))
         if len(given["shape"]) != 1:
             raise unsupported(node, f"a layer norm over {len(given['shape'])} axes")
+        attrs = {"eps": float(given.get("eps", 1e-5))}
+        path, params = self._vectors(node, given)
+        self._put(node, "layer_norm", (given["input"],), name=path, module=path, params=params, attrs=attrs)
+
+    def _group_norm(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "groups", "weight", "bias", "eps"))
+        self._normalised(node, given, int(given["groups"]))
+
+    def _instance_norm(self, node: fx.Node) -> None:
+        """A group norm whose groups are single channels, or with running statistics a batch norm."""
+        names = ("input", "weight", "bias", "running_mean", "running_var", "own_statistics", "momentum", "eps")
+        given = arguments(node, names)
+        if given["own_statistics"]:
+            self._normalised(node, given, shape_of(node)[0][1])
+        else:
+            self._batch_norm(node)
+
+    def _normalised(self, node: fx.Node, given: Mapping[str, Any], groups: int) -> None:
+        path, params = self._vectors(node, given)
+        attrs = {"groups": groups, "eps": float(given.get("eps", 1e-5))}
+        self._put(node, "group_norm", (given["input"],), name=path, module=path, params=params, attrs=attrs)
+
+    def _vectors(self, node: fx.Node, given: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+        """Name and state of a layer that has a number for each channel, or none."""
         params = {role: self._state(given.get(role)) for role in ("weight", "bias")}
         known = {role: name for role, name in params.items() if name is not None}
         path = module_of(next(iter(known.values()))) if known else node.name
-        attrs = {"eps": float(given.get("eps", 1e-5))}
-        params = self._entries(path, known)
-        self._put(node, "layer_norm", (given["input"],), name=path, module=path, params=params, attrs=attrs)
+        return path, self._entries(path, known)
+
+    def _rms_norm(self, node: fx.Node) -> None:
+        """x / √(mean x² + ε), times a weight (Zhang & Sennrich 2019, eq. 4)."""
+        given = arguments(node, ("input", "shape", "weight", "eps"))
+        if len(given["shape"]) != 1:
+            raise unsupported(node, f"an RMS norm over {len(given['shape'])} axes")
+        shape = shape_of(node)[0]
+        eps = given.get("eps")
+        square = self._before(node, "mul", (given["input"], given["input"]))
+        mean = self._before(node, "mean", (square,), (*shape[:-1], 1),
+                            attrs={"axes": (len(shape) - 1,), "keepdim": True})  # fmt: skip
+        least = torch.finfo(torch.float32).eps if eps is None else float(eps)
+        moved = self._before(node, "add", (mean,), attrs={"constant": least})
+        factor = self._before(node, "rsqrt", (moved,))
+        weight = given.get("weight")
+        if weight is None:
+            self._put(node, "mul", (given["input"], factor))
+        else:
+            self._put(node, "mul", (self._before(node, "mul", (given["input"], factor)), weight))
 
     # Activations with arguments
+
+    def _prelu(self, node: fx.Node) -> None:
+        """With one slope a channel, or one for all."""
+        path, params = self._vectors(node, arguments(node, ("input", "weight")))
+        shared = self.captured.state[params["weight"]].numel() == 1
+        self._put(node, "prelu", (node.args[0],), name=path, module=path, params=params, attrs={"shared": shared})
+
+    def _log_sigmoid(self, node: fx.Node) -> None:
+        """−softplus(−x)."""
+        self._put(node, "neg", (self._before(node, "softplus", (self._before(node, "neg", (node.args[0],)),)),))
+
+    def _glu(self, node: fx.Node) -> None:
+        """One half times the sigmoid of the other (Dauphin et al. 2017)."""
+        source: Any = node.args[0]
+        shape = shape_of(node)[0]
+        axis = int(plain_argument(node, "dim", 1, -1)) % len(shape)
+        value, gate = (
+            self._before(node, "slice", (source,), shape, attrs={"axis": axis, "start": start, "step": 1})
+            for start in (0, shape[axis])
+        )  # fmt: skip
+        self._put(node, "mul", (value, self._before(node, "sigmoid", (gate,))))
 
     def _gelu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "approximate"))
@@ -161,6 +224,12 @@ class _Lowering(ShapeLowering):
         attrs = {"low": -math.inf if low is None else float(low), "high": math.inf if high is None else float(high)}
         self._put(node, "clip", (given["input"],), attrs=attrs)
 
+    def _clamp_min(self, node: fx.Node) -> None:
+        self._put(node, "clip", (node.args[0],), attrs={"low": _plain(node, node.args[1]), "high": math.inf})
+
+    def _clamp_max(self, node: fx.Node) -> None:
+        self._put(node, "clip", (node.args[0],), attrs={"low": -math.inf, "high": _plain(node, node.args[1])})
+
     def _leaky_relu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "slope"))
         self._put(node, "leaky_relu", (given["input"],), attrs={"slope": float(given.get("slope", 0.01))})
@@ -175,7 +244,9 @@ class _Lowering(ShapeLowering):
 
     def _softmax(self, node: fx.Node) -> None:
         axis = int(plain_argument(node, "dim", 1, -1)) % len(shape_of(node)[0])
-        self._put(node, "softmax", (node.args[0],), attrs={"axis": axis})
+        self._put(node, target_name(node), (node.args[0],), attrs={"axis": axis})
+
+    _log_softmax = _softmax
 
     # Arithmetic
 
@@ -190,9 +261,23 @@ class _Lowering(ShapeLowering):
         else:
             raise unsupported(node, f"{kind} with a number that depends on the batch")
 
+    def _rsub(self, node: fx.Node) -> None:
+        """A number less the tensor."""
+        if node.kwargs.get("alpha", 1) != 1 or not isinstance(node.args[1], int | float):
+            raise unsupported(node, "a subtraction from what depends on the batch")
+        attrs = {"constant": float(node.args[1])}
+        self._put(node, "add", (self._before(node, "neg", (node.args[0],)),), attrs=attrs)
+
     def _pow(self, node: fx.Node) -> None:
-        if node.args[1] != 2:
-            raise unsupported(node, f"a power of {node.args[1]}")
+        exponent = node.args[1]
+        if isinstance(exponent, fx.Node) or not isinstance(node.args[0], fx.Node):
+            raise unsupported(node, "a power that depends on the input")
+        if exponent == 2:
+            self._square(node)
+        else:
+            self._put(node, "pow", (node.args[0],), attrs={"constant": float(exponent)})  # type: ignore[arg-type]
+
+    def _square(self, node: fx.Node) -> None:
         self._put(node, "mul", (node.args[0], node.args[0]))
 
     def _matmul(self, node: fx.Node) -> None:
@@ -210,6 +295,12 @@ class _Lowering(ShapeLowering):
         if given.get("mask") is not None:
             inputs.append(given["mask"])
         self._put(node, "attention", inputs, attrs={"scale": float(scale) if scale is not None else size**-0.5})
+
+
+def _plain(node: fx.Node, value: object) -> float:
+    if not isinstance(value, int | float):
+        raise unsupported(node, "a clamp whose bound depends on the input")
+    return float(value)
 
 
 def _tidy(ops: list[Op], output: str) -> list[Op]:

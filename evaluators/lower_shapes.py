@@ -7,8 +7,12 @@ from torch import fx
 
 from .capture import CONSTANT, scope_of
 from .lowering import Lowering
-from .nodes import arguments, dims, pair, plain_argument, shape_of, target_name, unsupported
+from .nodes import arguments, dims, module_of, pair, plain_argument, shape_of, target_name, unsupported
 
+PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+"""Ways to pad, and what ONNX calls them."""
+BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
+_POINTWISE = {"kernel": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 _POOLS = {
     "max_pool2d": ("kernel", "stride", "padding", "dilation", "ceil"),
     "avg_pool2d": ("kernel", "stride", "padding", "ceil", "count_include_pad", "divisor"),
@@ -55,6 +59,9 @@ class ShapeLowering(Lowering):
         if not isinstance(whole, fx.Node) or not isinstance(number, int):
             raise unsupported(node)
         source: Any = whole.args[0]
+        if target_name(whole) in {"max", "adaptive_max_pool2d"} and number == 0:  # the second part are their places
+            self._largest(node, whole)
+            return
         axis = int(plain_argument(whole, "dim", 1 if target_name(whole) == "unbind" else 2, 0))
         if target_name(whole) == "unbind":
             self._pick(node, source, axis, number)
@@ -65,6 +72,31 @@ class ShapeLowering(Lowering):
         sizes = [dims(part)[0][axis] for part in whole.meta["val"]]
         attrs = {"axis": axis, "start": sum(sizes[:number]), "step": 1}
         self._put(node, "slice", (source,), attrs=attrs)
+
+    def _stack(self, node: fx.Node) -> None:
+        """Each tensor with an axis of one more, joined along it."""
+        shape, _ = shape_of(node)
+        axis = int(plain_argument(node, "dim", 1, 0)) % len(shape)
+        parts: Any = node.args[0]
+        one = (*shape[:axis], 1, *shape[axis + 1 :])
+        if axis == 0 or any(dims(part.meta["val"])[1] != 0 for part in parts):
+            raise unsupported(node, "a stack along the batch")
+        self._put(node, "cat", [self._before(node, "reshape", (part,), one) for part in parts], attrs={"axis": axis})
+
+    def _channel_shuffle(self, node: fx.Node) -> None:
+        shape = shape_of(node)[0]
+        groups = int(arguments(node, ("input", "groups"))["groups"])
+        apart = (shape[0], groups, shape[1] // groups, *shape[2:])
+        order = (0, 2, 1, *range(3, len(apart)))
+        turned = self._before(
+            node, "permute", (self._before(node, "reshape", (node.args[0],), apart),),
+            tuple(apart[i] for i in order), attrs={"order": order},
+        )  # fmt: skip
+        self._put(node, "reshape", (turned,))
+
+    def _pixel_shuffle(self, node: fx.Node) -> None:
+        attrs = {"factor": int(arguments(node, ("input", "factor"))["factor"])}
+        self._put(node, "pixel_shuffle", (node.args[0],), attrs=attrs)
 
     def _reshaped(self, node: fx.Node) -> None:
         if shape_of(node) == shape_of(node.args[0]):
@@ -85,10 +117,12 @@ class ShapeLowering(Lowering):
         self._put(node, "permute", (node.args[0],), attrs={"order": tuple(order)})
 
     def _expand(self, node: fx.Node) -> None:
-        if shape_of(node) == shape_of(node.args[0]):
+        if shape_of(node) == shape_of(node.args[0]) or all(_broadcasts(user, node) for user in node.users):
             self.alias[node.name] = self._input(node.args[0])
             return
         self._put(node, "expand", (node.args[0],))
+
+    _expand_as = _expand
 
     def _roll(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "shifts", "dims"))
@@ -101,8 +135,9 @@ class ShapeLowering(Lowering):
     def _pad(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "pad", "mode", "value"))
         amounts = [int(a) for a in given["pad"]]
-        if given.get("mode", "constant") != "constant":
-            raise unsupported(node, f"padding by {given['mode']!r}")
+        mode = given.get("mode", "constant")
+        if mode not in PADDING:
+            raise unsupported(node, f"padding by {mode!r}")
         if given.get("value") not in (None, 0, 0.0):
             raise unsupported(node, f"padding with {given['value']}")
         if not any(amounts):
@@ -112,10 +147,12 @@ class ShapeLowering(Lowering):
         before, after = [0] * rank, [0] * rank
         for i, (low, high) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
             before[rank - 1 - i], after[rank - 1 - i] = low, high
-        if rank == 4 and (before[1] or after[1]) and before[0] == after[0] == 0 and not any(before[2:] + after[2:]):
+        channels_only = before[0] == after[0] == 0 and not any(before[2:] + after[2:])
+        if mode == "constant" and rank == 4 and (before[1] or after[1]) and channels_only:
             self._padded_shortcut(node, given["input"], before[1])
             return
-        self._put(node, "pad", (given["input"],), attrs={"before": tuple(before), "after": tuple(after)})
+        attrs = {"before": tuple(before), "after": tuple(after), "mode": mode}
+        self._put(node, "pad", (given["input"],), attrs=attrs)
 
     _constant_pad_nd = _pad
 
@@ -135,14 +172,56 @@ class ShapeLowering(Lowering):
         wide, narrow = shape_of(node)[0][1], shape_of(reader)[0][1]
         weight = torch.zeros(wide, narrow, 1, 1)
         weight[torch.arange(narrow) + before, torch.arange(narrow)] = 1.0
-        module = f"{scope_of(node)}.as_conv".lstrip(".")
-        while f"{module}.weight" in self.captured.state:
-            module += "_"
+        module = self._as_conv(scope_of(node))
         self.captured.state[f"{module}.weight"] = weight
         self.captured.renamed[f"{module}.weight"] = CONSTANT + module
-        attrs = {"kernel": (1, 1), "stride": tuple(stride), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        attrs = {**_POINTWISE, "stride": tuple(stride)}
         self._put(node, "conv", (reader,), name=module, module=module,
                   params={"weight": f"{module}.weight"}, attrs=attrs)  # fmt: skip
+
+    def _conv_transpose2d(self, node: fx.Node) -> None:
+        """Where the kernel is as large as its step no two outputs meet: exactly a 1×1 convolution that makes all pixels
+        of a window as channels, dealt out afterwards. It can be pruned and quantised like any other."""
+        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+        given = arguments(node, names)
+        entry = self._weights(node, given["weight"])
+        weight = self.captured.state[entry]
+        kernel = tuple(weight.shape[2:])
+        padded = any(pair(given.get(name, 0)) != (0, 0) for name in ("padding", "output_padding"))
+        if int(given.get("groups", 1)) != 1:
+            raise unsupported(node, "a transposed convolution in groups")
+        if padded or kernel[0] != kernel[1] or pair(given.get("stride", 1)) != kernel:
+            raise unsupported(node, "a transposed convolution whose kernel is not its stride")
+        module, params = self._dealt(entry, self._state(given.get("bias")), kernel[0])
+        rows, columns = shape_of(given["input"])[0][2:]
+        made = self._before(
+            node, "conv", (given["input"],), (1, weight.shape[1] * kernel[0] ** 2, rows, columns), name=module,
+            module=module, params=params, attrs={**_POINTWISE, "stride": (1, 1)},
+        )  # fmt: skip
+        self._put(node, "pixel_shuffle", (made,), attrs={"factor": kernel[0]})
+
+    def _dealt(self, weight: str, bias: str | None, factor: int) -> tuple[str, dict[str, str]]:
+        """Name and state of the 1×1 convolution that stands for a transposed one; the same each time it is used."""
+        if (weight, bias) not in self._as_convs:
+            module = self._as_conv(module_of(weight))
+            tensors = {
+                "weight": (weight, self.captured.state[weight].permute(1, 2, 3, 0).flatten(0, 2)[..., None, None])
+            }
+            if bias is not None:
+                tensors["bias"] = (bias, self.captured.state[bias].repeat_interleave(factor**2))
+            for role, (source, value) in tensors.items():
+                self.captured.state[f"{module}.{role}"] = value.contiguous()
+                if source in self.captured.frozen:
+                    self.captured.renamed[f"{module}.{role}"] = CONSTANT + f"{module}.{role}"
+            self._as_convs[weight, bias] = module, {role: f"{module}.{role}" for role in tensors}
+        return self._as_convs[weight, bias]
+
+    def _as_conv(self, scope: str) -> str:
+        """The name of a convolution that the model has not."""
+        module = f"{scope}.as_conv".lstrip(".")
+        while f"{module}.weight" in self.captured.state:
+            module += "_"
+        return module
 
     # Pooling and resizing
 
@@ -166,8 +245,7 @@ class ShapeLowering(Lowering):
             self.alias[node.name] = self._input(source)
         elif after[2:] == (1, 1):
             self._put(node, "global_pool", (source,), attrs={"keepdim": True})
-        elif before[2] % after[2] == 0 and before[3] % after[3] == 0:
-            kernel = (before[2] // after[2], before[3] // after[3])
+        elif (kernel := _window(before, after)) is not None:
             attrs = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0, "count_include_pad": 1}
             self._put(node, "avg_pool", (source,), attrs=attrs)
         else:
@@ -175,15 +253,46 @@ class ShapeLowering(Lowering):
 
     def _mean(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
-        rank = len(shape_of(given["input"])[0])
-        if not given.get("dims"):
-            raise unsupported(node, "a mean over all axes")
-        dims = tuple(sorted(int(d) % rank for d in given["dims"]))
+        source = given["input"]
+        axes = _axes(node, source, given.get("dims"), "a mean")
         keepdim = bool(given.get("keepdim", False))
-        if rank == 4 and dims == (2, 3):
-            self._put(node, "global_pool", (given["input"],), attrs={"keepdim": keepdim})
+        if len(shape_of(source)[0]) == 4 and axes == (2, 3):
+            self._put(node, "global_pool", (source,), attrs={"keepdim": keepdim})
         else:
-            self._put(node, "mean", (given["input"],), attrs={"axes": dims, "keepdim": keepdim})
+            self._put(node, "mean", (source,), attrs={"axes": axes, "keepdim": keepdim})
+
+    def _sum(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dims", "keepdim"))
+        self._reduced(node, "sum", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
+
+    def _amax(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "dims", "keepdim"))
+        self._reduced(node, "amax", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
+
+    def _linalg_vector_norm(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "ord", "dims", "keepdim"))
+        if given.get("ord", 2) != 2:
+            raise unsupported(node, f"a vector norm of order {given['ord']}")
+        self._reduced(node, "l2_norm", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
+
+    def _reduced(self, node: fx.Node, kind: str, source: fx.Node, dims: Any, keepdim: bool) -> None:
+        attrs = {"axes": _axes(node, source, dims, f"a{'n' * (kind == 'amax')} {kind}"), "keepdim": keepdim}
+        self._put(node, kind, (source,), attrs=attrs)
+
+    def _largest(self, node: fx.Node, whole: fx.Node) -> None:
+        source: Any = whole.args[0]
+        if target_name(whole) == "max":
+            given = arguments(whole, ("input", "dim", "keepdim"))
+            self._reduced(node, "amax", source, given["dim"], bool(given.get("keepdim", False)))
+            return
+        before, after = shape_of(source)[0], shape_of(node)[0]
+        if after[2:] == (1, 1):
+            self._reduced(node, "amax", source, (2, 3), True)
+            return
+        kernel = _window(before, after)
+        if kernel is None:
+            raise unsupported(whole, f"adaptive pooling from {before[2:]} to {after[2:]}")
+        self._put(node, "max_pool", (source,), attrs={"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0})
 
     def _upsample_nearest2d(self, node: fx.Node) -> None:
         self._resize(node, "nearest", None)
@@ -202,3 +311,25 @@ class ShapeLowering(Lowering):
             return
         attrs = {"mode": mode, "align_corners": align_corners, "size": after[2:]}
         self._put(node, "resize", (source,), attrs=attrs)
+
+
+def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operation would make as much of the tensor before it was expanded."""
+    others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
+    return target_name(user) in BROADCASTING and [shape_of(other) for other in others] == [shape_of(node)]
+
+
+def _axes(node: fx.Node, source: fx.Node, dims: Any, what: str) -> tuple[int, ...]:
+    """The axes that are reduced, in order; never the batch."""
+    shape, batch = shape_of(source)
+    axes = tuple(sorted(int(d) % len(shape) for d in ([dims] if isinstance(dims, int) else dims or range(len(shape)))))
+    if batch in axes:
+        raise unsupported(node, f"{what} over the batch")
+    return axes
+
+
+def _window(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, int] | None:
+    """The extent of the windows of adaptive pooling where they are all alike."""
+    if before[2] % after[2] or before[3] % after[3]:
+        return None
+    return before[2] // after[2], before[3] // after[3]

@@ -22,7 +22,7 @@ class Lowering:
         self.alias: dict[str, str] = {}
         self._users = count_users(captured)
         self._readers = {captured.names[name]: count for name, count in self._users.items() if name in captured.names}
-        self._parts: dict[str, list[tuple[int, int]]] = {}
+        self._as_convs: dict[tuple[str, str | None], tuple[str, dict[str, str]]] = {}
 
     # What an operation reads and makes
 
@@ -35,6 +35,19 @@ class Lowering:
             **fields,
         )  # fmt: skip
 
+    def _before(
+        self, node: fx.Node, kind: str, inputs: Sequence[Any], shape: tuple[int, ...] | None = None,
+        name: str | None = None, **fields: Any,
+    ) -> str:  # fmt: skip
+        """An operation that a node's own builds on, of the shape of its first input unless another is given. Returns
+        its name, which the next may take as its input."""
+        names = tuple(self._input(i) for i in inputs)
+        first = self.ops[names[0]]
+        name = self._unused(name or f"{node.name}_{kind}")
+        self.ops[name] = Op(name=name, kind=kind, inputs=names, shape=shape or first.shape,
+                            batch_axis=first.batch_axis, **fields)  # fmt: skip
+        return name
+
     def _unused(self, name: str) -> str:
         name = "".join(c if c.isalnum() else "_" for c in name).strip("_") or "op"
         if name[0].isdigit() or keyword.iskeyword(name) or hasattr(builtins, name):
@@ -44,7 +57,10 @@ class Lowering:
         return next(f"{name}_{i}" for i in range(1, len(self.ops) + 2) if f"{name}_{i}" not in self.ops)
 
     def _input(self, value: Any) -> str:
-        """The operation that makes a tensor; a parameter or constant becomes one of its own."""
+        """The operation that makes a tensor; a parameter or constant becomes one of its own. What is a name already
+        stays."""
+        if isinstance(value, str):
+            return value
         if value.name in self.alias:
             return self.alias[value.name]
         state = self.captured.names[value.name]

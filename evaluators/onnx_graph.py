@@ -34,8 +34,8 @@ class LayerTensors:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensors:
     """All numbers of an export: layers by module name, activation grids (scale, zero point) by tensor, constants by
-    operation, and by module name the norms that no convolution absorbs: (scale, shift, mean, variance), or the first
-    two for a layer norm."""
+    operation, and by module name the vectors of what no convolution absorbs: of a batch norm (scale, shift, mean,
+    variance), of a layer or group norm the first two, of a PReLU its slopes."""
 
     layers: dict[str, LayerTensors]
     grids: dict[str, tuple[float, int]]
@@ -97,7 +97,7 @@ def random_tensors(plan: Plan, seed: int = 0) -> Tensors:
         bias = generator.normal(0, 0.01, cout).astype(np.float32)
         layers[planned.op.module] = LayerTensors(weight=weight, scales=scales, bias=bias)
     norms: dict[str, tuple[Array, ...]] = {
-        op.op.module: tuple(np.full(op.channels, fill, np.float32) for fill in _NORM_FILLS[op.op.kind])
+        op.op.module: tuple(np.full(vector_length(op), fill, np.float32) for fill in _NORM_FILLS[op.op.kind])
         for op in plan.ops
         if op.op.kind in _NORM_FILLS and op.op.module
     }
@@ -136,7 +136,12 @@ _KEEP_SIGNS = frozenset({
     "max_pool", "avg_pool", "global_pool", "flatten", "reshape", "permute", "slice", "select", "cat", "add", "mul",
     "mean", "resize", "expand", "roll",
 })  # fmt: skip
-_NORM_FILLS = {"batch_norm": (1, 0, 0, 1), "layer_norm": (1, 0)}
+_NORM_FILLS = {"batch_norm": (1, 0, 0, 1), "layer_norm": (1, 0), "group_norm": (1, 0), "prelu": (0.25,)}
+
+
+def vector_length(planned: PlannedOp) -> int:
+    """Numbers in each vector of a norm or a PReLU."""
+    return 1 if planned.op.attrs.get("shared") else planned.channels
 
 
 def _declared(result: PlannedOp, batch: int | str) -> list[int | str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..spaces.plan import PlannedOp
+from .lower_shapes import PADDING
 
 if TYPE_CHECKING:
     from .onnx_graph import Array, Builder
@@ -52,6 +53,10 @@ def _global_pool(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> s
 
 def _flatten(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     return builder.node("Flatten", inputs, planned.op.name, axis=1)
+
+
+def _rsqrt(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+    return builder.node("Reciprocal", [builder.node("Sqrt", inputs, f"{planned.op.name}.root")], planned.op.name)
 
 
 def _cat(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
@@ -114,8 +119,7 @@ def _shaped(values: list[int]) -> Any:
 
 
 def _reshape(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
-    sizes = [-1 if axis == planned.op.batch_axis else size for axis, size in enumerate(planned.shape)]
-    shape = builder.constant(f"{planned.op.name}.shape", _shaped(sizes))
+    shape = builder.constant(f"{planned.op.name}.shape", _shaped(planned.run_time_shape))
     return builder.node("Reshape", [*inputs, shape], planned.op.name)
 
 
@@ -170,12 +174,18 @@ def _pad(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     amounts = builder.constant(
         f"{planned.op.name}.amounts", _shaped([*planned.op.attrs["before"], *planned.op.attrs["after"]])
     )
-    return builder.node("Pad", [*inputs, amounts], planned.op.name)
+    return builder.node("Pad", [*inputs, amounts], planned.op.name, mode=PADDING[planned.op.attrs["mode"]])
 
 
-def _mean(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
-    attrs = planned.op.attrs
-    return builder.node("ReduceMean", inputs, planned.op.name, axes=list(attrs["axes"]), keepdims=int(attrs["keepdim"]))
+def _reduced(kind: str) -> _Emit:
+    def emit(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+        axes, keepdims = list(planned.op.attrs["axes"]), int(planned.op.attrs["keepdim"])
+        if kind != "ReduceSum":
+            return builder.node(kind, inputs, planned.op.name, axes=axes, keepdims=keepdims)
+        along = builder.constant(f"{planned.op.name}.axes", _shaped(axes))  # it alone takes them as an input
+        return builder.node(kind, [*inputs, along], planned.op.name, keepdims=keepdims)
+
+    return emit
 
 
 def _resize(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
@@ -259,8 +269,37 @@ def _layer_norm(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> st
     return builder.node("LayerNormalization", [*inputs, *constants], name, axis=-1, epsilon=planned.op.attrs["eps"])
 
 
-def _softmax(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
-    return builder.node("Softmax", inputs, planned.op.name, axis=planned.op.attrs["axis"])
+def _group_norm(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+    """An instance norm over the channels of each group; opset 17 has no node for it."""
+    name, groups, channels = planned.op.name, planned.groups, planned.channels
+    gain, shift = builder.tensors.norms[planned.op.module or ""]
+    eps = planned.op.attrs["eps"]
+    if groups == channels:
+        constants = [builder.constant(f"{name}.gain", gain), builder.constant(f"{name}.shift", shift)]
+        return builder.node("InstanceNormalization", [*inputs, *constants], name, epsilon=eps)
+    apart = builder.constant(f"{name}.apart", _shaped([0, groups, -1]))
+    whole = builder.constant(f"{name}.whole", _shaped(planned.run_time_shape))
+    ones = builder.constant(f"{name}.ones", np.ones(groups, np.float32))
+    zeros = builder.constant(f"{name}.zeros", np.zeros(groups, np.float32))
+    parts = builder.node("Reshape", [*inputs, apart], f"{name}.groups")
+    normal = builder.node("InstanceNormalization", [parts, ones, zeros], f"{name}.normal", epsilon=eps)
+    value = builder.node("Reshape", [normal, whole], f"{name}.together")
+    per_channel = (-1, *[1] * (len(planned.shape) - 2))
+    scaled = builder.node("Mul", [value, builder.constant(f"{name}.gain", gain.reshape(per_channel))], f"{name}.scaled")
+    return builder.node("Add", [scaled, builder.constant(f"{name}.shift", shift.reshape(per_channel))], name)
+
+
+def _prelu(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+    [slope] = builder.tensors.norms[planned.op.module or ""]
+    slope = slope.reshape(-1, *[1] * (len(planned.shape) - 2))
+    return builder.node("PRelu", [*inputs, builder.constant(f"{planned.op.name}.slope", slope)], planned.op.name)
+
+
+def _along(kind: str) -> _Emit:
+    def emit(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
+        return builder.node(kind, inputs, planned.op.name, axis=planned.op.attrs["axis"])
+
+    return emit
 
 
 def _tanh_gelu(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
@@ -313,7 +352,20 @@ EMIT: dict[str, _Emit] = {
     "elu": lambda builder, planned, inputs: builder.node(
         "Elu", inputs, planned.op.name, alpha=planned.op.attrs["alpha"]
     ),
-    "softmax": _softmax,
+    "softmax": _along("Softmax"),
+    "log_softmax": _along("LogSoftmax"),
+    "group_norm": _group_norm,
+    "prelu": _prelu,
+    "pixel_shuffle": lambda builder, planned, inputs: builder.node(
+        "DepthToSpace", inputs, planned.op.name, blocksize=planned.op.attrs["factor"], mode="CRD"
+    ),
+    "log": _simple("Log"),
+    "rsqrt": _rsqrt,
+    "reciprocal": _simple("Reciprocal"),
+    "selu": _simple("Selu"),
+    "pow": _binary("Pow"),
+    "maximum": _binary("Max"),
+    "minimum": _binary("Min"),
     "layer_norm": _layer_norm,
     "attention": _attention,
     "matmul": _simple("MatMul"),
@@ -324,7 +376,10 @@ EMIT: dict[str, _Emit] = {
     "expand": _expand,
     "roll": _roll,
     "pad": _pad,
-    "mean": _mean,
+    "mean": _reduced("ReduceMean"),
+    "sum": _reduced("ReduceSum"),
+    "amax": _reduced("ReduceMax"),
+    "l2_norm": _reduced("ReduceL2"),
     "resize": _resize,
     "add": _binary("Add"),
     "sub": _binary("Sub"),

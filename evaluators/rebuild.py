@@ -149,6 +149,15 @@ def _layer_norm(planned: PlannedOp) -> nn.Module:
     )  # fmt: skip
 
 
+def _group_norm(planned: PlannedOp) -> nn.Module:
+    attrs = planned.op.attrs  # what it has of weight and bias is set afterwards
+    return nn.GroupNorm(planned.groups, planned.shape[1], attrs["eps"], affine=False)
+
+
+def _prelu(planned: PlannedOp) -> nn.Module:
+    return nn.PReLU(1 if planned.op.attrs["shared"] else planned.shape[1], device="meta")
+
+
 def _lone_norm(planned: PlannedOp) -> nn.Module:
     attrs, affine = planned.op.attrs, "weight" in planned.op.params
     flat = len(planned.shape) < 4
@@ -160,6 +169,8 @@ _LAYERS: dict[str, Callable[[PlannedOp], nn.Module]] = {
     "linear": _linear,
     "batch_norm": _lone_norm,
     "layer_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "prelu": _prelu,
 }
 
 # Functions: target, arguments, keyword arguments
@@ -181,12 +192,7 @@ def _binary(target: Callable[..., Any]) -> Callable[[PlannedOp, list[fx.Node]], 
 
 
 def _reshape(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
-    return torch.reshape, [inputs[0], tuple(run_time_shape(planned))], {}
-
-
-def run_time_shape(planned: PlannedOp) -> list[int]:
-    """The shape of an operation's tensor with −1 where the batch is."""
-    return [-1 if axis == planned.op.batch_axis else size for axis, size in enumerate(planned.shape)]
+    return torch.reshape, [inputs[0], tuple(planned.run_time_shape)], {}
 
 
 def _pool(target: Callable[..., Any]) -> Callable[[PlannedOp, list[fx.Node]], _Call]:
@@ -208,8 +214,12 @@ def _global_pool(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
     return torch.mean, [inputs[0], (2, 3)], {"keepdim": planned.op.attrs["keepdim"]}
 
 
-def _mean(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
-    return torch.mean, [inputs[0], planned.op.attrs["axes"]], {"keepdim": planned.op.attrs["keepdim"]}
+def _reduced(target: Callable[..., Any], *order: int) -> Callable[[PlannedOp, list[fx.Node]], _Call]:
+    def call(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
+        attrs = planned.op.attrs
+        return target, [inputs[0], *order, attrs["axes"]], {"keepdim": attrs["keepdim"]}
+
+    return call
 
 
 def _attention(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
@@ -237,7 +247,10 @@ def _expand(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
 
 def _pad(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
     pairs = list(zip(planned.op.attrs["before"], planned.op.attrs["after"], strict=True))
-    return F.pad, [inputs[0], tuple(n for pair in reversed(pairs) for n in pair)], {}
+    amounts, mode = [n for pair in reversed(pairs) for n in pair], planned.op.attrs["mode"]
+    if mode != "constant":  # torch wants to hear of the axes behind the channels alone
+        amounts = amounts[: 2 * (len(planned.shape) - 2)]
+    return F.pad, [inputs[0], tuple(amounts)], {"mode": mode}
 
 
 def _clip(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
@@ -261,10 +274,14 @@ _FUNCTIONS: dict[str, Callable[[PlannedOp, list[fx.Node]], _Call]] = {
     "hardsigmoid": _simple(F.hardsigmoid), "silu": _simple(F.silu), "sigmoid": _simple(torch.sigmoid),
     "tanh": _simple(torch.tanh), "exp": _simple(torch.exp), "sqrt": _simple(torch.sqrt), "abs": _simple(torch.abs),
     "erf": _simple(torch.erf), "neg": _simple(torch.neg), "softplus": _simple(F.softplus), "mish": _simple(F.mish),
+    "log": _simple(torch.log), "rsqrt": _simple(torch.rsqrt), "reciprocal": _simple(torch.reciprocal),
+    "selu": _simple(F.selu), "pow": _binary(torch.pow), "maximum": _simple(torch.maximum),
+    "minimum": _simple(torch.minimum),
     "gelu": _gelu, "clip": _clip,
     "leaky_relu": lambda planned, inputs: (F.leaky_relu, [inputs[0], planned.op.attrs["slope"]], {}),
     "elu": lambda planned, inputs: (F.elu, [inputs[0], planned.op.attrs["alpha"]], {}),
     "softmax": lambda planned, inputs: (torch.softmax, [inputs[0], planned.op.attrs["axis"]], {}),
+    "log_softmax": lambda planned, inputs: (torch.log_softmax, [inputs[0], planned.op.attrs["axis"]], {}),
     "add": _binary(torch.add), "sub": _binary(torch.sub), "mul": _binary(torch.mul), "div": _binary(torch.div),
     "matmul": _simple(torch.matmul), "attention": _attention,
     "cat": lambda planned, inputs: (torch.cat, [list(inputs), planned.op.attrs["axis"]], {}),
@@ -277,6 +294,8 @@ _FUNCTIONS: dict[str, Callable[[PlannedOp, list[fx.Node]], _Call]] = {
     "expand": _expand,
     "roll": lambda planned, inputs: (torch.roll, [inputs[0], planned.op.attrs["shifts"], planned.op.attrs["axes"]], {}),
     "pad": _pad, "max_pool": _pool(F.max_pool2d), "avg_pool": _pool(F.avg_pool2d), "global_pool": _global_pool,
-    "mean": _mean, "resize": _resize,
+    "mean": _reduced(torch.mean), "sum": _reduced(torch.sum), "amax": _reduced(torch.amax),
+    "l2_norm": _reduced(torch.linalg.vector_norm, 2), "resize": _resize,
+    "pixel_shuffle": lambda planned, inputs: (F.pixel_shuffle, [inputs[0], planned.op.attrs["factor"]], {}),
 }  # fmt: skip
 KINDS = frozenset(_FUNCTIONS) | frozenset(_LAYERS) | {"input", "param"}

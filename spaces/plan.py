@@ -45,6 +45,11 @@ class PlannedOp:
         return self.shape[self.op.channel_axis]
 
     @property
+    def run_time_shape(self) -> list[int]:
+        """The shape of its tensor with −1 where the batch is."""
+        return [-1 if axis == self.op.batch_axis else size for axis, size in enumerate(self.shape)]
+
+    @property
     def int8_bias(self) -> bool:
         """Whether it is a layer whose kernel adds the bias to the integers' sum, as one of them."""
         return self.int8 and (self.op.kind == "conv" or (self.op.kind == "linear" and len(self.shape) == 2))

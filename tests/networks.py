@@ -317,6 +317,21 @@ ON_IMAGES: dict[str, Make] = {
     "flattened": Flattened,
     "windowed": lambda: Between(Windowed()),
     "vision": Vision,
+    "group norm": lambda: Between(
+        nn.Sequential(
+            nn.GroupNorm(4, 8),
+            nn.ReLU(),
+            nn.Conv2d(8, 12, 3, padding=1),
+            nn.InstanceNorm2d(12, affine=True),
+            nn.PReLU(12),
+            nn.Conv2d(12, 8, 1),
+            nn.GroupNorm(1, 8),
+        )
+    ),
+    "pixel shuffle": lambda: Between(
+        nn.Sequential(nn.Conv2d(8, 16, 1), nn.PixelShuffle(2), nn.PReLU(), nn.Conv2d(4, 8, 2, stride=2))
+    ),
+    "up": lambda: Between(nn.Sequential(nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), nn.Conv2d(6, 8, 2, stride=2))),
 }
 ON_TOKENS: dict[str, Make] = {
     "tied": Tied,

@@ -206,16 +206,25 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
     [
         (lambda x: torch.cumsum(x, 1), "cumsum"),
         (lambda x: torch.sort(x, 1)[0], "sort"),
-        (lambda x: F.prelu(x, torch.full((8,), 0.1)), "prelu"),
+        (lambda x: F.conv_transpose2d(x, torch.ones(8, 4, 4, 4), stride=2, padding=1),
+         "a transposed convolution whose kernel is not its stride"),
+        (lambda x: F.conv_transpose2d(x, torch.ones(8, 4, 2, 2), stride=2, groups=2),
+         "a transposed convolution in groups"),
         (lambda x: x.double(), "a cast to float64"),
-        (lambda x: x**3, "a power of 3"),
+        (lambda x: x**x, "a power that depends on the input"),
+        (lambda x: 2**x, "a power that depends on the input"),
+        (lambda x: x.clamp_min(x.shape[0]), "a clamp whose bound depends on the input"),
         (lambda x: x * x.shape[0], "mul with a number that depends on the batch"),
         (lambda x: torch.add(x, x.relu(), alpha=2), r"add with {'alpha': 2}"),
-        (lambda x: x * x.mean(), "a mean over all axes"),
+        (lambda x: x * x.mean(), "a mean over the batch"),
         (lambda x: F.max_pool2d(x, 2, dilation=2), "max_pool2d with dilation or a divisor"),
         (lambda x: F.avg_pool2d(x, 2, divisor_override=3), "avg_pool2d with dilation or a divisor"),
         (lambda x: F.adaptive_avg_pool2d(x, 4), "adaptive pooling from (6, 6) to (4, 4)"),
-        (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "padding by 'replicate'"),
+        (lambda x: x * x.amax((0, 1), keepdim=True), "an amax over the batch"),
+        (lambda x: torch.linalg.vector_norm(x, 1, dim=1), "a vector norm of order 1"),
+        (lambda x: torch.stack([x, x], 0).mean(0), "a stack along the batch"),
+        (lambda x: F.adaptive_max_pool2d(x, 4), "adaptive pooling from (6, 6) to (4, 4)"),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), "padding by 'circular'"),
         (lambda x: F.pad(x, (1, 1), value=2.0), "padding with 2.0"),
         (lambda x: F.interpolate(x, scale_factor=1.7), "resizing by (1.7, 1.7) to a rounded size"),
         (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), "resizing by (1.7, 1.7) to a rounded size"),
@@ -283,7 +292,7 @@ def test_torchscript_is_refused_wherever_it_stands() -> None:
 
 def test_weights_that_are_computed_from_the_input_are_told() -> None:
     assert "are computed from the input, which nightpress cannot compress." in sentence(
-        lambda x: F.linear(x.mean((2, 3)), x.mean((0, 2, 3)).reshape(1, 8))
+        lambda x: F.linear(x.mean((2, 3)), x.select(0, 0).mean((1, 2)).reshape(1, 8))
     )
 
 

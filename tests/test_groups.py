@@ -348,9 +348,10 @@ def test_removing_nothing_changes_nothing() -> None:
 
 def test_zeroing_a_channel_is_removing_it() -> None:
     """What a group loses contributes nothing once its entries are zero: the two modules answer alike."""
-    for name in ("dense", "grouped", "gated", "dealt", "option A", "flattened", "qkv.chunk", "nn.MultiheadAttention"):
+    for name in ("dense", "grouped", "gated", "dealt", "option A", "flattened", "qkv.chunk", "nn.MultiheadAttention",
+                 "group norm", "pixel shuffle", "up"):  # fmt: skip
         made = made_of(name)
-        group = made.anatomy.groups[0 if name in {"grouped", "dealt"} else -1]
+        group = made.anatomy.groups[0 if name in {"grouped", "dealt", "group norm", "pixel shuffle", "up"} else -1]
         policy = Policy(model=made.anatomy.digest, prune={group.name: 0.5}, importance="l2")
         [(_, gone)] = made.removed(policy).items()
         module, _ = made.apply(policy)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from networks import Projected
+from networks import Projected, made_of
 from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.kernels import CONVERSIONS, kernels
 from nightpress.evaluators.latency.measure import write_random
@@ -112,7 +112,10 @@ def tokens() -> Anatomy:
     return inspect(task, step_of=lambda channels: 2, cache=False, verify=False)[0]
 
 
-@pytest.mark.parametrize("make", [lambda: ANATOMIES[0], lambda: ANATOMIES[1], tokens], ids=["tiny", "toy", "tokens"])
+@pytest.mark.parametrize(
+    "make", [lambda: ANATOMIES[0], lambda: ANATOMIES[1], tokens, lambda: made_of("group norm").anatomy],
+    ids=["tiny", "toy", "tokens", "group norm"],
+)  # fmt: skip
 def test_files_of_a_batch_weigh_what_those_of_its_plans_do(make: Callable[[], Anatomy]) -> None:
     anatomy = make()
     some = random_policies(anatomy, 60, 3)

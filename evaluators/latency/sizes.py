@@ -5,6 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from ...spaces.anatomy import Op
 from ...spaces.plan import Plan
 from ...spaces.plans import Choices, Plans, unpack
 from ...spaces.policy import LayerBits
@@ -12,7 +13,7 @@ from .units import Worker
 
 Array = NDArray[np.float64]
 
-_NORM_VECTORS = {"batch_norm": 4, "layer_norm": 2}
+_VECTORS = {"batch_norm": 4.0, "layer_norm": 2.0, "group_norm": 2.0, "prelu": 1.0}
 
 
 def payload_bytes(plan: Plan) -> int:
@@ -21,14 +22,21 @@ def payload_bytes(plan: Plan) -> int:
     for planned in plan.ops:
         if planned.op.kind == "param":
             total += 4 * math.prod(planned.shape)
-        if planned.op.kind in _NORM_VECTORS:
-            total += 4 * _NORM_VECTORS[planned.op.kind] * planned.channels
+        total += round(4 * _vectors(planned.op) * planned.channels)
         if not planned.weight_count:
             continue
         cout = planned.channels
         each, channel = _bytes(planned.bits)
         total += planned.weight_count * each + cout * channel
     return total
+
+
+def _vectors(op: Op) -> float:
+    """Numbers that the file holds for each channel of a norm or a PReLU."""
+    if op.attrs.get("shared"):
+        return 1 / op.shape[1]
+    groups = op.attrs["groups"] / op.shape[1] if op.kind == "group_norm" else 1
+    return _VECTORS.get(op.kind, 0.0) + (2 * groups if groups < 1 else 0.0)  # of the instance norm over its groups
 
 
 def _bytes(bits: LayerBits) -> tuple[int, int]:
@@ -74,8 +82,8 @@ def _unweighted(worker: Worker, plans: Plans, alive: NDArray[np.bool_]) -> Array
         if op.kind == "param":
             sizes = [size if row is None else plans.axes[row] for size, row in zip(op.shape, rows, strict=True)]
             found += 4 * math.prod(sizes) * alive[position]
-        if op.kind in _NORM_VECTORS:
+        if op.kind in _VECTORS:
             row = rows[op.channel_axis]
             channels = op.shape[op.channel_axis] if row is None else plans.axes[row]
-            found += 4 * _NORM_VECTORS[op.kind] * channels * alive[position]
+            found += np.round(4 * _vectors(op) * channels) * alive[position]
     return found
