@@ -244,7 +244,7 @@ class ShapeLowering(Lowering):
         if before == after and after[2:] != (1, 1):
             self.alias[node.name] = self._input(source)
         elif after[2:] == (1, 1):
-            self._put(node, "global_pool", (source,), attrs={"keepdim": True})
+            self._put(node, "global_pool", (source,))
         elif (kernel := _window(before, after)) is not None:
             attrs = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0, "count_include_pad": 1}
             self._put(node, "avg_pool", (source,), attrs=attrs)
@@ -255,11 +255,13 @@ class ShapeLowering(Lowering):
         given = arguments(node, ("input", "dims", "keepdim"))
         source = given["input"]
         axes = _axes(node, source, given.get("dims"), "a mean")
-        keepdim = bool(given.get("keepdim", False))
-        if len(shape_of(source)[0]) == 4 and axes == (2, 3):
-            self._put(node, "global_pool", (source,), attrs={"keepdim": keepdim})
-        else:
+        keepdim, shape = bool(given.get("keepdim", False)), shape_of(source)[0]
+        if len(shape) != 4 or axes != (2, 3):
             self._put(node, "mean", (source,), attrs={"axes": axes, "keepdim": keepdim})
+        elif keepdim:
+            self._put(node, "global_pool", (source,))
+        else:
+            self._put(node, "flatten", (self._before(node, "global_pool", (source,), (*shape[:2], 1, 1)),))
 
     def _sum(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))

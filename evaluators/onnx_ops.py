@@ -44,13 +44,6 @@ def _pool(kind: str) -> _Emit:
     return emit
 
 
-def _global_pool(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
-    if planned.op.attrs["keepdim"]:
-        return builder.node("GlobalAveragePool", inputs, planned.op.name)
-    pooled = builder.node("GlobalAveragePool", inputs, f"{planned.op.name}.pooled")
-    return builder.node("Flatten", [pooled], planned.op.name, axis=1)
-
-
 def _flatten(builder: "Builder", planned: PlannedOp, inputs: list[str]) -> str:
     return builder.node("Flatten", inputs, planned.op.name, axis=1)
 
@@ -326,7 +319,7 @@ EMIT: dict[str, _Emit] = {
     "linear": _linear,
     "max_pool": _pool("MaxPool"),
     "avg_pool": _pool("AveragePool"),
-    "global_pool": _global_pool,
+    "global_pool": _simple("GlobalAveragePool"),
     "flatten": _flatten,
     "cat": _cat,
     "relu6": _relu6,

@@ -211,7 +211,7 @@ def _pool(target: Callable[..., Any]) -> Callable[[PlannedOp, list[fx.Node]], _C
 
 
 def _global_pool(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
-    return torch.mean, [inputs[0], (2, 3)], {"keepdim": planned.op.attrs["keepdim"]}
+    return torch.mean, [inputs[0], (2, 3)], {"keepdim": True}
 
 
 def _reduced(target: Callable[..., Any], *order: int) -> Callable[[PlannedOp, list[fx.Node]], _Call]:

@@ -121,7 +121,9 @@ class Planner:
         self.anatomy = anatomy
         self.index = {op.name: i for i, op in enumerate(anatomy.ops)}
         self.inputs = [tuple(self.index[name] for name in op.inputs) for op in anatomy.ops]
-        self.layer_of = {self.index[layer.op]: i for i, layer in enumerate(anatomy.layers)}
+        layers = {layer.name: i for i, layer in enumerate(anatomy.layers)}
+        # By position: one that the model uses twice is two operations.
+        self.layer_of = {i: layers[op.module or ""] for i, op in enumerate(anatomy.ops) if op.kind in WEIGHTED}
         self.in_blocks: list[list[int]] = [[] for _ in anatomy.ops]
         self.aliases: list[list[tuple[int, int]]] = [[] for _ in anatomy.ops]
         for number, block in enumerate(anatomy.blocks):

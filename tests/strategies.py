@@ -128,8 +128,9 @@ def toy_anatomy() -> Anatomy:
         _conv("two.a", "one.sum", 10, "two.a"),
         _conv("two.b", "two.a", 16, "stem"),
         _op("two.sum", "add", "one.sum two.b", (16, 8, 8), "stem"),
-        _op("pool", "global_pool", "two.sum", (16,), "stem", keepdim=False),
-        _op("head", "linear", "pool", (CLASSES,)),
+        _op("pool", "global_pool", "two.sum", (16, 1, 1), "stem"),
+        _op("flat", "flatten", "pool", (16,), "stem"),
+        _op("head", "linear", "flat", (CLASSES,)),
     )
     layers = tuple(Layer(name=op.name, kind=op.kind, op=op.name, macs=1000, params=100) for op in ops if op.module)
     return Anatomy(

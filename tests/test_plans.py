@@ -198,8 +198,9 @@ def test_weights_stay_signed_where_there_are_kernels_for_them_that_do_not_satura
 
 @pytest.mark.slow
 @pytest.mark.skipif("avx512f" not in fingerprint(Target()).flags, reason="blocks of 16 channels need AVX-512")
-@pytest.mark.parametrize("anatomy", [ANATOMIES[0], PROJECTED], ids=["tiny", "projected"])
-def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path, anatomy: Anatomy) -> None:
+@pytest.mark.parametrize("name", ["tiny", "projected", "twice", "up", "pixel shuffle"])
+def test_the_runtime_makes_the_kernels_that_were_foretold(tmp_path: Path, name: str) -> None:
+    anatomy = {"tiny": ANATOMIES[0], "projected": PROJECTED}.get(name) or made_of(name).anatomy
     some = random_policies(anatomy, 24, 4)
     worker = Worker(anatomy)
     made = kernels(worker.planner, worker.planner.plans(choices_of(anatomy, some)))

@@ -54,7 +54,7 @@ def layer_costs(path: Path, anatomy: Anatomy, timer: Timer) -> LayerCosts:
 
 def _owners(anatomy: Anatomy) -> dict[str, str]:
     """Layer by the node that its kernel may be named after: its own, or an activation's that is fused into it."""
-    owners = {layer.op: layer.name for layer in anatomy.layers}
+    owners = {op.name: op.module for op in anatomy.ops if op.kind in WEIGHTED and op.module}
     fused = {
         op.name: owners[op.inputs[0]]
         for op in anatomy.ops
