@@ -31,8 +31,8 @@ from .task import Task, device_of, evaluating, picked, task_digest
 
 log = logging.getLogger("nightpress")
 _CODE = (
-    "capture", "nodes", "lowering", "lower_shapes", "lower", "labelling", "labels", "groups", "blocks", "inspect",
-    "dryrun",
+    "capture", "nodes", "lowering", "lower_convs", "lower_shapes", "lower", "labelling", "labels", "groups",
+    "blocks", "inspect", "dryrun",
 )  # fmt: skip
 REPRODUCED = 1e-3
 """Largest difference between the outputs of the model and of the module rebuilt from its anatomy, relative to the

@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from ..spaces.anatomy import Op
 from .capture import Captured
-from .lower_shapes import ShapeLowering
-from .nodes import arguments, is_tensor, module_of, pair, plain_argument, shape_of, target_name, unsupported
+from .lower_convs import CONV, conv_attrs
+from .lower_shapes import POOLS, ShapeLowering
+from .nodes import arguments, is_tensor, module_of, plain_argument, shape_of, target_name, unsupported
 
 # Operations of one input that change values one by one.
 _ELEMENTWISE = {
@@ -49,12 +50,15 @@ def lower(captured: Captured) -> tuple[list[Op], str]:
         raise unsupported(recurrent, "a recurrent layer")
     for node in captured.nodes:
         lowering.add(node)
-    output = lowering.alias[captured.output.name]
+    output = lowering.output()
     return _tidy(list(lowering.ops.values()), output), output
 
 
 class _Lowering(ShapeLowering):
     """Layers, activations and arithmetic, and which method lowers a node."""
+
+    def output(self) -> str:
+        return self._input(self.captured.output)
 
     def add(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -67,7 +71,7 @@ class _Lowering(ShapeLowering):
             return
         kind = target_name(node)
         if kind in _IDENTITY or (kind in _CASTS and value.dtype == torch.float32):
-            self.alias[node.name] = self._input(node.args[0])
+            self._same(node, node.args[0])  # type: ignore[arg-type]
             return
         if kind in _CASTS:
             raise unsupported(node, f"a cast to {str(value.dtype).removeprefix('torch.')}")
@@ -83,29 +87,16 @@ class _Lowering(ShapeLowering):
             return lambda node: self._binary(node, _BINARY[kind])
         if kind in _RESHAPES:
             return self._reshaped
-        if kind in {"max_pool2d", "avg_pool2d"}:
+        if kind in POOLS:
             return lambda node: self._pool(node, kind)
         return None
 
     # Layers
 
     def _conv2d(self, node: fx.Node) -> None:
-        given = arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+        given = arguments(node, CONV)
         kernel = tuple(self.captured.state[self._weights(node, given["weight"])].shape[2:])
-        dilation = pair(given.get("dilation", 1))
-        padding = given.get("padding", "valid" if node.target is torch.ops.aten.conv2d.padding else 0)
-        attrs: dict[str, Any] = {
-            "kernel": kernel, "stride": pair(given.get("stride", 1)), "dilation": dilation,
-            "groups": int(given.get("groups", 1)),
-        }  # fmt: skip
-        if padding == "same":  # of an even kernel torch pads more behind than before
-            whole = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
-            attrs["padding"] = tuple(total // 2 for total in whole)
-            if any(total % 2 for total in whole):
-                attrs["padding_behind"] = tuple(total - total // 2 for total in whole)
-        else:
-            attrs["padding"] = (0, 0) if padding == "valid" else pair(padding)
-        self._layer(node, "conv", given, attrs)
+        self._layer(node, "conv", given, conv_attrs(node, given, kernel))
 
     def _linear(self, node: fx.Node) -> None:
         self._layer(node, "linear", arguments(node, ("input", "weight", "bias")), {})
@@ -118,14 +109,14 @@ class _Lowering(ShapeLowering):
             raise unsupported(node, "a batch norm without running statistics")
         path = module_of(params["running_mean"])
         known = self._entries(path, {role: name for role, name in params.items() if name is not None})
-        source = self.ops[self._input(given["input"])]
+        source = self.ops[self._stored(given["input"])]
         attrs = {"eps": float(given["eps"]), "momentum": float(given["momentum"])}
         alone = self._users[given["input"].name] == 1 and self._readers.get(source.params.get("weight", "")) == 1
         if source.kind == "conv" and source.norm is None and alone:  # one that is used twice may have two norms
             attrs = dict(source.attrs) | {"norm_eps": attrs["eps"], "norm_momentum": attrs["momentum"]}
             params = dict(source.params) | {f"norm_{role}": name for role, name in known.items()}
             self.ops[source.name] = replace(source, norm=path, params=params, attrs=attrs)
-            self.alias[node.name] = source.name
+            self._same(node, given["input"])
             return
         self._put(node, "batch_norm", (given["input"],), name=path, module=path, params=known, attrs=attrs)
 

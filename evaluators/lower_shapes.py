@@ -2,24 +2,23 @@
 
 from typing import Any
 
-import torch
 from torch import fx
 
-from .capture import CONSTANT, scope_of
-from .lowering import Lowering
-from .nodes import arguments, dims, module_of, pair, plain_argument, shape_of, target_name, unsupported
+from .lower_convs import ConvLowering, beside
+from .nodes import arguments, dims, pair, plain_argument, shape_of, target_name, unsupported
 
 PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 """Ways to pad, and what ONNX calls them."""
 BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
-_POINTWISE = {"kernel": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-_POOLS = {
+POOLS = {
     "max_pool2d": ("kernel", "stride", "padding", "dilation", "ceil"),
     "avg_pool2d": ("kernel", "stride", "padding", "ceil", "count_include_pad", "divisor"),
+    "max_pool1d": ("kernel", "stride", "padding", "dilation", "ceil"),
+    "avg_pool1d": ("kernel", "stride", "padding", "ceil", "count_include_pad"),
 }
 
 
-class ShapeLowering(Lowering):
+class ShapeLowering(ConvLowering):
     """The operations that compute nothing new, or only means and maxima."""
 
     # Channels and positions
@@ -33,7 +32,7 @@ class ShapeLowering(Lowering):
         source = shape_of(given["input"])[0]
         axis = int(given.get("dim", 0)) % len(source)
         if shape_of(node)[0] == source:
-            self.alias[node.name] = self._input(given["input"])
+            self._same(node, given["input"])
             return
         start, step = given.get("start"), int(given.get("step", 1))
         start = max(0, int(start) + source[axis]) if start is not None and int(start) < 0 else int(start or 0)
@@ -100,11 +99,11 @@ class ShapeLowering(Lowering):
 
     def _reshaped(self, node: fx.Node) -> None:
         if shape_of(node) == shape_of(node.args[0]):
-            self.alias[node.name] = self._input(node.args[0])
+            self._same(node, node.args[0])  # type: ignore[arg-type]
             return
         shape, axis = shape_of(node)
         flat = len(shape) == 2 and axis == 0 and shape[0] == 1 and shape_of(node.args[0])[1] == 0
-        self._put(node, "flatten" if flat else "reshape", (node.args[0],))
+        self._put(node, "flatten" if flat else "reshape", (self._stored(node.args[0]),))  # type: ignore[arg-type]
 
     def _permute(self, node: fx.Node) -> None:
         order: Any = node.args[1]
@@ -118,7 +117,7 @@ class ShapeLowering(Lowering):
 
     def _expand(self, node: fx.Node) -> None:
         if shape_of(node) == shape_of(node.args[0]) or all(_broadcasts(user, node) for user in node.users):
-            self.alias[node.name] = self._input(node.args[0])
+            self._same(node, node.args[0])  # type: ignore[arg-type]
             return
         self._put(node, "expand", (node.args[0],))
 
@@ -141,7 +140,7 @@ class ShapeLowering(Lowering):
         if given.get("value") not in (None, 0, 0.0):
             raise unsupported(node, f"padding with {given['value']}")
         if not any(amounts):
-            self.alias[node.name] = self._input(given["input"])
+            self._same(node, given["input"])
             return
         rank = len(shape_of(node)[0])
         before, after = [0] * rank, [0] * rank
@@ -156,112 +155,55 @@ class ShapeLowering(Lowering):
 
     _constant_pad_nd = _pad
 
-    def _padded_shortcut(self, node: fx.Node, source: fx.Node, before: int) -> None:
-        """Every n-th pixel with channels of zeros around it (the option-A shortcut of He et al. 2016): exactly a 1×1
-        convolution with a stride and a frozen identity, which can be pruned and quantised like any other."""
-        stride, reader = [1, 1], source
-        while target_name(reader) in {"slice", "alias"} and reader.op == "call_function":
-            given = arguments(reader, ("input", "dim", "start", "end", "step"))
-            inner, outer = shape_of(given["input"])[0], shape_of(reader)[0]
-            axis, step = int(given.get("dim", 0)) % 4, int(given.get("step", 1))
-            if inner != outer:
-                if axis < 2 or int(given.get("start") or 0) != 0 or outer[axis] != -(-inner[axis] // step):
-                    break
-                stride[axis - 2] *= step
-            reader = given["input"]
-        wide, narrow = shape_of(node)[0][1], shape_of(reader)[0][1]
-        weight = torch.zeros(wide, narrow, 1, 1)
-        weight[torch.arange(narrow) + before, torch.arange(narrow)] = 1.0
-        module = self._as_conv(scope_of(node))
-        self.captured.state[f"{module}.weight"] = weight
-        self.captured.renamed[f"{module}.weight"] = CONSTANT + module
-        attrs = {**_POINTWISE, "stride": tuple(stride)}
-        self._put(node, "conv", (reader,), name=module, module=module,
-                  params={"weight": f"{module}.weight"}, attrs=attrs)  # fmt: skip
-
-    def _conv_transpose2d(self, node: fx.Node) -> None:
-        """Where the kernel is as large as its step no two outputs meet: exactly a 1×1 convolution that makes all pixels
-        of a window as channels, dealt out afterwards. It can be pruned and quantised like any other."""
-        names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
-        given = arguments(node, names)
-        entry = self._weights(node, given["weight"])
-        weight = self.captured.state[entry]
-        kernel = tuple(weight.shape[2:])
-        padded = any(pair(given.get(name, 0)) != (0, 0) for name in ("padding", "output_padding"))
-        if int(given.get("groups", 1)) != 1:
-            raise unsupported(node, "a transposed convolution in groups")
-        if padded or kernel[0] != kernel[1] or pair(given.get("stride", 1)) != kernel:
-            raise unsupported(node, "a transposed convolution whose kernel is not its stride")
-        module, params = self._dealt(entry, self._state(given.get("bias")), kernel[0])
-        rows, columns = shape_of(given["input"])[0][2:]
-        made = self._before(
-            node, "conv", (given["input"],), (1, weight.shape[1] * kernel[0] ** 2, rows, columns), name=module,
-            module=module, params=params, attrs={**_POINTWISE, "stride": (1, 1)},
-        )  # fmt: skip
-        self._put(node, "pixel_shuffle", (made,), attrs={"factor": kernel[0]})
-
-    def _dealt(self, weight: str, bias: str | None, factor: int) -> tuple[str, dict[str, str]]:
-        """Name and state of the 1×1 convolution that stands for a transposed one; the same each time it is used."""
-        if (weight, bias) not in self._as_convs:
-            module = self._as_conv(module_of(weight))
-            tensors = {
-                "weight": (weight, self.captured.state[weight].permute(1, 2, 3, 0).flatten(0, 2)[..., None, None])
-            }
-            if bias is not None:
-                tensors["bias"] = (bias, self.captured.state[bias].repeat_interleave(factor**2))
-            for role, (source, value) in tensors.items():
-                self.captured.state[f"{module}.{role}"] = value.contiguous()
-                if source in self.captured.frozen:
-                    self.captured.renamed[f"{module}.{role}"] = CONSTANT + f"{module}.{role}"
-            self._as_convs[weight, bias] = module, {role: f"{module}.{role}" for role in tensors}
-        return self._as_convs[weight, bias]
-
-    def _as_conv(self, scope: str) -> str:
-        """The name of a convolution that the model has not."""
-        module = f"{scope}.as_conv".lstrip(".")
-        while f"{module}.weight" in self.captured.state:
-            module += "_"
-        return module
-
     # Pooling and resizing
 
     def _pool(self, node: fx.Node, kind: str) -> None:
-        given = arguments(node, ("input", *_POOLS[kind]))
-        if pair(given.get("dilation", 1)) != (1, 1) or given.get("divisor") is not None:
+        given = arguments(node, ("input", *POOLS[kind]))
+        sequence = kind.endswith("1d")
+
+        def extents(value: Any, height: int = 1) -> tuple[int, int]:
+            return beside(value, height) if sequence else pair(value)
+
+        if extents(given.get("dilation", 1)) != (1, 1) or given.get("divisor") is not None:
             raise unsupported(node, f"{kind} with dilation or a divisor")
         attrs: dict[str, Any] = {
-            "kernel": pair(given["kernel"]), "stride": pair(given.get("stride") or given["kernel"]),
-            "padding": pair(given.get("padding", 0)), "ceil": int(given.get("ceil", False)),
+            "kernel": extents(given["kernel"]), "stride": extents(given.get("stride") or given["kernel"]),
+            "padding": extents(given.get("padding", 0), 0), "ceil": int(given.get("ceil", False)),
         }  # fmt: skip
-        if kind == "avg_pool2d":
+        if kind.startswith("avg"):
             attrs["count_include_pad"] = int(given.get("count_include_pad", True))
-        self._put(node, kind.removesuffix("2d"), (given["input"],), attrs=attrs)
+        self._put(node, kind[:-2], (given["input"],), attrs=attrs, image=sequence)
 
     def _adaptive_avg_pool2d(self, node: fx.Node) -> None:
         """Adaptive pooling to 1×1 is a global pool; to the size that is there already, nothing."""
         source: Any = node.args[0]
         before, after = shape_of(source)[0], shape_of(node)[0]
-        if before == after and after[2:] != (1, 1):
-            self.alias[node.name] = self._input(source)
-        elif after[2:] == (1, 1):
-            self._put(node, "global_pool", (source,))
+        sequence = len(before) == 3
+        if before == after and set(after[2:]) != {1}:
+            self._same(node, source)
+        elif set(after[2:]) == {1}:
+            self._put(node, "global_pool", (source,), image=sequence)
         elif (kernel := _window(before, after)) is not None:
             attrs = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0, "count_include_pad": 1}
-            self._put(node, "avg_pool", (source,), attrs=attrs)
+            self._put(node, "avg_pool", (source,), attrs=attrs, image=sequence)
         else:
             raise unsupported(node, f"adaptive pooling from {before[2:]} to {after[2:]}")
+
+    _adaptive_avg_pool1d = _adaptive_avg_pool2d
 
     def _mean(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
         source = given["input"]
         axes = _axes(node, source, given.get("dims"), "a mean")
         keepdim, shape = bool(given.get("keepdim", False)), shape_of(source)[0]
-        if len(shape) != 4 or axes != (2, 3):
+        sequence = source.name in self.images
+        if (len(shape) != 4 and not sequence) or axes != tuple(range(2, len(shape))):
             self._put(node, "mean", (source,), attrs={"axes": axes, "keepdim": keepdim})
         elif keepdim:
-            self._put(node, "global_pool", (source,))
+            self._put(node, "global_pool", (source,), image=sequence)
         else:
-            self._put(node, "flatten", (self._before(node, "global_pool", (source,), (*shape[:2], 1, 1)),))
+            pooled = self._before(node, "global_pool", (self._stored(source),), (*shape[:2], 1, 1))
+            self._put(node, "flatten", (pooled,))
 
     def _sum(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
@@ -309,7 +251,7 @@ class ShapeLowering(Lowering):
         if len(node.args) > 2 and any(of * f != to for of, f, to in zip(before[2:], factors, after[2:], strict=False)):
             raise unsupported(node, f"resizing by {tuple(factors)} to a rounded size")
         if before == after:
-            self.alias[node.name] = self._input(source)
+            self._same(node, source)
             return
         attrs = {"mode": mode, "align_corners": align_corners, "size": after[2:]}
         self._put(node, "resize", (source,), attrs=attrs)
@@ -330,8 +272,10 @@ def _axes(node: fx.Node, source: fx.Node, dims: Any, what: str) -> tuple[int, ..
     return axes
 
 
-def _window(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, int] | None:
-    """The extent of the windows of adaptive pooling where they are all alike."""
-    if before[2] % after[2] or before[3] % after[3]:
+def _window(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The extent of the windows of adaptive pooling where they are all alike; a sequence has the height 1."""
+    sizes = list(zip(before[2:], after[2:], strict=True))
+    if any(of % to for of, to in sizes):
         return None
-    return before[2] // after[2], before[3] // after[3]
+    found = tuple(of // to for of, to in sizes)
+    return found if len(found) == 2 else (1, *found)

@@ -12,28 +12,70 @@ from ..spaces.errors import InputError
 from .capture import CONSTANT, Captured, scope_of
 from .nodes import count_users, module_of, shape_of, unsupported
 
+ALONG_IMAGES = frozenset({
+    "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh", "exp", "sqrt", "abs", "erf", "neg",
+    "softplus", "mish", "log", "rsqrt", "reciprocal", "selu", "gelu", "clip", "leaky_relu", "elu", "prelu", "pow",
+    "add", "sub", "mul", "div", "maximum", "minimum", "batch_norm", "group_norm",
+})  # fmt: skip
+"""What makes of an image of height 1 what it makes of the sequence."""
+
 
 class Lowering:
-    """Goes through the nodes once. ``alias`` says which operation makes a node's tensor."""
+    """Goes through the nodes once. ``alias`` says which operation makes a node's tensor, ``images`` which one makes a
+    sequence (n, channels, length) as an image (n, channels, 1, length)."""
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
         self.ops: dict[str, Op] = {}
         self.alias: dict[str, str] = {}
+        self.images: dict[str, str] = {}
         self._users = count_users(captured)
         self._readers = {captured.names[name]: count for name, count in self._users.items() if name in captured.names}
-        self._as_convs: dict[tuple[str, str | None], tuple[str, dict[str, str]]] = {}
 
     # What an operation reads and makes
 
-    def _put(self, node: fx.Node, kind: str, inputs: Sequence[Any], name: str | None = None, **fields: Any) -> None:
+    def _put(
+        self, node: fx.Node, kind: str, inputs: Sequence[Any], name: str | None = None, *, image: bool = False,
+        **fields: Any,
+    ) -> None:  # fmt: skip
+        """The operation that makes a node's tensor; as an ``image`` where it makes a sequence out of one, and where it
+        changes values one by one of sequences that stand as images already."""
         shape, batch_axis = shape_of(node)
+        along = kind in ALONG_IMAGES and all(isinstance(i, fx.Node) and i.name in self.images for i in inputs)
+        if image or (along and len(shape) == 3):
+            made, shape, names = self.images, (*shape[:2], 1, *shape[2:]), tuple(map(self._image, inputs))
+        else:
+            made, names = self.alias, tuple(map(self._input, inputs))
         name = self._unused(name or node.name)
-        self.alias[node.name] = name
-        self.ops[name] = Op(
-            name=name, kind=kind, inputs=tuple(self._input(i) for i in inputs), shape=shape, batch_axis=batch_axis,
-            **fields,
-        )  # fmt: skip
+        made[node.name] = name
+        self.ops[name] = Op(name=name, kind=kind, inputs=names, shape=shape, batch_axis=batch_axis, **fields)
+
+    def _same(self, node: fx.Node, source: fx.Node) -> None:
+        """A node's tensor is another's."""
+        if source.name in self.images:
+            self.images[node.name] = self.images[source.name]
+        else:
+            self.alias[node.name] = self._input(source)
+
+    def _stored(self, value: fx.Node) -> str:
+        """The operation that makes a tensor, in whichever of the two shapes it has been made."""
+        return self.images.get(value.name) or self._input(value)
+
+    def _image(self, value: Any) -> str:
+        """The operation that makes a sequence as an image."""
+        if isinstance(value, str):
+            return value
+        if value.name not in self.images:
+            shape, batch_axis = shape_of(value)
+            if len(shape) != 3 or batch_axis != 0:
+                raise unsupported(value, "a convolution over a sequence without a batch before its channels")
+            self.images[value.name] = self._reshaped_as(value, self._input(value), (*shape[:2], 1, shape[2]))
+        return self.images[value.name]
+
+    def _reshaped_as(self, value: fx.Node, source: str, shape: tuple[int, ...]) -> str:
+        name = self._unused(f"{value.name}_as_{'image' if len(shape) == 4 else 'sequence'}")
+        self.ops[name] = Op(name=name, kind="reshape", inputs=(source,), shape=shape)
+        return name
 
     def _before(
         self, node: fx.Node, kind: str, inputs: Sequence[Any], shape: tuple[int, ...] | None = None,
@@ -62,6 +104,9 @@ class Lowering:
         if isinstance(value, str):
             return value
         if value.name in self.alias:
+            return self.alias[value.name]
+        if value.name in self.images:
+            self.alias[value.name] = self._reshaped_as(value, self.images[value.name], shape_of(value)[0])
             return self.alias[value.name]
         state = self.captured.names[value.name]
         shape = tuple(self.captured.state[state].shape)

@@ -152,6 +152,21 @@ class Twice(nn.Module):
         return self.after(F.relu(self.conv(F.relu(self.conv(x)))))
 
 
+class Heard(nn.Module):
+    """Convolutions over sequences with a residual one, pooled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv1d(DIM, 8, 5, stride=2, padding=2, bias=False), nn.BatchNorm1d(8)
+        self.depthwise, self.inner = nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.Conv1d(8, 8, 1)
+        self.pool, self.head = nn.MaxPool1d(2), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(F.relu(self.norm(self.stem(x.transpose(1, 2)))))
+        x = F.relu(x + self.inner(F.relu6(self.depthwise(x))))
+        return self.head(x.mean(-1))
+
+
 class Tied(nn.Module):
     """Two linear layers with the same weights."""
 
@@ -335,6 +350,7 @@ ON_IMAGES: dict[str, Make] = {
 }
 ON_TOKENS: dict[str, Make] = {
     "tied": Tied,
+    "heard": Heard,
     **{name: (lambda make=make: OverTokens(Encoder(make()))) for name, make in ATTENTIONS.items()},
 }
 

@@ -24,6 +24,7 @@ from networks import (
     Shrunk,
     Vision,
     Windowed,
+    made_of,
     tokens,
 )
 from nightpress.evaluators.apply import Compressor
@@ -315,6 +316,33 @@ OVER_TOKENS: list[tuple[str, Callable[[], nn.Module]]] = [
     ("mean", lambda: OverTokens(nn.Identity())),
     ("batch_norm", lambda: Then(lambda x: x.transpose(1, 2), nn.Sequential(nn.BatchNorm1d(TOKENS)))),
 ]
+
+
+OVER_SEQUENCES: list[tuple[str, Callable[[], nn.Module]]] = [
+    ("conv", lambda: nn.Conv1d(TOKENS, 6, 3)),
+    ("conv", lambda: nn.Conv1d(TOKENS, 6, 3, padding="same", dilation=2)),
+    ("conv", lambda: nn.Conv1d(TOKENS, 6, 4, padding="same", bias=False)),
+    ("conv", lambda: nn.Conv1d(TOKENS, 2 * TOKENS, 3, stride=2, padding=1, groups=TOKENS)),
+    ("batch_norm", lambda: nn.Sequential(nn.Conv1d(TOKENS, 6, 1), nn.ReLU(), nn.BatchNorm1d(6), nn.PReLU(6))),
+    ("group_norm", lambda: nn.Sequential(nn.Conv1d(TOKENS, 6, 1), nn.GroupNorm(3, 6), nn.Dropout(), nn.GELU())),
+    ("max_pool", lambda: nn.Sequential(nn.MaxPool1d(2), nn.Conv1d(TOKENS, 6, 1), nn.MaxPool1d(3, 1, 1))),
+    ("avg_pool", lambda: nn.Sequential(nn.Conv1d(TOKENS, 6, 1), nn.AvgPool1d(2, padding=1, count_include_pad=False))),
+    ("avg_pool", lambda: nn.AdaptiveAvgPool1d(DIM // 2)),
+    ("global_pool", lambda: nn.Sequential(nn.Conv1d(TOKENS, 6, 1), nn.AdaptiveAvgPool1d(1), nn.Flatten())),
+    ("softmax", lambda: nn.Sequential(nn.Conv1d(TOKENS, 6, 1), nn.Softmax(1), nn.Conv1d(6, 5, 1))),
+]
+
+
+@pytest.mark.parametrize(("kind", "make"), OVER_SEQUENCES)
+def test_sequences_mean_the_same_in_onnx(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    check(seeded(lambda: nn.Sequential(nn.Linear(DIM, DIM), make())), tokens(3), tmp_path, kind)
+
+
+def test_between_convolutions_a_sequence_stays_an_image() -> None:
+    kinds = [op.kind for op in made_of("heard").anatomy.ops]
+
+    assert kinds.count("reshape") == 1
+    assert {"conv", "max_pool", "global_pool"} <= set(kinds)
 
 
 @pytest.mark.parametrize(("kind", "make"), OVER_TOKENS)
