@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram, export
+from torch.export import Dim, ExportedProgram, default_decompositions, export
 from torch.fx.node import map_arg
 from torch.nn.utils import parametrize
 
@@ -25,6 +25,8 @@ log = logging.getLogger("nightpress")
 CONSTANT = "constant."
 """Prefix of the state entries that are not the model's own but were computed from them."""
 _SIZED = frozenset({"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like", "new_empty"})
+DEPTH = 2
+"""How often an operation is written as others: torch's form of a layer may be that of a fused one at first."""
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 
@@ -64,8 +66,12 @@ class _Picked(nn.Module):
             ) from error
 
 
-def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None) -> Captured:
+def capture(
+    model: nn.Module, example_input: Tensor, output: Callable[[Any], Tensor] | None = None,
+    known: Callable[[fx.Node], bool] = lambda node: True,
+) -> Captured:  # fmt: skip
     """Export a copy of the model. ``example_input`` has shape (1, …); ``output`` picks the tensor that counts.
+    Operations that are not ``known`` are written as others where torch can do it.
 
     Raises InputError saying what cannot be exported, in which module, and what to do.
     """
@@ -78,9 +84,31 @@ def capture(model: nn.Module, example_input: Tensor, output: Callable[[Any], Ten
     example = torch.cat([example_input.cpu()] * 2)
     program = _export(root, copied, example)
     _check_output(program, type(model).__name__)
-    captured = _captured(program, copied, "" if output is None else "model.")
+    prefix = "" if output is None else "model."
+    captured = _captured(program, copied, prefix)
     _check_mutations(program, set(captured.nodes), type(model).__name__)
-    return captured
+    written = captured
+    for _ in range(DEPTH):
+        strange = _strange(written, known)
+        if not strange:
+            return written
+        program = _written_as_others(program, strange)
+        written = _captured(program, copied, prefix)
+    return captured if _strange(written, known) else written  # what the user wrote is what is complained of
+
+
+def _strange(captured: Captured, known: Callable[[fx.Node], bool]) -> set[object]:
+    return {node.target for node in captured.nodes if node.op == "call_function" and not known(node)}
+
+
+def _written_as_others(program: ExportedProgram, strange: set[object]) -> ExportedProgram:
+    """The program with torch's own decompositions of these operations; all others stay as they are."""
+    table = default_decompositions()
+    for operation in list(table):
+        if operation not in strange:
+            del table[operation]
+    with torch.no_grad(), _hushed():
+        return program.run_decompositions(table)
 
 
 def _settle(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from . import dryrun
 from .blocks import find_blocks
 from .capture import CONSTANT, Captured, capture
 from .groups import find_groups
-from .lower import lower
+from .lower import has_rule, lower
 from .rebuild import rebuild
 from .task import Task, device_of, evaluating, picked, task_digest
 
@@ -66,7 +66,7 @@ def inspect(
             return known, network
     if verify:
         dryrun.start()
-    captured = capture(task.model, task.example_input, task.output)
+    captured = capture(task.model, task.example_input, task.output, has_rule)
     anatomy, network = _inspect(task, digest, captured, step_of)
     if not verify:
         return anatomy, network
@@ -83,7 +83,7 @@ def network_of(task: Task, anatomy: Anatomy) -> Network:
     if all(name in own for name in names.values()):
         state = {entry: own[name].detach().cpu() for entry, name in names.items()}
         return Network(state=state, frozen=frozenset(e for e, n in names.items() if not own[n].requires_grad))
-    captured = capture(task.model, task.example_input, task.output)
+    captured = capture(task.model, task.example_input, task.output, has_rule)
     lower(captured)
     return _network(captured)
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ..spaces.anatomy import Op
 from .capture import Captured
 from .lower_convs import CONV, conv_attrs
-from .lower_shapes import POOLS, ShapeLowering
+from .lower_shapes import POOLS, SEVERAL, ShapeLowering
 from .nodes import arguments, is_tensor, module_of, plain_argument, shape_of, target_name, unsupported
 
 # Operations of one input that change values one by one.
@@ -36,6 +36,16 @@ _BINARY = {
 _RESHAPES = frozenset({
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "squeeze_", "unsqueeze_", "_unsafe_view",
 })  # fmt: skip
+
+_FAMILIES = frozenset(_ELEMENTWISE) | frozenset(_BINARY) | _RESHAPES | frozenset(POOLS)
+
+
+def has_rule(node: fx.Node) -> bool:
+    """Whether :func:`lower` has a rule for what a node does; which of its forms, it says itself."""
+    kind = target_name(node)
+    several = isinstance(node.meta.get("val"), list | tuple)
+    by_name = kind in SEVERAL if several else kind in _IDENTITY | _CASTS | _FAMILIES or hasattr(_Lowering, f"_{kind}")
+    return by_name or not isinstance(node.meta.get("val"), Tensor | list | tuple)
 
 
 def lower(captured: Captured) -> tuple[list[Op], str]:
@@ -153,25 +163,6 @@ class _Lowering(ShapeLowering):
         path = module_of(next(iter(known.values()))) if known else node.name
         return path, self._entries(path, known)
 
-    def _rms_norm(self, node: fx.Node) -> None:
-        """x / √(mean x² + ε), times a weight (Zhang & Sennrich 2019, eq. 4)."""
-        given = arguments(node, ("input", "shape", "weight", "eps"))
-        if len(given["shape"]) != 1:
-            raise unsupported(node, f"an RMS norm over {len(given['shape'])} axes")
-        shape = shape_of(node)[0]
-        eps = given.get("eps")
-        square = self._before(node, "mul", (given["input"], given["input"]))
-        mean = self._before(node, "mean", (square,), (*shape[:-1], 1),
-                            attrs={"axes": (len(shape) - 1,), "keepdim": True})  # fmt: skip
-        least = torch.finfo(torch.float32).eps if eps is None else float(eps)
-        moved = self._before(node, "add", (mean,), attrs={"constant": least})
-        factor = self._before(node, "rsqrt", (moved,))
-        weight = given.get("weight")
-        if weight is None:
-            self._put(node, "mul", (given["input"], factor))
-        else:
-            self._put(node, "mul", (self._before(node, "mul", (given["input"], factor)), weight))
-
     # Activations with arguments
 
     def _prelu(self, node: fx.Node) -> None:
@@ -179,21 +170,6 @@ class _Lowering(ShapeLowering):
         path, params = self._vectors(node, arguments(node, ("input", "weight")))
         shared = self.captured.state[params["weight"]].numel() == 1
         self._put(node, "prelu", (node.args[0],), name=path, module=path, params=params, attrs={"shared": shared})
-
-    def _log_sigmoid(self, node: fx.Node) -> None:
-        """−softplus(−x)."""
-        self._put(node, "neg", (self._before(node, "softplus", (self._before(node, "neg", (node.args[0],)),)),))
-
-    def _glu(self, node: fx.Node) -> None:
-        """One half times the sigmoid of the other (Dauphin et al. 2017)."""
-        source: Any = node.args[0]
-        shape = shape_of(node)[0]
-        axis = int(plain_argument(node, "dim", 1, -1)) % len(shape)
-        value, gate = (
-            self._before(node, "slice", (source,), shape, attrs={"axis": axis, "start": start, "step": 1})
-            for start in (0, shape[axis])
-        )  # fmt: skip
-        self._put(node, "mul", (value, self._before(node, "sigmoid", (gate,))))
 
     def _gelu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "approximate"))
@@ -212,14 +188,10 @@ class _Lowering(ShapeLowering):
     def _clamp(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "low", "high"))
         low, high = given.get("low"), given.get("high")
+        if any(isinstance(end, fx.Node) for end in (low, high)):
+            raise unsupported(node, "a clamp whose bound depends on the input")
         attrs = {"low": -math.inf if low is None else float(low), "high": math.inf if high is None else float(high)}
         self._put(node, "clip", (given["input"],), attrs=attrs)
-
-    def _clamp_min(self, node: fx.Node) -> None:
-        self._put(node, "clip", (node.args[0],), attrs={"low": _plain(node, node.args[1]), "high": math.inf})
-
-    def _clamp_max(self, node: fx.Node) -> None:
-        self._put(node, "clip", (node.args[0],), attrs={"low": -math.inf, "high": _plain(node, node.args[1])})
 
     def _leaky_relu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "slope"))
@@ -264,12 +236,9 @@ class _Lowering(ShapeLowering):
         if isinstance(exponent, fx.Node) or not isinstance(node.args[0], fx.Node):
             raise unsupported(node, "a power that depends on the input")
         if exponent == 2:
-            self._square(node)
+            self._put(node, "mul", (node.args[0], node.args[0]))
         else:
             self._put(node, "pow", (node.args[0],), attrs={"constant": float(exponent)})  # type: ignore[arg-type]
-
-    def _square(self, node: fx.Node) -> None:
-        self._put(node, "mul", (node.args[0], node.args[0]))
 
     def _matmul(self, node: fx.Node) -> None:
         self._put(node, "matmul", (node.args[0], node.args[1]))
@@ -286,12 +255,6 @@ class _Lowering(ShapeLowering):
         if given.get("mask") is not None:
             inputs.append(given["mask"])
         self._put(node, "attention", inputs, attrs={"scale": float(scale) if scale is not None else size**-0.5})
-
-
-def _plain(node: fx.Node, value: object) -> float:
-    if not isinstance(value, int | float):
-        raise unsupported(node, "a clamp whose bound depends on the input")
-    return float(value)
 
 
 def _tidy(ops: list[Op], output: str) -> list[Op]:

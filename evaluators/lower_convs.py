@@ -82,19 +82,20 @@ class ConvLowering(Lowering):
         entry = self._weights(node, given["weight"])
         weight = self.captured.state[entry]
         kernel = tuple(weight.shape[2:])
-        padded = any(pair(given.get(name, 0)) != (0, 0) for name in ("padding", "output_padding"))
+        apart = any(pair(given.get(name, 0)) != (0, 0) for name in ("padding", "output_padding"))
+        apart |= pair(given.get("dilation", 1)) != (1, 1)
         if int(given.get("groups", 1)) != 1:
             raise unsupported(node, "a transposed convolution in groups")
-        if padded or kernel[0] != kernel[1] or pair(given.get("stride", 1)) != kernel:
+        if apart or kernel[0] != kernel[1] or pair(given.get("stride", 1)) != kernel:
             raise unsupported(node, "a transposed convolution whose kernel is not its stride")
         factor = kernel[0]
         module, params = self._rewritten(
             entry, self._state(given.get("bias")), lambda w: w.permute(1, 2, 3, 0).flatten(0, 2)[..., None, None],
             lambda b: b.repeat_interleave(factor**2),
         )  # fmt: skip
-        rows, columns = shape_of(given["input"])[0][2:]
+        count, _, rows, columns = shape_of(given["input"])[0]
         made = self._before(
-            node, "conv", (given["input"],), (1, weight.shape[1] * factor**2, rows, columns), name=module,
+            node, "conv", (given["input"],), (count, weight.shape[1] * factor**2, rows, columns), name=module,
             module=module, params=params, attrs={**_POINTWISE, "stride": (1, 1)},
         )  # fmt: skip
         self._put(node, "pixel_shuffle", (made,), attrs={"factor": factor})
@@ -120,6 +121,7 @@ class ConvLowering(Lowering):
                 tensors["bias"] = (bias, change_bias(self.captured.state[bias]))
             for role, (source, value) in tensors.items():
                 self.captured.state[f"{module}.{role}"] = value.contiguous()
+                self._readers[f"{module}.{role}"] = self._readers[source]
                 if source in self.captured.frozen:
                     self.captured.renamed[f"{module}.{role}"] = CONSTANT + f"{module}.{role}"
             self._as_convs[weight, bias] = module, {role: f"{module}.{role}" for role in tensors}

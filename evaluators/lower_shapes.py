@@ -9,6 +9,9 @@ from .nodes import arguments, dims, pair, plain_argument, shape_of, target_name,
 
 PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 """Ways to pad, and what ONNX calls them."""
+LARGEST = frozenset({"max", "adaptive_max_pool2d"})
+SEVERAL = LARGEST | {"unbind", "chunk", "split", "split_with_sizes"}
+"""What makes several tensors, of which others take one."""
 BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 POOLS = {
     "max_pool2d": ("kernel", "stride", "padding", "dilation", "ceil"),
@@ -58,40 +61,19 @@ class ShapeLowering(ConvLowering):
         if not isinstance(whole, fx.Node) or not isinstance(number, int):
             raise unsupported(node)
         source: Any = whole.args[0]
-        if target_name(whole) in {"max", "adaptive_max_pool2d"} and number == 0:  # the second part are their places
+        if target_name(whole) in LARGEST and number == 0:  # the second part are their places
             self._largest(node, whole)
             return
         axis = int(plain_argument(whole, "dim", 1 if target_name(whole) == "unbind" else 2, 0))
         if target_name(whole) == "unbind":
             self._pick(node, source, axis, number)
             return
-        if target_name(whole) not in {"chunk", "split", "split_with_sizes"}:
+        if target_name(whole) not in SEVERAL - LARGEST:
             raise unsupported(whole)
         axis %= len(shape_of(source)[0])
         sizes = [dims(part)[0][axis] for part in whole.meta["val"]]
         attrs = {"axis": axis, "start": sum(sizes[:number]), "step": 1}
         self._put(node, "slice", (source,), attrs=attrs)
-
-    def _stack(self, node: fx.Node) -> None:
-        """Each tensor with an axis of one more, joined along it."""
-        shape, _ = shape_of(node)
-        axis = int(plain_argument(node, "dim", 1, 0)) % len(shape)
-        parts: Any = node.args[0]
-        one = (*shape[:axis], 1, *shape[axis + 1 :])
-        if axis == 0 or any(dims(part.meta["val"])[1] != 0 for part in parts):
-            raise unsupported(node, "a stack along the batch")
-        self._put(node, "cat", [self._before(node, "reshape", (part,), one) for part in parts], attrs={"axis": axis})
-
-    def _channel_shuffle(self, node: fx.Node) -> None:
-        shape = shape_of(node)[0]
-        groups = int(arguments(node, ("input", "groups"))["groups"])
-        apart = (shape[0], groups, shape[1] // groups, *shape[2:])
-        order = (0, 2, 1, *range(3, len(apart)))
-        turned = self._before(
-            node, "permute", (self._before(node, "reshape", (node.args[0],), apart),),
-            tuple(apart[i] for i in order), attrs={"order": order},
-        )  # fmt: skip
-        self._put(node, "reshape", (turned,))
 
     def _pixel_shuffle(self, node: fx.Node) -> None:
         attrs = {"factor": int(arguments(node, ("input", "factor"))["factor"])}
@@ -120,8 +102,6 @@ class ShapeLowering(ConvLowering):
             self._same(node, node.args[0])  # type: ignore[arg-type]
             return
         self._put(node, "expand", (node.args[0],))
-
-    _expand_as = _expand
 
     def _roll(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "shifts", "dims"))
@@ -212,12 +192,6 @@ class ShapeLowering(ConvLowering):
     def _amax(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
         self._reduced(node, "amax", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
-
-    def _linalg_vector_norm(self, node: fx.Node) -> None:
-        given = arguments(node, ("input", "ord", "dims", "keepdim"))
-        if given.get("ord", 2) != 2:
-            raise unsupported(node, f"a vector norm of order {given['ord']}")
-        self._reduced(node, "l2_norm", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
 
     def _reduced(self, node: fx.Node, kind: str, source: fx.Node, dims: Any, keepdim: bool) -> None:
         attrs = {"axes": _axes(node, source, dims, f"a{'n' * (kind == 'amax')} {kind}"), "keepdim": keepdim}

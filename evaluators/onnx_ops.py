@@ -372,7 +372,6 @@ EMIT: dict[str, _Emit] = {
     "mean": _reduced("ReduceMean"),
     "sum": _reduced("ReduceSum"),
     "amax": _reduced("ReduceMax"),
-    "l2_norm": _reduced("ReduceL2"),
     "resize": _resize,
     "add": _binary("Add"),
     "sub": _binary("Sub"),

@@ -214,10 +214,10 @@ def _global_pool(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
     return torch.mean, [inputs[0], (2, 3)], {"keepdim": True}
 
 
-def _reduced(target: Callable[..., Any], *order: int) -> Callable[[PlannedOp, list[fx.Node]], _Call]:
+def _reduced(target: Callable[..., Any]) -> Callable[[PlannedOp, list[fx.Node]], _Call]:
     def call(planned: PlannedOp, inputs: list[fx.Node]) -> _Call:
         attrs = planned.op.attrs
-        return target, [inputs[0], *order, attrs["axes"]], {"keepdim": attrs["keepdim"]}
+        return target, [inputs[0], attrs["axes"]], {"keepdim": attrs["keepdim"]}
 
     return call
 
@@ -295,7 +295,7 @@ _FUNCTIONS: dict[str, Callable[[PlannedOp, list[fx.Node]], _Call]] = {
     "roll": lambda planned, inputs: (torch.roll, [inputs[0], planned.op.attrs["shifts"], planned.op.attrs["axes"]], {}),
     "pad": _pad, "max_pool": _pool(F.max_pool2d), "avg_pool": _pool(F.avg_pool2d), "global_pool": _global_pool,
     "mean": _reduced(torch.mean), "sum": _reduced(torch.sum), "amax": _reduced(torch.amax),
-    "l2_norm": _reduced(torch.linalg.vector_norm, 2), "resize": _resize,
+    "resize": _resize,
     "pixel_shuffle": lambda planned, inputs: (F.pixel_shuffle, [inputs[0], planned.op.attrs["factor"]], {}),
 }  # fmt: skip
 KINDS = frozenset(_FUNCTIONS) | frozenset(_LAYERS) | {"input", "param"}
