@@ -280,6 +280,7 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
     used = {names[source.name] for n in nodes for source in n.all_input_nodes if source.name in names}
     _tell_of_ties(model, names, values, used, nodes)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
+    frozen |= {name for name, _ in model.named_buffers()}
     constants = {name for name in used if name.startswith(CONSTANT)}
     return Captured(
         nodes=tuple(nodes), output=result, state={name: state[name] for name in sorted(used)}, names=names,

@@ -152,11 +152,13 @@ def _network(captured: Captured) -> Network:
 
 
 def _difference(task: Task, anatomy: Anatomy, network: Network) -> float:
-    """How far the rebuilt module's output for the example is from the model's, relative to the largest output."""
+    """How far the rebuilt module's output is from the model's, relative to the largest output: for the example and its
+    mirror image, since what mixes examples shows with several alone."""
+    examples = torch.cat([task.example_input, task.example_input.flip(-1)])
     module = rebuild(plan(anatomy, Policy(model=anatomy.digest)), network.state, network.frozen)
     with evaluating(task.model), torch.no_grad():
-        expected = picked(task, task.model)(task.example_input.to(device_of(task.model))).float().cpu()
-        found = module(task.example_input.cpu())
+        expected = picked(task, task.model)(examples.to(device_of(task.model))).float().cpu()
+        found = module(examples.cpu())
     if found.shape != expected.shape:
         return float("inf")
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6))

@@ -19,7 +19,7 @@ _ELEMENTWISE = {
     "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "hardswish": "hardswish",
     "hardswish_": "hardswish", "hardsigmoid": "hardsigmoid", "hardsigmoid_": "hardsigmoid", "silu": "silu",
     "silu_": "silu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh", "exp": "exp",
-    "sqrt": "sqrt", "abs": "abs", "erf": "erf", "neg": "neg", "softplus": "softplus", "mish": "mish",
+    "sqrt": "sqrt", "abs": "abs", "erf": "erf", "neg": "neg", "mish": "mish",
     "mish_": "mish", "log": "log", "rsqrt": "rsqrt", "reciprocal": "reciprocal", "selu": "selu", "selu_": "selu",
 }  # fmt: skip
 _IDENTITY = frozenset({
@@ -73,7 +73,7 @@ class _Lowering(ShapeLowering):
     def add(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            self._put(node, "input", ())
+            self._emit(node, "input", ())
             return
         if isinstance(value, list | tuple):  # a split: its parts are taken by getitem
             return
@@ -92,7 +92,7 @@ class _Lowering(ShapeLowering):
 
     def _by_family(self, kind: str) -> Callable[[fx.Node], None] | None:
         if kind in _ELEMENTWISE:
-            return lambda node: self._put(node, _ELEMENTWISE[kind], (node.args[0],))
+            return lambda node: self._emit(node, _ELEMENTWISE[kind], (node.args[0],))
         if kind in _BINARY:
             return lambda node: self._binary(node, _BINARY[kind])
         if kind in _RESHAPES:
@@ -115,7 +115,7 @@ class _Lowering(ShapeLowering):
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
         given = arguments(node, names)
         params = {role: self._state(given[role]) for role in names[1:5]}
-        if params["running_mean"] is None or params["running_var"] is None:
+        if given["training"] or params["running_mean"] is None or params["running_var"] is None:
             raise unsupported(node, "a batch norm without running statistics")
         path = module_of(params["running_mean"])
         known = self._entries(path, {role: name for role, name in params.items() if name is not None})
@@ -128,60 +128,60 @@ class _Lowering(ShapeLowering):
             self.ops[source.name] = replace(source, norm=path, params=params, attrs=attrs)
             self._same(node, given["input"])
             return
-        self._put(node, "batch_norm", (given["input"],), name=path, module=path, params=known, attrs=attrs)
+        self._emit(node, "batch_norm", (given["input"],), name=path, module=path, params=known, attrs=attrs)
 
     def _layer_norm(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "shape", "weight", "bias", "eps"))
         if len(given["shape"]) != 1:
             raise unsupported(node, f"a layer norm over {len(given['shape'])} axes")
-        attrs = {"eps": float(given.get("eps", 1e-5))}
-        path, params = self._vectors(node, given)
-        self._put(node, "layer_norm", (given["input"],), name=path, module=path, params=params, attrs=attrs)
+        self._with_vectors(node, "layer_norm", given, {"eps": float(given.get("eps", 1e-5))})
 
     def _group_norm(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "groups", "weight", "bias", "eps"))
         self._normalised(node, given, int(given["groups"]))
 
     def _instance_norm(self, node: fx.Node) -> None:
-        """A group norm whose groups are single channels, or with running statistics a batch norm."""
+        """A group norm whose groups are single channels."""
         names = ("input", "weight", "bias", "running_mean", "running_var", "own_statistics", "momentum", "eps")
         given = arguments(node, names)
-        if given["own_statistics"]:
-            self._normalised(node, given, shape_of(node)[0][1])
-        else:
-            self._batch_norm(node)
+        if not given["own_statistics"]:  # a batch norm at inference, but not while it is trained
+            raise unsupported(node, "an instance norm with running statistics")
+        self._normalised(node, given, shape_of(node)[0][1])
 
     def _normalised(self, node: fx.Node, given: Mapping[str, Any], groups: int) -> None:
-        path, params = self._vectors(node, given)
-        attrs = {"groups": groups, "eps": float(given.get("eps", 1e-5))}
-        self._put(node, "group_norm", (given["input"],), name=path, module=path, params=params, attrs=attrs)
+        if shape_of(node)[1] != 0:
+            raise unsupported(node, "a norm over channels without a batch before them")
+        self._with_vectors(node, "group_norm", given, {"groups": groups, "eps": float(given.get("eps", 1e-5))})
 
-    def _vectors(self, node: fx.Node, given: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
-        """Name and state of a layer that has a number for each channel, or none."""
-        params = {role: self._state(given.get(role)) for role in ("weight", "bias")}
-        known = {role: name for role, name in params.items() if name is not None}
-        path = module_of(next(iter(known.values()))) if known else node.name
-        return path, self._entries(path, known)
+    def _with_vectors(self, node: fx.Node, kind: str, given: Mapping[str, Any], attrs: dict[str, Any]) -> None:
+        """A layer that has a number for each channel, or none. It bears its weight's name, unless another does."""
+        named = {role: self._state(given.get(role)) for role in ("weight", "bias")}
+        known = {role: name for role, name in named.items() if name is not None}
+        path, layer = module_of(next(iter(known.values()))) if known else node.name, (kind, known, attrs)
+        while not self._free(path, known) or self._layers.setdefault(path, layer) != layer:
+            path += "_"
+        params = self._entries(path, known)
+        self._emit(node, kind, (given["input"],), name=path, module=path, params=params, attrs=attrs)
 
     # Activations with arguments
 
     def _prelu(self, node: fx.Node) -> None:
         """With one slope a channel, or one for all."""
-        path, params = self._vectors(node, arguments(node, ("input", "weight")))
-        shared = self.captured.state[params["weight"]].numel() == 1
-        self._put(node, "prelu", (node.args[0],), name=path, module=path, params=params, attrs={"shared": shared})
+        given = arguments(node, ("input", "weight"))
+        shared = self.captured.state[self._weights(node, given["weight"])].numel() == 1
+        self._with_vectors(node, "prelu", given, {"shared": shared})
 
     def _gelu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "approximate"))
-        self._put(node, "gelu", (given["input"],), attrs={"approximate": given.get("approximate", "none")})
+        self._emit(node, "gelu", (given["input"],), attrs={"approximate": given.get("approximate", "none")})
 
     def _hardtanh(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "low", "high"))
         low, high = float(given.get("low", -1)), float(given.get("high", 1))
         if (low, high) == (0, 6):
-            self._put(node, "relu6", (given["input"],))
+            self._emit(node, "relu6", (given["input"],))
         else:
-            self._put(node, "clip", (given["input"],), attrs={"low": low, "high": high})
+            self._emit(node, "clip", (given["input"],), attrs={"low": low, "high": high})
 
     _hardtanh_ = _hardtanh
 
@@ -191,11 +191,17 @@ class _Lowering(ShapeLowering):
         if any(isinstance(end, fx.Node) for end in (low, high)):
             raise unsupported(node, "a clamp whose bound depends on the input")
         attrs = {"low": -math.inf if low is None else float(low), "high": math.inf if high is None else float(high)}
-        self._put(node, "clip", (given["input"],), attrs=attrs)
+        self._emit(node, "clip", (given["input"],), attrs=attrs)
+
+    def _softplus(self, node: fx.Node) -> None:
+        given = arguments(node, ("input", "beta", "threshold"))
+        if (given.get("beta", 1), given.get("threshold", 20)) != (1, 20):
+            raise unsupported(node, "a softplus of another sharpness")
+        self._emit(node, "softplus", (given["input"],))
 
     def _leaky_relu(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "slope"))
-        self._put(node, "leaky_relu", (given["input"],), attrs={"slope": float(given.get("slope", 0.01))})
+        self._emit(node, "leaky_relu", (given["input"],), attrs={"slope": float(given.get("slope", 0.01))})
 
     _leaky_relu_ = _leaky_relu
 
@@ -203,11 +209,11 @@ class _Lowering(ShapeLowering):
         given = arguments(node, ("input", "alpha", "scale", "input_scale"))
         if given.get("scale", 1) != 1 or given.get("input_scale", 1) != 1:
             raise unsupported(node, "an ELU with a scale")
-        self._put(node, "elu", (given["input"],), attrs={"alpha": float(given.get("alpha", 1))})
+        self._emit(node, "elu", (given["input"],), attrs={"alpha": float(given.get("alpha", 1))})
 
     def _softmax(self, node: fx.Node) -> None:
         axis = int(plain_argument(node, "dim", 1, -1)) % len(shape_of(node)[0])
-        self._put(node, target_name(node), (node.args[0],), attrs={"axis": axis})
+        self._emit(node, target_name(node), (node.args[0],), attrs={"axis": axis})
 
     _log_softmax = _softmax
 
@@ -218,30 +224,31 @@ class _Lowering(ShapeLowering):
             raise unsupported(node, f"{kind} with {dict(node.kwargs)}")
         first, second = node.args[0], node.args[1]
         if isinstance(first, fx.Node) and isinstance(second, fx.Node) and is_tensor(first) and is_tensor(second):
-            self._put(node, kind, (first, second))
+            self._emit(node, kind, (first, second))
         elif isinstance(first, fx.Node) and isinstance(second, int | float):
-            self._put(node, kind, (first,), attrs={"constant": float(second)})
+            self._emit(node, kind, (first,), attrs={"constant": float(second)})
         else:
             raise unsupported(node, f"{kind} with a number that depends on the batch")
 
     def _rsub(self, node: fx.Node) -> None:
         """A number less the tensor."""
-        if node.kwargs.get("alpha", 1) != 1 or not isinstance(node.args[1], int | float):
-            raise unsupported(node, "a subtraction from what depends on the batch")
-        attrs = {"constant": float(node.args[1])}
-        self._put(node, "add", (self._before(node, "neg", (node.args[0],)),), attrs=attrs)
+        given = arguments(node, ("input", "other", "alpha"))
+        if given.get("alpha", 1) != 1 or not isinstance(given["other"], int | float):
+            raise unsupported(node, "a subtraction of a multiple, or from what depends on the batch")
+        attrs = {"constant": float(given["other"])}
+        self._emit(node, "add", (self._before(node, "neg", (node.args[0],)),), attrs=attrs)
 
     def _pow(self, node: fx.Node) -> None:
         exponent = node.args[1]
         if isinstance(exponent, fx.Node) or not isinstance(node.args[0], fx.Node):
             raise unsupported(node, "a power that depends on the input")
         if exponent == 2:
-            self._put(node, "mul", (node.args[0], node.args[0]))
+            self._emit(node, "mul", (node.args[0], node.args[0]))
         else:
-            self._put(node, "pow", (node.args[0],), attrs={"constant": float(exponent)})  # type: ignore[arg-type]
+            self._emit(node, "pow", (node.args[0],), attrs={"constant": float(exponent)})  # type: ignore[arg-type]
 
     def _matmul(self, node: fx.Node) -> None:
-        self._put(node, "matmul", (node.args[0], node.args[1]))
+        self._emit(node, "matmul", (node.args[0], node.args[1]))
 
     _bmm = _matmul
 
@@ -254,7 +261,7 @@ class _Lowering(ShapeLowering):
         inputs = [given["query"], given["key"], given["value"]]
         if given.get("mask") is not None:
             inputs.append(given["mask"])
-        self._put(node, "attention", inputs, attrs={"scale": float(scale) if scale is not None else size**-0.5})
+        self._emit(node, "attention", inputs, attrs={"scale": float(scale) if scale is not None else size**-0.5})
 
 
 def _tidy(ops: list[Op], output: str) -> list[Op]:

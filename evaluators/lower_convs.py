@@ -1,6 +1,7 @@
 """Lowering of what is exactly a convolution over images, written otherwise. It gets weights of its own under a new name
 (``….as_conv``), and is pruned, quantised and priced like any other."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from .capture import CONSTANT, Captured, scope_of
 from .lowering import Lowering
 from .nodes import arguments, module_of, pair, shape_of, target_name, unsupported
 
+log = logging.getLogger("nightpress")
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _POINTWISE = {"kernel": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 _BY_PADDING = frozenset({torch.ops.aten.conv1d.padding, torch.ops.aten.conv2d.padding})
@@ -49,7 +51,8 @@ class ConvLowering(Lowering):
 
     def __init__(self, captured: Captured) -> None:
         super().__init__(captured)
-        self._as_convs: dict[tuple[str, str | None], tuple[str, dict[str, str]]] = {}
+        self._as_convs: dict[tuple[str, str, str | None], tuple[str, dict[str, str]]] = {}
+        self._of_entries: dict[tuple[str, str], str] = {}
 
     def _padded_shortcut(self, node: fx.Node, source: fx.Node, before: int) -> None:
         """Every n-th pixel with channels of zeros around it (the option-A shortcut of He et al. 2016): exactly a 1×1
@@ -71,7 +74,7 @@ class ConvLowering(Lowering):
         self.captured.state[f"{module}.weight"] = weight
         self.captured.renamed[f"{module}.weight"] = CONSTANT + module
         attrs = {**_POINTWISE, "stride": tuple(stride)}
-        self._put(node, "conv", (reader,), name=module, module=module,
+        self._emit(node, "conv", (reader,), name=module, module=module,
                   params={"weight": f"{module}.weight"}, attrs=attrs)  # fmt: skip
 
     def _conv_transpose2d(self, node: fx.Node) -> None:
@@ -90,7 +93,7 @@ class ConvLowering(Lowering):
             raise unsupported(node, "a transposed convolution whose kernel is not its stride")
         factor = kernel[0]
         module, params = self._rewritten(
-            entry, self._state(given.get("bias")), lambda w: w.permute(1, 2, 3, 0).flatten(0, 2)[..., None, None],
+            node, entry, self._state(given.get("bias")), lambda w: w.permute(1, 2, 3, 0).flatten(0, 2)[..., None, None],
             lambda b: b.repeat_interleave(factor**2),
         )  # fmt: skip
         count, _, rows, columns = shape_of(given["input"])[0]
@@ -98,7 +101,7 @@ class ConvLowering(Lowering):
             node, "conv", (given["input"],), (count, weight.shape[1] * factor**2, rows, columns), name=module,
             module=module, params=params, attrs={**_POINTWISE, "stride": (1, 1)},
         )  # fmt: skip
-        self._put(node, "pixel_shuffle", (made,), attrs={"factor": factor})
+        self._emit(node, "pixel_shuffle", (made,), attrs={"factor": factor})
 
     def _conv1d(self, node: fx.Node) -> None:
         """A convolution over an image of height 1: the runtime has better kernels for those, and all that follows them
@@ -106,30 +109,53 @@ class ConvLowering(Lowering):
         given = arguments(node, CONV)
         entry = self._weights(node, given["weight"])
         kernel = (1, int(self.captured.state[entry].shape[2]))
-        module, params = self._rewritten(entry, self._state(given.get("bias")), lambda w: w[:, :, None], lambda b: b)
+        module, params = self._rewritten(
+            node, entry, self._state(given.get("bias")), lambda w: w[:, :, None], lambda b: b
+        )
         attrs = conv_attrs(node, given, kernel)
-        self._put(node, "conv", (given["input"],), name=module, module=module, params=params, attrs=attrs, image=True)
+        self._emit(node, "conv", (given["input"],), name=module, module=module, params=params, attrs=attrs, image=True)
 
     def _rewritten(
-        self, weight: str, bias: str | None, change: Callable[[Tensor], Tensor], change_bias: Callable[[Tensor], Tensor]
-    ) -> tuple[str, dict[str, str]]:
-        """Name and state of the convolution that stands for another layer; the same each time that it is used."""
-        if (weight, bias) not in self._as_convs:
+        self, node: fx.Node, weight: str, bias: str | None, change: Callable[[Tensor], Tensor],
+        change_bias: Callable[[Tensor], Tensor],
+    ) -> tuple[str, dict[str, str]]:  # fmt: skip
+        """Name and state of the convolution that stands for another layer; the same each time that it is used. Layers
+        that share a weight share what is made of it."""
+        kind = target_name(node)
+        if (kind, weight, bias) not in self._as_convs:
             module = self._as_conv(module_of(weight))
-            tensors = {"weight": (weight, change(self.captured.state[weight]))}
+            params = {"weight": self._changed(kind, weight, f"{module}.weight", change)}
             if bias is not None:
-                tensors["bias"] = (bias, change_bias(self.captured.state[bias]))
-            for role, (source, value) in tensors.items():
-                self.captured.state[f"{module}.{role}"] = value.contiguous()
-                self._readers[f"{module}.{role}"] = self._readers[source]
-                if source in self.captured.frozen:
-                    self.captured.renamed[f"{module}.{role}"] = CONSTANT + f"{module}.{role}"
-            self._as_convs[weight, bias] = module, {role: f"{module}.{role}" for role in tensors}
-        return self._as_convs[weight, bias]
+                params["bias"] = self._changed(kind, bias, f"{module}.bias", change_bias)
+            self._as_convs[kind, weight, bias] = module, params
+            self._warn_of_other_uses(kind, weight)
+        return self._as_convs[kind, weight, bias]
+
+    def _changed(self, kind: str, source: str, entry: str, change: Callable[[Tensor], Tensor]) -> str:
+        """The entry that holds what was made of another, a new one where nobody has made it."""
+        known = self._of_entries.setdefault((kind, source), entry)
+        if known == entry:
+            self.captured.state[entry] = change(self.captured.state[source]).contiguous()
+            self._readers[entry] = self._readers[source]
+            if source in self.captured.frozen:
+                self.captured.renamed[entry] = CONSTANT + entry
+        return known
+
+    def _warn_of_other_uses(self, kind: str, weight: str) -> None:
+        names = self.captured.names
+        readers = (n for n in self.captured.nodes if any(names.get(s.name) == weight for s in n.all_input_nodes))
+        others = sorted({target_name(reader) for reader in readers} - {kind})
+        if others:
+            log.warning(
+                "%s is read by %s and by %s, which gets a copy of its own: the two are no longer tied",
+                weight, ", ".join(others), kind,
+            )  # fmt: skip
 
     def _as_conv(self, scope: str) -> str:
         """The name of a convolution that the model has not."""
+        if scope in self.captured.state:  # a parameter of the model itself
+            scope += "_"
         module = f"{scope}.as_conv".lstrip(".")
-        while f"{module}.weight" in self.captured.state:
+        while f"{module}.weight" in self.captured.state or any(module == taken for taken, _ in self._as_convs.values()):
             module += "_"
         return module

@@ -28,32 +28,36 @@ class ShapeLowering(ConvLowering):
 
     def _cat(self, node: fx.Node) -> None:
         joined: Any = node.args[0]
-        self._put(node, "cat", joined, attrs={"axis": int(plain_argument(node, "dim", 1, 0)) % len(shape_of(node)[0])})
+        self._emit(node, "cat", joined, attrs={"axis": int(plain_argument(node, "dim", 1, 0)) % len(shape_of(node)[0])})
 
     def _slice(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dim", "start", "end", "step"))
         source = shape_of(given["input"])[0]
         axis = int(given.get("dim", 0)) % len(source)
-        if shape_of(node)[0] == source:
+        if shape_of(node) == shape_of(given["input"]):
             self._same(node, given["input"])
             return
+        if axis == shape_of(given["input"])[1]:
+            raise unsupported(node, "a part of the batch")
         start, step = given.get("start"), int(given.get("step", 1))
         start = max(0, int(start) + source[axis]) if start is not None and int(start) < 0 else int(start or 0)
-        self._put(node, "slice", (given["input"],), attrs={"axis": axis, "start": start, "step": step})
+        self._emit(node, "slice", (given["input"],), attrs={"axis": axis, "start": start, "step": step})
 
     def _narrow(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dim", "start", "length"))
         attrs = {"axis": int(given["dim"]) % len(shape_of(node)[0]), "start": int(given["start"]), "step": 1}
-        self._put(node, "slice", (given["input"],), attrs=attrs)
+        self._emit(node, "slice", (given["input"],), attrs=attrs)
 
     def _select(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dim", "index"))
         self._pick(node, given["input"], int(given["dim"]), int(given["index"]))
 
     def _pick(self, node: fx.Node, source: fx.Node, axis: int, index: int) -> None:
-        shape = shape_of(source)[0]
+        shape, batch = shape_of(source)
         axis %= len(shape)
-        self._put(node, "select", (source,), attrs={"axis": axis, "index": index % shape[axis]})
+        if axis == batch:
+            raise unsupported(node, "a part of the batch")
+        self._emit(node, "select", (source,), attrs={"axis": axis, "index": index % shape[axis]})
 
     def _getitem(self, node: fx.Node) -> None:
         """One part of a chunk, split or unbind."""
@@ -64,20 +68,26 @@ class ShapeLowering(ConvLowering):
         if target_name(whole) in LARGEST and number == 0:  # the second part are their places
             self._largest(node, whole)
             return
+        if target_name(whole) not in SEVERAL - LARGEST:
+            raise unsupported(whole)
         axis = int(plain_argument(whole, "dim", 1 if target_name(whole) == "unbind" else 2, 0))
         if target_name(whole) == "unbind":
             self._pick(node, source, axis, number)
             return
-        if target_name(whole) not in SEVERAL - LARGEST:
-            raise unsupported(whole)
-        axis %= len(shape_of(source)[0])
+        shape, batch = shape_of(source)
+        axis %= len(shape)
+        if axis == batch:
+            raise unsupported(whole, "a part of the batch")
         sizes = [dims(part)[0][axis] for part in whole.meta["val"]]
         attrs = {"axis": axis, "start": sum(sizes[:number]), "step": 1}
-        self._put(node, "slice", (source,), attrs=attrs)
+        self._emit(node, "slice", (source,), attrs=attrs)
 
     def _pixel_shuffle(self, node: fx.Node) -> None:
+        shape, batch = shape_of(node)
+        if len(shape) != 4 or batch != 0:
+            raise unsupported(node, "a pixel shuffle of anything but a batch of images")
         attrs = {"factor": int(arguments(node, ("input", "factor"))["factor"])}
-        self._put(node, "pixel_shuffle", (node.args[0],), attrs=attrs)
+        self._emit(node, "pixel_shuffle", (node.args[0],), attrs=attrs)
 
     def _reshaped(self, node: fx.Node) -> None:
         if shape_of(node) == shape_of(node.args[0]):
@@ -85,23 +95,26 @@ class ShapeLowering(ConvLowering):
             return
         shape, axis = shape_of(node)
         flat = len(shape) == 2 and axis == 0 and shape[0] == 1 and shape_of(node.args[0])[1] == 0
-        self._put(node, "flatten" if flat else "reshape", (self._stored(node.args[0]),))  # type: ignore[arg-type]
+        self._emit(node, "flatten" if flat else "reshape", (self._stored(node.args[0]),))  # type: ignore[arg-type]
 
     def _permute(self, node: fx.Node) -> None:
         order: Any = node.args[1]
-        self._put(node, "permute", (node.args[0],), attrs={"order": tuple(int(i) % len(order) for i in order)})
+        self._emit(node, "permute", (node.args[0],), attrs={"order": tuple(int(i) % len(order) for i in order)})
 
     def _transpose(self, node: fx.Node) -> None:
         order = list(range(len(shape_of(node)[0])))
         one, other = (int(i) % len(order) for i in node.args[1:3])  # type: ignore[arg-type]
         order[one], order[other] = order[other], order[one]
-        self._put(node, "permute", (node.args[0],), attrs={"order": tuple(order)})
+        self._emit(node, "permute", (node.args[0],), attrs={"order": tuple(order)})
 
     def _expand(self, node: fx.Node) -> None:
         if shape_of(node) == shape_of(node.args[0]) or all(_broadcasts(user, node) for user in node.users):
             self._same(node, node.args[0])  # type: ignore[arg-type]
             return
-        self._put(node, "expand", (node.args[0],))
+        shape, batch = shape_of(node)
+        if batch is not None and shape[batch] != 1:
+            raise unsupported(node, "an expansion to several for each example")
+        self._emit(node, "expand", (node.args[0],))
 
     def _roll(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "shifts", "dims"))
@@ -109,7 +122,7 @@ class ShapeLowering(ConvLowering):
             raise unsupported(node, "roll over all axes at once")
         count = len(shape_of(node)[0])
         attrs = {"shifts": tuple(int(s) for s in given["shifts"]), "axes": tuple(int(d) % count for d in given["dims"])}
-        self._put(node, "roll", (given["input"],), attrs=attrs)
+        self._emit(node, "roll", (given["input"],), attrs=attrs)
 
     def _pad(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "pad", "mode", "value"))
@@ -117,6 +130,8 @@ class ShapeLowering(ConvLowering):
         mode = given.get("mode", "constant")
         if mode not in PADDING:
             raise unsupported(node, f"padding by {mode!r}")
+        if mode != "constant" and len(amounts) != 2 * (len(shape_of(node)[0]) - 2):
+            raise unsupported(node, f"padding by {mode!r} of anything but all axes behind the channels")
         if given.get("value") not in (None, 0, 0.0):
             raise unsupported(node, f"padding with {given['value']}")
         if not any(amounts):
@@ -126,12 +141,12 @@ class ShapeLowering(ConvLowering):
         before, after = [0] * rank, [0] * rank
         for i, (low, high) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
             before[rank - 1 - i], after[rank - 1 - i] = low, high
-        channels_only = before[0] == after[0] == 0 and not any(before[2:] + after[2:])
+        channels_only = before[0] == after[0] == 0 and not any(before[2:] + after[2:]) and min(before[1], after[1]) >= 0
         if mode == "constant" and rank == 4 and (before[1] or after[1]) and channels_only:
             self._padded_shortcut(node, given["input"], before[1])
             return
         attrs = {"before": tuple(before), "after": tuple(after), "mode": mode}
-        self._put(node, "pad", (given["input"],), attrs=attrs)
+        self._emit(node, "pad", (given["input"],), attrs=attrs)
 
     _constant_pad_nd = _pad
 
@@ -139,7 +154,7 @@ class ShapeLowering(ConvLowering):
 
     def _pool(self, node: fx.Node, kind: str) -> None:
         given = arguments(node, ("input", *POOLS[kind]))
-        sequence = kind.endswith("1d")
+        sequence = _is_sequence(node, given["input"])
 
         def extents(value: Any, height: int = 1) -> tuple[int, int]:
             return beside(value, height) if sequence else pair(value)
@@ -152,20 +167,20 @@ class ShapeLowering(ConvLowering):
         }  # fmt: skip
         if kind.startswith("avg"):
             attrs["count_include_pad"] = int(given.get("count_include_pad", True))
-        self._put(node, kind[:-2], (given["input"],), attrs=attrs, image=sequence)
+        self._emit(node, kind[:-2], (given["input"],), attrs=attrs, image=sequence)
 
     def _adaptive_avg_pool2d(self, node: fx.Node) -> None:
         """Adaptive pooling to 1×1 is a global pool; to the size that is there already, nothing."""
         source: Any = node.args[0]
         before, after = shape_of(source)[0], shape_of(node)[0]
-        sequence = len(before) == 3
+        sequence = _is_sequence(node, source)
         if before == after and set(after[2:]) != {1}:
             self._same(node, source)
         elif set(after[2:]) == {1}:
-            self._put(node, "global_pool", (source,), image=sequence)
+            self._emit(node, "global_pool", (source,), image=sequence)
         elif (kernel := _window(before, after)) is not None:
             attrs = {"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0, "count_include_pad": 1}
-            self._put(node, "avg_pool", (source,), attrs=attrs, image=sequence)
+            self._emit(node, "avg_pool", (source,), attrs=attrs, image=sequence)
         else:
             raise unsupported(node, f"adaptive pooling from {before[2:]} to {after[2:]}")
 
@@ -178,12 +193,12 @@ class ShapeLowering(ConvLowering):
         keepdim, shape = bool(given.get("keepdim", False)), shape_of(source)[0]
         sequence = source.name in self.images
         if (len(shape) != 4 and not sequence) or axes != tuple(range(2, len(shape))):
-            self._put(node, "mean", (source,), attrs={"axes": axes, "keepdim": keepdim})
+            self._emit(node, "mean", (source,), attrs={"axes": axes, "keepdim": keepdim})
         elif keepdim:
-            self._put(node, "global_pool", (source,), image=sequence)
+            self._emit(node, "global_pool", (source,), image=sequence)
         else:
             pooled = self._before(node, "global_pool", (self._stored(source),), (*shape[:2], 1, 1))
-            self._put(node, "flatten", (pooled,))
+            self._emit(node, "flatten", (pooled,))
 
     def _sum(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
@@ -195,7 +210,7 @@ class ShapeLowering(ConvLowering):
 
     def _reduced(self, node: fx.Node, kind: str, source: fx.Node, dims: Any, keepdim: bool) -> None:
         attrs = {"axes": _axes(node, source, dims, f"a{'n' * (kind == 'amax')} {kind}"), "keepdim": keepdim}
-        self._put(node, kind, (source,), attrs=attrs)
+        self._emit(node, kind, (source,), attrs=attrs)
 
     def _largest(self, node: fx.Node, whole: fx.Node) -> None:
         source: Any = whole.args[0]
@@ -203,6 +218,7 @@ class ShapeLowering(ConvLowering):
             given = arguments(whole, ("input", "dim", "keepdim"))
             self._reduced(node, "amax", source, given["dim"], bool(given.get("keepdim", False)))
             return
+        _is_sequence(whole, source)
         before, after = shape_of(source)[0], shape_of(node)[0]
         if after[2:] == (1, 1):
             self._reduced(node, "amax", source, (2, 3), True)
@@ -210,15 +226,17 @@ class ShapeLowering(ConvLowering):
         kernel = _window(before, after)
         if kernel is None:
             raise unsupported(whole, f"adaptive pooling from {before[2:]} to {after[2:]}")
-        self._put(node, "max_pool", (source,), attrs={"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0})
+        self._emit(
+            node, "max_pool", (source,), attrs={"kernel": kernel, "stride": kernel, "padding": (0, 0), "ceil": 0}
+        )
 
     def _upsample_nearest2d(self, node: fx.Node) -> None:
-        self._resize(node, "nearest", None)
+        self._resized(node, "nearest", None)
 
     def _upsample_bilinear2d(self, node: fx.Node) -> None:
-        self._resize(node, "linear", bool(arguments(node, ("input", "size", "align_corners"))["align_corners"]))
+        self._resized(node, "linear", bool(arguments(node, ("input", "size", "align_corners"))["align_corners"]))
 
-    def _resize(self, node: fx.Node, mode: str, align_corners: bool | None) -> None:
+    def _resized(self, node: fx.Node, mode: str, align_corners: bool | None) -> None:
         source: Any = node.args[0]
         before, after = shape_of(source)[0], shape_of(node)[0]
         factors: Any = node.args[-1] if isinstance(node.args[-1], list | tuple) else ()
@@ -228,7 +246,16 @@ class ShapeLowering(ConvLowering):
             self._same(node, source)
             return
         attrs = {"mode": mode, "align_corners": align_corners, "size": after[2:]}
-        self._put(node, "resize", (source,), attrs=attrs)
+        self._emit(node, "resize", (source,), attrs=attrs)
+
+
+def _is_sequence(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a pooling is over sequences; else over images. torch takes both without a batch, too."""
+    kind = target_name(node)
+    shape, batch = shape_of(source)
+    if len(shape) != int(kind[-2]) + 2 or batch != 0:
+        raise unsupported(node, f"{kind} of a tensor without a batch before its channels")
+    return kind.endswith("1d")
 
 
 def _broadcasts(user: fx.Node, node: fx.Node) -> bool:

@@ -29,12 +29,13 @@ class Lowering:
         self.ops: dict[str, Op] = {}
         self.alias: dict[str, str] = {}
         self.images: dict[str, str] = {}
+        self._layers: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {}
         self._users = count_users(captured)
         self._readers = {captured.names[name]: count for name, count in self._users.items() if name in captured.names}
 
     # What an operation reads and makes
 
-    def _put(
+    def _emit(
         self, node: fx.Node, kind: str, inputs: Sequence[Any], name: str | None = None, *, image: bool = False,
         **fields: Any,
     ) -> None:  # fmt: skip
@@ -106,7 +107,8 @@ class Lowering:
         if value.name in self.alias:
             return self.alias[value.name]
         if value.name in self.images:
-            self.alias[value.name] = self._reshaped_as(value, self.images[value.name], shape_of(value)[0])
+            made = self.ops[self.images[value.name]].shape  # smaller than the node's where an expansion was left out
+            self.alias[value.name] = self._reshaped_as(value, self.images[value.name], (*made[:2], *made[3:]))
             return self.alias[value.name]
         state = self.captured.names[value.name]
         shape = tuple(self.captured.state[state].shape)
@@ -153,7 +155,7 @@ class Lowering:
         else:  # the weights of another layer, with a bias of its own or none: they stay shared
             names = (scope_of(node), *(f"{module}_{number}" for number in range(1, len(self.ops) + 2)))
             module = next(name for name in names if name and self._free(name, params))
-        self._put(node, kind, (given["input"],), name=module, module=module, params=params, attrs=attrs)
+        self._emit(node, kind, (given["input"],), name=module, module=module, params=params, attrs=attrs)
 
     def _free(self, module: str, params: Mapping[str, str]) -> bool:
         """Whether a layer of that name with these entries would be no other layer than those so far and to come."""
@@ -165,4 +167,4 @@ class Lowering:
         )
         entries = {f"{module}.{role}" for role in ("weight", "bias")}
         taken = {entry for entry in entries & self.captured.state.keys() if entry not in renamed}
-        return same and taken <= set(params.values())
+        return same and taken <= set(params.values()) and module not in self.captured.state

@@ -106,7 +106,10 @@ def _module(root: nn.Module, path: str) -> nn.Module:
 
 def _put(root: nn.Module, path: str, layer: nn.Module) -> None:
     owner, _, last = path.rpartition(".")
-    _module(root, owner).add_module(last, layer)
+    parent = _module(root, owner)
+    for name, child in getattr(parent, last, nn.Module()).named_children():  # layers below it that came first
+        layer.add_module(name, child)
+    parent.add_module(last, layer)
 
 
 def _has(root: nn.Module, path: str) -> bool:

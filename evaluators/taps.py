@@ -5,7 +5,7 @@ the outputs of its modules. Of each resolution the last tensor is taken: the fea
 stage, and after all blocks of their own.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from .quantise import ActivationQuantiser
 from .task import evaluating
 
 MOST_TAPS = 4
+OF_SEQUENCES = (nn.Conv1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d)
 Tapped = Callable[[Tensor], tuple[Any, tuple[Tensor, ...]]]
 """Maps a batch of inputs to the network's output and the tapped tensors."""
 
@@ -127,8 +128,10 @@ def _module_shapes(module: nn.Module, example: Tensor) -> dict[str, tuple[int, .
             if name and not isinstance(child, ActivationQuantiser):
                 hooks.callback(child.register_forward_hook(_note(seen, name)).remove)
         output = module(example)
-    return _shapes(seen, output)
+    return {name: _shape(module.get_submodule(name), value) for name, value in seen.items() if value is not output}
 
 
-def _shapes(seen: Mapping[str, Tensor], output: object) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape[1:]) for name, value in seen.items() if value is not output}
+def _shape(module: nn.Module, value: Tensor) -> tuple[int, ...]:
+    """Without the batch; of what layers over sequences make, as compressed networks have it: an image of height 1."""
+    shape = tuple(value.shape[1:])
+    return (shape[0], 1, shape[1]) if isinstance(module, OF_SEQUENCES) and len(shape) == 2 else shape

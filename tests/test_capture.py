@@ -5,6 +5,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from nightpress.evaluators.capture import CONSTANT, capture
 from nightpress.evaluators.inspect import inspect
-from nightpress.evaluators.lower import lower
+from nightpress.evaluators.lower import _Lowering, lower  # pyright: ignore[reportPrivateUsage]
 from nightpress.evaluators.task import Task
 from nightpress.spaces.errors import InputError
 from strategies import images, seeded, task_of
@@ -215,7 +216,24 @@ def test_an_output_without_a_row_for_each_example_is_told(then: Forward) -> None
         (lambda x: x.double(), "a cast to float64"),
         (lambda x: x**x, "a power that depends on the input"),
         (lambda x: 2**x, "a power that depends on the input"),
-        (lambda x: x.clamp_min(x.shape[0]), "a clamp whose bound depends on the input"),
+        (lambda x: x.clamp(max=x.shape[0]), "a clamp whose bound depends on the input"),
+        (lambda x: F.softplus(x, 2), "a softplus of another sharpness"),
+        (lambda x: torch.rsub(x, 1, alpha=2), "a subtraction of a multiple, or from what depends on the batch"),
+        (lambda x: F.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),
+        (lambda x: x - x[-1:], "a part of the batch"),
+        (lambda x: x - x[-1], "a part of the batch"),
+        (lambda x: F.instance_norm(x, torch.zeros(8), torch.ones(8), use_input_stats=False),
+         "an instance norm with running statistics"),
+        (lambda x: F.instance_norm(x.reshape(1, -1, 6, 6)).reshape(-1, 8, 6, 6),
+         "a norm over channels without a batch before them"),
+        (lambda x: F.pad(x.mean(1), (1, 1, 2, 2), mode="replicate"),
+         "padding by 'replicate' of anything but all axes behind the channels"),
+        (lambda x: F.adaptive_avg_pool1d(x.mean((2, 3)), 4),
+         "adaptive_avg_pool1d of a tensor without a batch before its channels"),
+        (lambda x: F.adaptive_avg_pool2d(x.mean(1), 1),
+         "adaptive_avg_pool2d of a tensor without a batch before its channels"),
+        (lambda x: F.max_pool1d(x.mean((2, 3)), 2), "max_pool1d of a tensor without a batch before its channels"),
+        (lambda x: F.pixel_shuffle(x.reshape(-1, 2, 4, 6, 6), 2), "a pixel shuffle of anything but a batch of images"),
         (lambda x: x * x.shape[0], "mul with a number that depends on the batch"),
         (lambda x: torch.add(x, x.relu(), alpha=2), r"add with {'alpha': 2}"),
         (lambda x: x * x.mean(), "a mean over the batch"),
@@ -262,6 +280,17 @@ def test_a_recurrent_layer_is_named(kind: type[nn.Module]) -> None:
         lower(captured)
 
 
+def test_only_rules_bear_the_names_of_torchs_operations() -> None:
+    """A node's operation is looked up among the methods: one that does something else must be called otherwise."""
+    everything = torch._C._dispatch_get_all_op_names()  # pyright: ignore[reportPrivateUsage]
+    names = {name.partition("::")[2].partition(".")[0] for name in everything}
+    rules = {name: getattr(_Lowering, name) for name in dir(_Lowering) if name[:1] == "_" and name[1:] in names}
+
+    assert {"_conv2d", "_mean"} <= rules.keys()
+    for name, rule in rules.items():
+        assert list(signature(rule).parameters) == ["self", "node"], name
+
+
 def test_a_forward_that_changes_its_weights_is_told() -> None:
     class Sharing(nn.Module):
         def __init__(self) -> None:
@@ -292,7 +321,7 @@ def test_torchscript_is_refused_wherever_it_stands() -> None:
 
 def test_weights_that_are_computed_from_the_input_are_told() -> None:
     assert "are computed from the input, which nightpress cannot compress." in sentence(
-        lambda x: F.linear(x.mean((2, 3)), x.select(0, 0).mean((1, 2)).reshape(1, 8))
+        lambda x: F.conv2d(x, x.mean((2, 3))[:, :, None, None])
     )
 
 
@@ -363,7 +392,7 @@ def test_looking_at_a_model_changes_nothing(capfd: pytest.CaptureFixture[str]) -
     assert [module.training for module in model.modules()] == modes
     assert [parameter.requires_grad for parameter in model.parameters()] == trains
     assert [id(value) for value in (*model.parameters(), *model.buffers())] == identities
-    assert network.frozen == {"0.0.weight"}
+    assert network.frozen == {"0.0.weight", "0.1.running_mean", "0.1.running_var"}
     assert capfd.readouterr() == ("", "")
 
 

@@ -209,6 +209,17 @@ def test_a_teacher_without_images_is_refused_with_a_sentence(teacher: list[Tap],
         pair([Tap(name="a", shape=(8, 4, 4))], teacher)
 
 
+def test_sequences_of_a_teacher_are_images_as_those_of_a_compressed_network() -> None:
+    teacher = nn.Sequential(nn.Conv1d(5, 12, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    student = Tap(name="a", shape=(8, 1, 8))
+
+    pairs = pair([student], find_taps(teacher, noise(1, 5, 8)))
+    loss = Hints(pairs, "feature")((noise(2, 8, 1, 8),), (noise(2, 12, 8),))
+
+    assert [tap.name for tap in pairs.teacher] == ["0"]
+    assert bool(loss.isfinite())
+
+
 def test_regressors_are_there_only_where_features_of_other_widths_are_compared() -> None:
     student = (Tap(name="a", shape=(8, 8, 8)), Tap(name="b", shape=(5, 16)), Tap(name="c", shape=(8, 2, 2)))
     teacher = (Tap(name="x", shape=(9, 8, 8)), Tap(name="y", shape=(5, 24)), Tap(name="z", shape=(8, 2, 2)))

@@ -24,7 +24,6 @@ from networks import (
     Shrunk,
     Vision,
     Windowed,
-    made_of,
     tokens,
 )
 from nightpress.evaluators.apply import Compressor
@@ -134,7 +133,6 @@ MODULES: list[tuple[str, Callable[[], nn.Module]]] = [
     ("group_norm", lambda: nn.GroupNorm(8, 8, affine=False)),
     ("group_norm", lambda: nn.InstanceNorm2d(8, affine=True)),
     ("group_norm", lambda: nn.Sequential(nn.Flatten(2), nn.InstanceNorm1d(8))),
-    ("batch_norm", lambda: nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(8, track_running_stats=True))),
     ("pixel_shuffle", lambda: nn.PixelShuffle(2)),
     ("pixel_shuffle", lambda: nn.ConvTranspose2d(8, 5, 2, stride=2)),
     ("pixel_shuffle", lambda: nn.Sequential(nn.ConvTranspose2d(8, 2, 3, 3, bias=False), nn.BatchNorm2d(2), nn.ReLU())),
@@ -346,16 +344,6 @@ def test_sequences_mean_the_same_in_onnx(kind: str, make: Callable[[], nn.Module
     check(seeded(lambda: nn.Sequential(nn.Linear(DIM, DIM), make())), tokens(3), tmp_path, kind)
 
 
-def test_between_convolutions_a_sequence_stays_an_image() -> None:
-    ops = made_of("heard").anatomy.ops
-
-    kinds = [op.kind for op in ops]
-    assert kinds.count("reshape") == 1
-    assert {"conv", "max_pool", "global_pool"} <= set(kinds)
-    assert [op.norm for op in ops if op.kind == "conv"] == ["norm", None, None]
-    assert "batch_norm" not in kinds
-
-
 @pytest.mark.parametrize(("kind", "make"), OVER_TOKENS)
 def test_tokens_mean_the_same_in_onnx(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
     check(seeded(lambda: nn.Sequential(nn.Linear(DIM, DIM), make())), tokens(3), tmp_path, kind)
@@ -377,30 +365,6 @@ def test_the_nearest_pixel_is_the_same_for_every_size(before: int, after: int, t
     model = seeded(lambda: Then(lambda x: F.interpolate(x, size=(after, before))))
 
     check(model, images(2, side=before), tmp_path, "resize")
-
-
-# Layers used twice
-
-
-def test_a_layer_that_is_used_twice_computes_the_same_both_times(tmp_path: Path) -> None:
-    conv = nn.Conv2d(8, 8, 3, padding=1)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.ReLU(), conv, nn.ReLU()).eval()
-
-    check(model, images(3), tmp_path, "conv")
-
-
-def test_a_convolution_with_another_norm_each_time_keeps_both(tmp_path: Path) -> None:
-    conv = nn.Conv2d(3, 3, 3, padding=1)
-    model = seeded(lambda: nn.Sequential(conv, nn.BatchNorm2d(3), nn.ReLU(), conv, nn.BatchNorm2d(3)))
-
-    check(model, images(3), tmp_path, "batch_norm")
-
-
-def test_a_tied_layer_keeps_its_own_bias(tmp_path: Path) -> None:
-    one, other, bare = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM, bias=False)
-    other.weight = bare.weight = one.weight
-
-    check(nn.Sequential(bare, nn.Tanh(), one, nn.Tanh(), other).eval(), tokens(3), tmp_path, "linear")
 
 
 # Precision

@@ -22,7 +22,7 @@ def payload_bytes(plan: Plan) -> int:
     for planned in plan.ops:
         if planned.op.kind == "param":
             total += 4 * math.prod(planned.shape)
-        total += round(4 * _vectors(planned.op) * planned.channels)
+        total += round(4 * float(_numbers(planned.op, planned.channels)))
         if not planned.weight_count:
             continue
         cout = planned.channels
@@ -31,12 +31,13 @@ def payload_bytes(plan: Plan) -> int:
     return total
 
 
-def _vectors(op: Op) -> float:
-    """Numbers that the file holds for each channel of a norm or a PReLU."""
+def _numbers(op: Op, channels: Array | float) -> Array | float:
+    """Numbers that the file holds for a norm or a PReLU of so many channels; 0 for others."""
     if op.attrs.get("shared"):
-        return 1 / op.shape[1]
+        return 0 * channels + 1
     groups = op.attrs["groups"] / op.shape[1] if op.kind == "group_norm" else 1
-    return _VECTORS.get(op.kind, 0.0) + (2 * groups if groups < 1 else 0.0)  # of the instance norm over its groups
+    each = _VECTORS.get(op.kind, 0.0) + (2 * groups if groups < 1 else 0.0)  # of the instance norm over its groups
+    return each * channels
 
 
 def _bytes(bits: LayerBits) -> tuple[int, int]:
@@ -85,5 +86,5 @@ def _unweighted(worker: Worker, plans: Plans, alive: NDArray[np.bool_]) -> Array
         if op.kind in _VECTORS:
             row = rows[op.channel_axis]
             channels = op.shape[op.channel_axis] if row is None else plans.axes[row]
-            found += np.round(4 * _vectors(op) * channels) * alive[position]
+            found += np.round(4 * _numbers(op, channels)) * alive[position]
     return found
