@@ -23,6 +23,8 @@ SHARES: Mapping[str, float] = {
     "verify": 0.06,
     "report": 0.02,
 }
+ENDING = ("verify", "report")
+"""Phases that must have their time whatever came before."""
 NOTICED_SECONDS = 5.0
 """Sleeps and changes of the clock below this are nobody's business."""
 OVERRUN_SECONDS, OVERRUN_SHARE = 60.0, 0.02

@@ -21,8 +21,12 @@ from ..evaluators.latency.profile import Point, Profile, drift, point_of
 from ..evaluators.latency.units import Worker
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy
+from .clock import ENDING, Clock
 from .proposals import baselines
 from .session import Session
+
+SPARE = 0.05
+"""Of the finalists' time, for a calibration after the search: so much the plan of the long fine-tunes is off anyway."""
 
 
 def measure_target(session: Session, policies: list[Policy] | None = None) -> Profile:
@@ -75,12 +79,14 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
     profile, reference = session.profile, timings.get(REFERENCE)
     moved = drift(profile, reference) if reference is not None else 0.0
     if reference is not None and abs(moved) > max(LEAST_DRIFT, profile.reference_repeat_error, reference.repeat_error):
-        session.folder.decide(
-            "search", "calibrate the target again",
-            f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration",
-            reference_ms=reference.latency_ms, calibrated_ms=profile.reference_ms,
-        )  # fmt: skip
-        profile = measure_target(session, [p.policy for p in profile.points])
+        evidence = {"reference_ms": reference.latency_ms, "calibrated_ms": profile.reference_ms}
+        reason = f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration"
+        if has_time(session.clock, profile.seconds):
+            session.folder.decide("search", "calibrate the target again", reason, **evidence)
+            profile = measure_target(session, [p.policy for p in profile.points])
+        else:
+            reason += f"; another one would take {profile.seconds:.0f} s of the long fine-tunes'"
+            session.folder.decide("search", "did not calibrate the target again", reason, **evidence)
     matcher = Matcher(session.prepared.anatomy)
     # Chosen by what was predicted of them, so what they leave is not the level of their session.
     points: list[Point] = [
@@ -95,6 +101,12 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
         f"{before.n}",
     )  # fmt: skip
+
+
+def has_time(clock: Clock, seconds: float) -> bool:
+    """Whether so long a calibration leaves the finalists their time, but for a little of it. In a short night one took
+    that of seven of eight long fine-tunes, when all that was near the front had just been measured."""
+    return seconds <= clock.left_before("finalists", *ENDING) + SPARE * clock.share_seconds("finalists")
 
 
 def measure_unseen(session: Session, policy: Policy, error: UnseenKernelError) -> None:

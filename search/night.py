@@ -17,7 +17,7 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, long_tuning, planning, prepare
-from .clock import Clock, Deadline, length
+from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
@@ -48,8 +48,6 @@ MOST_WAITING = 2
 trials alike, which all waited, and never found out at the top that they were worthless."""
 SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
-ENDING = ("verify", "report")
-"""Phases that must have their time whatever came before."""
 JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 LOOK_SECONDS = 20.0

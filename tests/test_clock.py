@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nightpress.cli.config import parse_until
 from nightpress.search.clock import SHARES, Clock, Times, length
+from nightpress.search.feedback import has_time
 
 PHASES = ("inspect", "calibrate", "baselines", "sensitivity", "search", "finalists", "verify", "report")
 
@@ -60,6 +61,18 @@ def test_the_shares_are_those_of_one_whole_night() -> None:
     assert tuple(SHARES) == PHASES
     assert sum(SHARES.values()) == pytest.approx(1.0)
     assert night(Machine()).shares() == pytest.approx(dict(SHARES))
+
+
+def test_another_calibration_has_to_leave_the_finalists_their_time() -> None:
+    machine = Machine()
+    clock = night(machine)
+    machine.works(600)  # 40 s are left of the search, 280 s for the finalists, 80 s for what follows
+
+    assert has_time(clock, 50.0)
+    assert not has_time(clock, 60.0)
+    machine.works(40)
+    assert has_time(clock, 10.0)
+    assert not has_time(clock, 20.0)
 
 
 def test_time_passes() -> None:
