@@ -33,19 +33,18 @@ class ShapeLowering(ConvLowering):
     def _slice(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dim", "start", "end", "step"))
         source = shape_of(given["input"])[0]
-        axis = int(given.get("dim", 0)) % len(source)
         if shape_of(node) == shape_of(given["input"]):
             self._same(node, given["input"])
             return
-        if axis == shape_of(given["input"])[1]:
-            raise unsupported(node, "a part of the batch")
+        axis = _within(node, given["input"], given.get("dim", 0))
         start, step = given.get("start"), int(given.get("step", 1))
         start = max(0, int(start) + source[axis]) if start is not None and int(start) < 0 else int(start or 0)
         self._emit(node, "slice", (given["input"],), attrs={"axis": axis, "start": start, "step": step})
 
     def _narrow(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dim", "start", "length"))
-        attrs = {"axis": int(given["dim"]) % len(shape_of(node)[0]), "start": int(given["start"]), "step": 1}
+        axis = _within(node, given["input"], given["dim"])
+        attrs = {"axis": axis, "start": int(given["start"]), "step": 1}
         self._emit(node, "slice", (given["input"],), attrs=attrs)
 
     def _select(self, node: fx.Node) -> None:
@@ -53,11 +52,8 @@ class ShapeLowering(ConvLowering):
         self._pick(node, given["input"], int(given["dim"]), int(given["index"]))
 
     def _pick(self, node: fx.Node, source: fx.Node, axis: int, index: int) -> None:
-        shape, batch = shape_of(source)
-        axis %= len(shape)
-        if axis == batch:
-            raise unsupported(node, "a part of the batch")
-        self._emit(node, "select", (source,), attrs={"axis": axis, "index": index % shape[axis]})
+        axis = _within(node, source, axis)
+        self._emit(node, "select", (source,), attrs={"axis": axis, "index": index % shape_of(source)[0][axis]})
 
     def _getitem(self, node: fx.Node) -> None:
         """One part of a chunk, split or unbind."""
@@ -74,10 +70,7 @@ class ShapeLowering(ConvLowering):
         if target_name(whole) == "unbind":
             self._pick(node, source, axis, number)
             return
-        shape, batch = shape_of(source)
-        axis %= len(shape)
-        if axis == batch:
-            raise unsupported(whole, "a part of the batch")
+        axis = _within(whole, source, axis)
         sizes = [dims(part)[0][axis] for part in whole.meta["val"]]
         attrs = {"axis": axis, "start": sum(sizes[:number]), "step": 1}
         self._emit(node, "slice", (source,), attrs=attrs)
@@ -256,6 +249,15 @@ def _is_sequence(node: fx.Node, source: fx.Node) -> bool:
     if len(shape) != int(kind[-2]) + 2 or batch != 0:
         raise unsupported(node, f"{kind} of a tensor without a batch before its channels")
     return kind.endswith("1d")
+
+
+def _within(node: fx.Node, source: fx.Node, axis: Any) -> int:
+    """The axis of which a part is taken; never the batch."""
+    shape, batch = shape_of(source)
+    axis = int(axis) % len(shape)
+    if axis == batch:
+        raise unsupported(node, "a part of the batch")
+    return axis
 
 
 def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
