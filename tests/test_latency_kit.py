@@ -59,6 +59,7 @@ def kit(tmp_path_factory: pytest.TempPathFactory) -> Kit:
     return found
 
 
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="the other device is this one with a single core")
 @pytest.mark.slow
 def test_what_another_device_measured_becomes_its_profile(kit: Kit, tmp_path: Path) -> None:
     results = read_results(kit.folder / timer.RESULTS, ANATOMY)
