@@ -124,9 +124,7 @@ def _regressor(student: Tap, teacher: Tap) -> nn.Module:
 
 
 def _sized(teacher: Tensor, student: Tensor) -> Tensor:
-    """The teacher's images brought to the student's height and width; its sequences as images, as the student's are."""
-    if teacher.dim() == 3 and student.dim() == 4:
-        teacher = teacher.unsqueeze(2)
+    """The teacher's images brought to the student's height and width."""
     if teacher.dim() != 4 or teacher.shape[2:] == student.shape[2:]:
         return teacher
     return F.adaptive_avg_pool2d(teacher, (student.shape[2], student.shape[3]))

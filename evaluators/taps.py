@@ -72,7 +72,7 @@ def tapped(module: nn.Module, taps: tuple[Tap, ...]) -> Generator[Tapped]:
 
     def call(inputs: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         output = module(inputs)
-        found = tuple(seen[name] for name in names)
+        found = tuple(_as_image(module.get_submodule(name), seen[name]) for name in names)
         seen.clear()
         return output, found
 
@@ -128,10 +128,12 @@ def _module_shapes(module: nn.Module, example: Tensor) -> dict[str, tuple[int, .
             if name and not isinstance(child, ActivationQuantiser):
                 hooks.callback(child.register_forward_hook(_note(seen, name)).remove)
         output = module(example)
-    return {name: _shape(module.get_submodule(name), value) for name, value in seen.items() if value is not output}
+    return {
+        name: tuple(_as_image(module.get_submodule(name), value).shape[1:])
+        for name, value in seen.items() if value is not output
+    }  # fmt: skip
 
 
-def _shape(module: nn.Module, value: Tensor) -> tuple[int, ...]:
-    """Without the batch; of what layers over sequences make, as compressed networks have it: an image of height 1."""
-    shape = tuple(value.shape[1:])
-    return (shape[0], 1, shape[1]) if isinstance(module, OF_SEQUENCES) and len(shape) == 2 else shape
+def _as_image(module: nn.Module, value: Tensor) -> Tensor:
+    """What layers over sequences make, as an image of height 1: compressed networks have it so."""
+    return value.unsqueeze(2) if isinstance(module, OF_SEQUENCES) and value.dim() == 3 else value
