@@ -12,16 +12,9 @@ from ..spaces.anatomy import Op
 from .capture import Captured
 from .lower_convs import CONV, conv_attrs
 from .lower_shapes import POOLS, SEVERAL, ShapeLowering
+from .lowering import BINARY, ELEMENTWISE
 from .nodes import arguments, is_tensor, module_of, plain_argument, shape_of, target_name, unsupported
 
-# Operations of one input that change values one by one.
-_ELEMENTWISE = {
-    "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "hardswish": "hardswish",
-    "hardswish_": "hardswish", "hardsigmoid": "hardsigmoid", "hardsigmoid_": "hardsigmoid", "silu": "silu",
-    "silu_": "silu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh", "exp": "exp",
-    "sqrt": "sqrt", "abs": "abs", "erf": "erf", "neg": "neg", "mish": "mish",
-    "mish_": "mish", "log": "log", "rsqrt": "rsqrt", "reciprocal": "reciprocal", "selu": "selu", "selu_": "selu",
-}  # fmt: skip
 _IDENTITY = frozenset({
     "dropout", "dropout_", "feature_dropout", "contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy",
 })  # fmt: skip
@@ -29,22 +22,16 @@ _CASTS = frozenset({"to", "_to_copy", "type_as"})
 _RECURRENT = frozenset({
     "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
 })  # fmt: skip
-_BINARY = {
-    "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "sub": "sub", "sub_": "sub", "div": "div", "div_": "div",
-    "maximum": "maximum", "minimum": "minimum",
-}  # fmt: skip
 _RESHAPES = frozenset({
     "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "squeeze_", "unsqueeze_", "_unsafe_view",
 })  # fmt: skip
-
-_FAMILIES = frozenset(_ELEMENTWISE) | frozenset(_BINARY) | _RESHAPES | frozenset(POOLS)
 
 
 def has_rule(node: fx.Node) -> bool:
     """Whether :func:`lower` has a rule for what a node does; which of its forms, it says itself."""
     kind = target_name(node)
     several = isinstance(node.meta.get("val"), list | tuple)
-    by_name = kind in SEVERAL if several else kind in _IDENTITY | _CASTS | _FAMILIES or hasattr(_Lowering, f"_{kind}")
+    by_name = kind in SEVERAL if several else kind in _IDENTITY | _CASTS or _Lowering.rule(kind) is not None
     return by_name or not isinstance(node.meta.get("val"), Tensor | list | tuple)
 
 
@@ -85,21 +72,23 @@ class _Lowering(ShapeLowering):
             return
         if kind in _CASTS:
             raise unsupported(node, f"a cast to {str(value.dtype).removeprefix('torch.')}")
-        handler = getattr(self, f"_{kind}", None) or self._by_family(kind)
-        if handler is None:
+        rule = self.rule(kind)
+        if rule is None:
             raise unsupported(node)
-        handler(node)
+        rule(self, node)
 
-    def _by_family(self, kind: str) -> Callable[[fx.Node], None] | None:
-        if kind in _ELEMENTWISE:
-            return lambda node: self._emit(node, _ELEMENTWISE[kind], (node.args[0],))
-        if kind in _BINARY:
-            return lambda node: self._binary(node, _BINARY[kind])
+    @staticmethod
+    def rule(kind: str) -> "Callable[[_Lowering, fx.Node], None] | None":
+        """What lowers an operation of torch: a method of its name, or that of its family."""
+        if kind in ELEMENTWISE:
+            return lambda lowering, node: lowering._emit(node, ELEMENTWISE[kind], (node.args[0],))
+        if kind in BINARY:
+            return lambda lowering, node: lowering._binary(node, BINARY[kind])
         if kind in _RESHAPES:
-            return self._reshaped
+            return _Lowering._reshaped
         if kind in POOLS:
-            return lambda node: self._pool(node, kind)
-        return None
+            return lambda lowering, node: lowering._pool(node, kind)
+        return getattr(_Lowering, f"_{kind}", None)
 
     # Layers
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import fx
 
 from .lower_convs import ConvLowering, beside
+from .lowering import BINARY
 from .nodes import arguments, dims, pair, plain_argument, shape_of, target_name, unsupported
 
 PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
@@ -12,7 +13,6 @@ PADDING = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 LARGEST = frozenset({"max", "adaptive_max_pool2d"})
 SEVERAL = LARGEST | {"unbind", "chunk", "split", "split_with_sizes"}
 """What makes several tensors, of which others take one."""
-BROADCASTING = frozenset({"add", "sub", "mul", "div", "maximum", "minimum"})
 POOLS = {
     "max_pool2d": ("kernel", "stride", "padding", "dilation", "ceil"),
     "avg_pool2d": ("kernel", "stride", "padding", "ceil", "count_include_pad", "divisor"),
@@ -195,26 +195,28 @@ class ShapeLowering(ConvLowering):
 
     def _sum(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
-        self._reduced(node, "sum", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
+        attrs = {"axes": _axes(node, given["input"], given.get("dims"), "a sum"),
+                 "keepdim": bool(given.get("keepdim", False))}  # fmt: skip
+        self._emit(node, "sum", (given["input"],), attrs=attrs)
 
     def _amax(self, node: fx.Node) -> None:
         given = arguments(node, ("input", "dims", "keepdim"))
-        self._reduced(node, "amax", given["input"], given.get("dims"), bool(given.get("keepdim", False)))
+        self._maximum_over(node, given["input"], given.get("dims"), bool(given.get("keepdim", False)))
 
-    def _reduced(self, node: fx.Node, kind: str, source: fx.Node, dims: Any, keepdim: bool) -> None:
-        attrs = {"axes": _axes(node, source, dims, f"a{'n' * (kind == 'amax')} {kind}"), "keepdim": keepdim}
-        self._emit(node, kind, (source,), attrs=attrs)
+    def _maximum_over(self, node: fx.Node, source: fx.Node, dims: Any, keepdim: bool) -> None:
+        attrs = {"axes": _axes(node, source, dims, "an amax"), "keepdim": keepdim}
+        self._emit(node, "amax", (source,), attrs=attrs)
 
     def _largest(self, node: fx.Node, whole: fx.Node) -> None:
         source: Any = whole.args[0]
         if target_name(whole) == "max":
             given = arguments(whole, ("input", "dim", "keepdim"))
-            self._reduced(node, "amax", source, given["dim"], bool(given.get("keepdim", False)))
+            self._maximum_over(node, source, given["dim"], bool(given.get("keepdim", False)))
             return
         _is_sequence(whole, source)
         before, after = shape_of(source)[0], shape_of(node)[0]
         if after[2:] == (1, 1):
-            self._reduced(node, "amax", source, (2, 3), True)
+            self._maximum_over(node, source, (2, 3), keepdim=True)
             return
         kernel = _window(before, after)
         if kernel is None:
@@ -263,7 +265,7 @@ def _within(node: fx.Node, source: fx.Node, axis: Any) -> int:
 def _broadcasts(user: fx.Node, node: fx.Node) -> bool:
     """Whether an operation would make as much of the tensor before it was expanded."""
     others = [arg for arg in user.args if isinstance(arg, fx.Node) and arg is not node]
-    return target_name(user) in BROADCASTING and [shape_of(other) for other in others] == [shape_of(node)]
+    return target_name(user) in BINARY.values() and [shape_of(other) for other in others] == [shape_of(node)]
 
 
 def _axes(node: fx.Node, source: fx.Node, dims: Any, what: str) -> tuple[int, ...]:

@@ -12,11 +12,21 @@ from ..spaces.errors import InputError
 from .capture import CONSTANT, Captured, scope_of
 from .nodes import count_users, module_of, shape_of, unsupported
 
-ALONG_IMAGES = frozenset({
-    "relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh", "exp", "sqrt", "abs", "erf", "neg",
-    "softplus", "mish", "log", "rsqrt", "reciprocal", "selu", "gelu", "clip", "leaky_relu", "elu", "prelu", "pow",
-    "add", "sub", "mul", "div", "maximum", "minimum", "batch_norm", "group_norm",
-})  # fmt: skip
+ELEMENTWISE = {
+    "relu": "relu", "relu_": "relu", "relu6": "relu6", "relu6_": "relu6", "hardswish": "hardswish",
+    "hardswish_": "hardswish", "hardsigmoid": "hardsigmoid", "hardsigmoid_": "hardsigmoid", "silu": "silu",
+    "silu_": "silu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid", "tanh": "tanh", "tanh_": "tanh", "exp": "exp",
+    "sqrt": "sqrt", "abs": "abs", "erf": "erf", "neg": "neg", "mish": "mish", "mish_": "mish", "log": "log",
+    "rsqrt": "rsqrt", "reciprocal": "reciprocal", "selu": "selu", "selu_": "selu",
+}  # fmt: skip
+"""Torch's operations of one input that change values one by one, and what we call them."""
+BINARY = {
+    "add": "add", "add_": "add", "mul": "mul", "mul_": "mul", "sub": "sub", "sub_": "sub", "div": "div", "div_": "div",
+    "maximum": "maximum", "minimum": "minimum",
+}  # fmt: skip
+ALONG_IMAGES = frozenset(ELEMENTWISE.values()) | frozenset(BINARY.values()) | {
+    "softplus", "gelu", "clip", "leaky_relu", "elu", "prelu", "pow", "batch_norm", "group_norm",
+}  # fmt: skip
 """What makes of an image of height 1 what it makes of the sequence."""
 
 
