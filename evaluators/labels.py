@@ -104,9 +104,7 @@ def _group_norm(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]]) ->
     [source] = inputs
     given, groups = labelling.flat(source[1]), op.attrs["groups"]
     if given is not None and 1 < groups < len(given):
-        rows = given.reshape(groups, -1)
-        for column in range(1, rows.shape[1]):
-            labelling.equal(rows[:, 0], rows[:, column])
+        _tied(labelling, given.reshape(groups, -1))
     return _norm(labelling, op, inputs)
 
 
@@ -120,10 +118,7 @@ def _pixel_shuffle(labelling: Labelling, op: Op, inputs: list[tuple[Axis, ...]])
     given = labelling.flat(source[1])
     made: Axis = (Part(op.shape[1]),)
     if given is not None:
-        rows = given.reshape(op.shape[1], -1)
-        for column in range(1, rows.shape[1]):
-            labelling.equal(rows[:, 0], rows[:, column])
-        made = (Part(op.shape[1], np.ascontiguousarray(rows[:, 0])),)
+        made = (Part(op.shape[1], _tied(labelling, given.reshape(op.shape[1], -1))),)
     labelling.fix(source[2:])
     return (source[0], made, *((Part(size),) for size in op.shape[2:]))
 
@@ -312,11 +307,16 @@ def _split(labelling: Labelling, part: Part, size: int, key: str) -> tuple[Part,
         labelling.equal(None, part.labels)
         return Part(sizes[0], key=keys[0]), Part(sizes[1], key=keys[1])
     lines = table if chosen == 0 else table.T  # (chosen, other): what shares an index of the chosen part is one
-    for column in range(1, lines.shape[1]):
-        labelling.equal(lines[:, 0], lines[:, column])
     labels: list[Labels | None] = [None, None]
-    labels[chosen] = np.ascontiguousarray(lines[:, 0])
+    labels[chosen] = _tied(labelling, lines)
     return Part(sizes[0], labels[0], key=keys[0]), Part(sizes[1], labels[1], key=keys[1])
+
+
+def _tied(labelling: Labelling, rows: Labels) -> Labels:
+    """Of a table of labels, those of its first column: all that share a row are made one."""
+    for column in range(1, rows.shape[1]):
+        labelling.equal(rows[:, 0], rows[:, column])
+    return np.ascontiguousarray(rows[:, 0])
 
 
 def _size(axis: Axis) -> int:
