@@ -45,6 +45,8 @@ class Captured:
     names: dict[str, str]
     frozen: frozenset[str]
     renamed: dict[str, str] = field(default_factory=dict[str, str])
+    ties: tuple[tuple[str, str], ...] = ()
+    """Weights that are used a second time through a computation, and what computes it."""
 
 
 class _Picked(nn.Module):
@@ -87,6 +89,7 @@ def capture(
     prefix = "" if output is None else "model."
     captured = _captured(program, copied, prefix)
     _check_mutations(program, set(captured.nodes), type(model).__name__)
+    _tell_of_ties(captured)
     written = captured
     for _ in range(DEPTH):
         strange = _strange(written, known)
@@ -278,21 +281,28 @@ def _captured(program: ExportedProgram, model: nn.Module, prefix: str) -> Captur
             state[CONSTANT + node.name] = values[node].detach().contiguous()
     result = next(n for n in program.graph.nodes if n.op == "output").args[0][-1]
     used = {names[source.name] for n in nodes for source in n.all_input_nodes if source.name in names}
-    _tell_of_ties(model, names, values, used, nodes)
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
     frozen |= {name for name, _ in model.named_buffers()}
     constants = {name for name in used if name.startswith(CONSTANT)}
     return Captured(
         nodes=tuple(nodes), output=result, state={name: state[name] for name in sorted(used)}, names=names,
-        frozen=frozenset(frozen | constants),
+        frozen=frozenset(frozen | constants), ties=tuple(_ties(model, names, values, used, nodes)),
     )  # fmt: skip
 
 
-def _tell_of_ties(
-    model: nn.Module, names: dict[str, str], values: dict[fx.Node, Any], used: set[str], nodes: list[fx.Node]
-) -> None:
+def _tell_of_ties(captured: Captured) -> None:
     """Warn of a weight that is used as it is and, by a computation that does not depend on the input, a second time
     (transposed, for one): the second use becomes a constant, which training leaves behind."""
+    for weight, through in captured.ties:
+        log.warning(
+            "%s is also used through %s, which becomes a constant: where the weight itself is trained, the two "
+            "are no longer tied", weight, through,
+        )  # fmt: skip
+
+
+def _ties(
+    model: nn.Module, names: dict[str, str], values: dict[fx.Node, Any], used: set[str], nodes: list[fx.Node]
+) -> Generator[tuple[str, str]]:
     trained = {name for name, value in model.named_parameters() if value.requires_grad} & used
     behind: dict[fx.Node, set[str]] = {}
     for node in values:
@@ -301,10 +311,7 @@ def _tell_of_ties(
     for node in dict.fromkeys(source for live in nodes for source in live.all_input_nodes):
         if node.op != "placeholder":
             for name in sorted(behind.get(node, ())):
-                log.warning(
-                    "%s is also used through %s, which becomes a constant: where the weight itself is trained, the two "
-                    "are no longer tied", name, getattr(node.target, "__name__", node.name).split(".")[0],
-                )  # fmt: skip
+                yield name, getattr(node.target, "__name__", node.name).split(".")[0]
 
 
 def _constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
