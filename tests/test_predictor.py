@@ -3,13 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
 
+from nightpress.evaluators.latency.aggregates import aggregate, columns_of, process_on
 from nightpress.evaluators.latency.calibrate import (
     BATCH,
     FIRST,
@@ -24,7 +28,7 @@ from nightpress.evaluators.latency.measure import Kernel, Timing
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher, Timed, timed_from_dict, timed_to_dict
 from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit, session_levels
 from nightpress.evaluators.latency.profile import Point, Profile, drift
-from nightpress.evaluators.latency.tables import Tables, sums_of
+from nightpress.evaluators.latency.tables import Tables, TermTables, sums_of
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.latency.units import DEQUANTISE, Work, Worker
 from nightpress.spaces.plans import choices_of
@@ -165,6 +169,35 @@ def test_looking_up_gives_what_working_out_gives() -> None:
 
     for name in ("total", "groups", "nodes", "model_mb"):
         np.testing.assert_allclose(getattr(looked_up, name), getattr(worked_out, name), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("left_out", [None, "conv.int8", "weights.dequantise", "quantise"])
+def test_terms_that_are_looked_up_are_those_that_are_worked_out(left_out: str | None) -> None:
+    work = WORKER.work(choices_of(ANATOMY, known_policies(40, 3)))
+    columns = {kind: width for kind, width in columns_of(work).items() if kind != left_out}
+    some = random_policies(200, 5)
+    expected = aggregate(WORKER.work(choices_of(ANATOMY, some)), columns)
+    tables = TermTables(WORKER, columns)
+
+    for _ in range(2):  # the second time nothing is new
+        np.testing.assert_allclose(tables.terms(choices_of(ANATOMY, some)), expected, rtol=1e-5, atol=1e-9)
+    assert np.isnan(expected).any() == (left_out is not None)
+
+
+def test_a_gaussian_process_answers_as_the_library_does() -> None:
+    generator = np.random.default_rng(0)
+    inputs, fresh = generator.normal(3, 2, (40, 6)), generator.normal(3, 3, (200, 6))
+    inputs[:, 2] = 1.0  # says nothing
+    target = inputs[:, 0] * 0.1 + np.sin(inputs[:, 1]) + generator.normal(0, 0.2, 40)
+    used = np.array([0, 1, 3, 4, 5])
+    kernel: Any = ConstantKernel(1.0) * RBF(4.0, (0.5, 100.0)) + WhiteKernel(1e-2, (1e-5, 1.0))
+    library = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    centre, spread = inputs[:, used].mean(axis=0), inputs[:, used].std(axis=0)
+    library.fit((inputs[:, used] - centre) / spread, target)
+
+    expected = library.predict((fresh[:, used] - centre) / spread)
+
+    np.testing.assert_allclose(process_on(inputs, target)(fresh), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:

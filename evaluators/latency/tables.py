@@ -10,7 +10,20 @@ from numpy.typing import NDArray
 
 from ...spaces.plans import Choices
 from .insitu import InSitu
-from .units import DEQUANTISE, LAYER_VARIANTS, NO_LAYER, NO_OTHER, State, Units, Work, Worker
+from .units import (
+    DEQUANTISE,
+    DEQUANTISE_TERMS,
+    LAYER_TERMS,
+    LAYER_VARIANTS,
+    NO_LAYER,
+    NO_OTHER,
+    OTHER_TERMS,
+    OTHER_VARIANTS,
+    State,
+    Units,
+    Work,
+    Worker,
+)
 
 Array = NDArray[np.floating[Any]]
 Index = NDArray[np.int64]
@@ -120,6 +133,82 @@ class Tables:
             prices[place, at, units.row] = own
             prices[place + 1, at, units.row] = streamed
         return prices
+
+
+class TermTables:
+    """Terms of batches of policies summed by kind, as :func:`~.aggregates.aggregate` works them out, by looking each
+    unit's up."""
+
+    def __init__(self, worker: Worker, columns: Mapping[str, int]) -> None:
+        self._worker, self._columns, self._axes = worker, columns, _Axes(worker)
+        self._layers = _Table(self._axes, worker, worker.layers, NO_LAYER, depth=LAYER_TERMS + DEQUANTISE_TERMS)
+        self._others = _Table(self._axes, worker, worker.others, NO_OTHER, depth=OTHER_TERMS)
+        self._kinds = {kind: number for number, kind in enumerate(columns)}
+        self._layer_kinds = self._numbers(worker.layer_kinds, (*LAYER_VARIANTS, "no layer"))
+        self._other_kinds = self._numbers(worker.other_kinds, (*OTHER_VARIANTS, "none"))
+
+    def _numbers(self, bases: NDArray[np.str_], variants: Sequence[str]) -> Index:
+        """Of each operation's kind in each variant, shape (operations, variants); the last one for what is no
+        column."""
+        named = [[self._kinds.get(f"{base}.{name}", len(self._kinds)) for name in variants] for base in bases]
+        return np.array(named, np.int64).reshape(-1, len(variants))
+
+    def terms(self, choices: Choices) -> NDArray[np.float64]:
+        """Shape (n, terms)."""
+        return np.concatenate([self._terms(state) for state in self._worker.states(choices)])
+
+    def _terms(self, state: State) -> NDArray[np.float64]:
+        steps, unseen = self._axes.steps(state.axes), np.zeros(state.count, np.bool_)
+        layers = self._layers.look_up(state.layer_codes, steps, lambda new: self._terms_of_layers(state, new))
+        others = self._others.look_up(state.other_codes, steps, lambda new: self._terms_of_others(state, new))
+        variant = np.where(state.layer_codes == NO_LAYER, len(LAYER_VARIANTS), state.layer_codes & 3)
+        by_kind = self._by_kind(self._layer_kinds, variant, layers[:LAYER_TERMS])
+        by_kind[:OTHER_TERMS] += self._by_kind(self._other_kinds, state.other_codes, others)
+        dequantised = np.array([plane.sum(axis=0) for plane in layers[LAYER_TERMS:]])
+        if DEQUANTISE in self._kinds:
+            by_kind[:DEQUANTISE_TERMS, self._kinds[DEQUANTISE]] = dequantised
+        else:
+            unseen |= dequantised[0] > 0
+        for name, amounts in state.conversions.items():
+            if name in self._kinds:
+                by_kind[:2, self._kinds[name]] = amounts.T
+            else:
+                unseen |= amounts[:, 0] > 0
+        unseen |= by_kind[0, -1] > 0
+        found = [by_kind[:width, number] for number, width in enumerate(self._columns.values())]
+        terms = np.concatenate([np.ones((1, state.count)), *found]).T
+        terms[unseen] = np.nan
+        return terms
+
+    def _by_kind(
+        self, numbers: Index, variant: NDArray[np.integer[Any]], planes: Sequence[Array]
+    ) -> NDArray[np.float64]:  # fmt: skip
+        """Sums of operations of one kind, shape (terms, kinds + 1, n)."""
+        count = variant.shape[1]
+        kind = np.take_along_axis(numbers, variant.astype(np.int64), axis=1)
+        place = (kind * count + np.arange(count)).ravel()
+        size = (len(self._kinds) + 1) * count
+        sums = [np.bincount(place, plane.ravel(), size).reshape(-1, count) for plane in planes]
+        return np.array(sums, np.float64)
+
+    def _terms_of_layers(self, state: State, new: Mask) -> Array:
+        found = np.zeros((LAYER_TERMS + DEQUANTISE_TERMS, *new.shape))
+        for units in self._worker.layer_units(state, new):
+            first = LAYER_TERMS if units.kind == DEQUANTISE else 0
+            _fill(found[first:], units, self._worker.layers)
+        return found
+
+    def _terms_of_others(self, state: State, new: Mask) -> Array:
+        found = np.zeros((OTHER_TERMS, *new.shape))
+        for units in self._worker.other_units(state, new):
+            _fill(found, units, self._worker.others)
+        return found
+
+
+def _fill(planes: Array, units: Units, sites: Index) -> None:
+    at = np.searchsorted(sites, units.site)
+    for plane, amounts in zip(planes, units.terms.T, strict=False):
+        plane[at, units.row] = amounts
 
 
 class _Axes:

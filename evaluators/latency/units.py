@@ -30,6 +30,8 @@ WITH_SUM, NO_LAYER = 4, 8
 OTHER_VARIANTS = ("int8", "blocked", "split", "fp32", "early", "last")
 NO_OTHER = len(OTHER_VARIANTS)
 DEQUANTISE = "weights.dequantise"
+LAYER_TERMS, DEQUANTISE_TERMS, OTHER_TERMS = 8, 3, 3
+"""At most so many amounts of work has a unit; the first counts it."""
 BLOCK = 2000
 _WEIGHT_BYTES = np.array([1.0, 4, 4, 5, 1, 4, 4, 5, 0])  # in memory, by code: stored ones are there twice
 _MILLION = 1e6
