@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ..evaluators.latency.capabilities import capabilities
 from ..evaluators.latency.measure import BUSY_CORES, Timer, Timing
-from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, missing_runtime
+from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, fingerprint_to_dict, missing_runtime
 from ..evaluators.latency.timer import PROVIDERS, runtime_version
 
 PACKAGES = (
@@ -31,7 +30,7 @@ def examine(fresh: bool = False) -> dict[str, Any]:
                for name in RUNTIMES if missing_runtime(name) is None}  # fmt: skip
     return {
         "packages": {name: _version(name) for name in PACKAGES},
-        "machine": {**asdict(device), "flags": list(device.flags), "load": os.getloadavg()[0], "cuda": _cuda()},
+        "machine": {**fingerprint_to_dict(device), "load": os.getloadavg()[0], "cuda": _cuda()},
         "runtimes": [_runtime(name) for name in RUNTIMES],
         "kernels": kernels,
         "noise": _noise(device.cores),

@@ -18,7 +18,7 @@ def main() -> int:
     from .app import app
 
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="nightpress", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Exit as end:
         return end.exit_code

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..evaluators.latency.target import Target, fingerprint, target_from_dict, target_to_dict
+from ..evaluators.latency.target import Target, fingerprint, fingerprint_to_dict, target_from_dict, target_to_dict
 from ..search.records import PICK, RunRecord, TrialRecord
 
 
@@ -55,7 +55,7 @@ class Origin:
 
     def here(self) -> Self:
         """The same origin, measured on this machine."""
-        return replace(self, device={**asdict(fingerprint(self.target)), "flags": list(fingerprint(self.target).flags)})
+        return replace(self, device=fingerprint_to_dict(fingerprint(self.target)))
 
     def trained(self, digest: str, policy: Mapping[str, Any], epochs: float) -> Self:
         """The same origin after more training."""

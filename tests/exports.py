@@ -13,7 +13,7 @@ import tiny
 from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency.measure import Timing
-from nightpress.evaluators.latency.target import Target
+from nightpress.evaluators.latency.target import Target, fingerprint, fingerprint_to_dict
 from nightpress.search.folder import read_run
 from nightpress.search.records import RunRecord
 from nightpress.search.session import latency_of
@@ -42,6 +42,8 @@ def run_folder(factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         begun = json.loads((folder / "state.json").read_text())
         (folder / "state.json").write_text(json.dumps({**begun, **state}))
+        device = fingerprint_to_dict(fingerprint(Target()))
+        (folder / "target.json").write_text(json.dumps({"device": device}))
         evaluator = Evaluator(_recipe(place))
         for policy, latency_ms in zip(policies(place.anatomy), LATENCIES_MS, strict=True):
             _add(folder, evaluator, policy, latency_ms)

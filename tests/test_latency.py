@@ -324,8 +324,11 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Fingerprint)])
 def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Path, field: str) -> None:
-    then: Any = ["avx9"] if field == "flags" else 99 if field == "cores" else "another"
-    shown = {"flags": r"\('avx9',\)", "cores": "99"}.get(field, "'another'")
+    changed: dict[str, tuple[Any, str]] = {
+        "flags": (["avx9"], r"\('avx9',\)"), "cores": (99, "99"),
+        "session_config": ({"kernels": "slow"}, r"\(\('kernels', 'slow'\),\)"),
+    }  # fmt: skip
+    then, shown = changed.get(field, ("another", "'another'"))
     path = written(tmp_path, lambda data: data["device"].update({field: then}))
 
     with pytest.raises(
@@ -343,6 +346,7 @@ def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Pa
         (lambda data: data["target"].update(cache=1), r"the profile is damaged: TypeError .*cache"),
         (lambda data: data.update(target=None), r"the profile is damaged: TypeError "),
         (lambda data: data.update(device=[]), r"the profile is damaged: TypeError "),
+        (lambda data: data["device"].update(session_config="x"), r"the profile is damaged: ValueError "),
         (lambda data: data["points"][3].pop("halves_ms"), r"the profile is damaged: KeyError 'halves_ms'\.$"),
         (lambda data: data["points"][3].update(halves_ms=[1.0]), r"the profile is damaged: IndexError "),
         (lambda data: data["points"][3].update(measured_ms="fast"), r"the profile is damaged: ValueError .*'fast'\.$"),

@@ -23,7 +23,7 @@ from ...spaces.plan import Plan, plan
 from ...spaces.policy import FP32, INT8, LayerBits, Policy
 from ..runtime import KERNELS, open_session
 from .measure import Timer, Timing, settings, write_random
-from .target import CHANNEL_STEPS, Target, fingerprint, target_to_dict
+from .target import CHANNEL_STEPS, Target, fingerprint, fingerprint_to_dict, target_to_dict
 
 log = logging.getLogger("nightpress")
 SIZE, AROUND, LINEAR_AROUND = 14, 64, 512
@@ -303,7 +303,7 @@ def _change_ms(timings: Mapping[str, Timing]) -> float:
 def _cache_path(target: Target) -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
     settings = {**target_to_dict(target), "channel_steps": None, "integer_kernels": None}
-    parts = [asdict(fingerprint(target)), settings, Path(__file__).read_text()]
+    parts = [fingerprint_to_dict(fingerprint(target)), settings, Path(__file__).read_text()]
     return folder / f"capabilities-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
 
 

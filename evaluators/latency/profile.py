@@ -20,7 +20,15 @@ from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import LEAST_DRIFT, Measured, Predictor, fit
 from .sizes import batch_bytes, payload_bytes, structure
-from .target import Fingerprint, Target, fingerprint, fingerprint_from_dict, target_from_dict, target_to_dict
+from .target import (
+    Fingerprint,
+    Target,
+    fingerprint,
+    fingerprint_from_dict,
+    fingerprint_to_dict,
+    target_from_dict,
+    target_to_dict,
+)
 from .units import Worker
 
 VERSION = 2
@@ -179,7 +187,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "version": VERSION,
         "model": profile.model,
         "target": target_to_dict(profile.target),
-        "device": {**asdict(profile.device), "flags": list(profile.device.flags)},
+        "device": fingerprint_to_dict(profile.device),
         "date": profile.date,
         "seconds": profile.seconds,
         "remote": profile.remote,

@@ -54,6 +54,8 @@ class Fingerprint:
     cores: int
     runtime_version: str
     accelerator: str | None = None
+    session_config: tuple[tuple[str, str], ...] = ()
+    """What its sessions of ONNX Runtime are told: names and values."""
 
 
 def fingerprint(target: Target) -> Fingerprint:
@@ -66,8 +68,14 @@ def fingerprint(target: Target) -> Fingerprint:
 
 def fingerprint_from_dict(data: Mapping[str, Any]) -> Fingerprint:
     """A device as JSON has it. Raises KeyError or TypeError when something is missing or unknown."""
-    values: dict[str, Any] = {**data, "flags": tuple(data["flags"])}
+    values: dict[str, Any] = {"session_config": {}, **data}
+    values |= {"flags": tuple(data["flags"]), "session_config": tuple(dict(values["session_config"]).items())}
     return Fingerprint(**values)
+
+
+def fingerprint_to_dict(device: Fingerprint) -> dict[str, Any]:
+    """The inverse of :func:`fingerprint_from_dict`."""
+    return {**asdict(device), "flags": list(device.flags), "session_config": dict(device.session_config)}
 
 
 def missing_runtime(runtime: str) -> str | None:

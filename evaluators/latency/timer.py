@@ -368,6 +368,7 @@ def device(runtime: str) -> dict[str, Any]:
     """What numbers of this machine and runtime hold for."""
     return {
         **processor(),
+        "session_config": session_config(processor()) if runtime.startswith("onnxruntime") else {},
         "cores": cores(),
         "runtime_version": runtime_version(runtime),
         "accelerator": None if runtime in {"onnxruntime", "openvino"} else _accelerator(),
