@@ -70,8 +70,8 @@ class Encoder:
         unheard = FP32 if FP32 in space.bit_choices else space.bit_choices[0]
         self._unheard_bits = space.bit_choices.index(unheard)
         self.shapes = Shapes(self)
-        self._network = np.array([i for i, c in enumerate(self.columns) if c.standard is None], dtype=np.intp)
-        self._mark = np.random.default_rng(0).uniform(1, 2, len(self._network))
+        of_network = np.array([c.standard is None for c in self.columns], np.bool_)
+        self._mark = np.random.default_rng(0).uniform(1, 2, len(self.columns)) * of_network
         self._choices = np.array([len(c.choices) for c in self.columns], dtype=np.float64)
         self._reach = np.array([max(1.0 if c.whole else 0.0, 0.2 * (c.high - c.low)) for c in self.columns])
         self._real = np.array([i for i, c in enumerate(self.columns) if not (c.choices or c.whole)], dtype=np.intp)
@@ -164,7 +164,8 @@ class Encoder:
 
     def networks(self, rows: Array) -> NDArray[np.intp]:
         """A number for each row, the same for rows that differ in their fine-tune alone, shape (n,)."""
-        return np.unique(rows[:, self._network] @ self._mark, return_inverse=True)[1].reshape(len(rows))
+        # Rounded, since products of matrices need not be the same to the last bit for equal rows.
+        return np.unique(np.round(rows @ self._mark, 6), return_inverse=True)[1].reshape(len(rows))
 
     def tidy(self, rows: Array) -> Array:
         """Rows within their ranges, whole numbers where they must be, and the standard answer where an answer has no

@@ -66,24 +66,32 @@ def expected_gain(mean: Array, spread: Array, scale: Scale, costs: Array, target
 def mean_gain(draws: Array, weights: Array, costs: Array, target: Target) -> Array:
     """Mean hypervolume that points add, shape (n,), from draws of their accuracy, shape (n, m), that weigh ``weights``,
     shape (m,); latency and size, shape (n, 2), count as shares of the corner's."""
-    unit = target.corner[1:]
-    priced = (costs / unit).astype(np.float32)  # latency and size as shares of the corner's
-    kept = target.front
-    edges = np.minimum(np.concatenate([[np.inf], kept[:, 0], [target.corner[0]]]), target.top)
-    gains = np.zeros(len(draws))
-    for level in range(len(kept) + 1):
-        above, below = edges[level], edges[level + 1]
-        if above <= below:
-            continue
-        height = (np.clip(draws, below, above) - below) @ weights
-        gains += height * _free_area(priced, (kept[:level, 1:] / unit).astype(np.float32))
-    return gains
+    unit = target.corner[1:]  # latency and size count as shares of the corner's
+    edges = np.minimum(np.concatenate([[np.inf], target.front[:, 0], [target.corner[0]]]), target.top)
+    beyond = np.array([np.maximum(draws - edge, 0) @ weights for edge in edges])
+    return (np.diff(beyond, axis=0) * _free_areas(costs / unit, target.front[:, 1:] / unit)).sum(axis=0)
 
 
-def _free_area(points: NDArray[np.float32], covering: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Area between each point and (1, 1) that no covering point dominates, shape (n,)."""
-    order = covering[np.argsort(covering[:, 0], kind="stable")]
-    edges = np.concatenate([[-np.inf], order[:, 0], [1.0]]).astype(points.dtype)
-    ceiling = np.concatenate([[1.0], np.minimum(np.minimum.accumulate(order[:, 1]), 1.0)]).astype(points.dtype)
-    width = np.maximum(edges[1:] - np.maximum(edges[:-1], points[:, :1]), 0)
-    return np.einsum("nj,nj->n", width, np.maximum(ceiling - points[:, 1:], 0))
+def _free_areas(points: Array, covering: Array) -> Array:
+    """Area between each point and (1, 1) that none of the first covering points dominates, for no covering point up
+    to all of them, shape (covering + 1, n).
+
+    What they leave free is a staircase that falls with the latency: of it a point has what lies between its own
+    latency and the step that is as low as its size. Which step that is for each rank of a size is worked out once.
+    """
+    order = np.argsort(covering[:, 0], kind="stable")
+    sizes, latencies = np.minimum(covering[order, 1], 1.0), covering[order, 0]
+    edges = np.concatenate([[0.0], latencies, [1.0]])
+    first = np.arange(len(covering) + 1)[:, None]
+    whole = np.ones((len(first), 1))
+    stairs = np.minimum.accumulate(np.hstack([whole, np.where(order < first, sizes, 1.0)]), axis=1)
+    under = np.hstack([0 * whole, np.cumsum(np.diff(edges) * stairs, axis=1)])
+    heights = np.sort(np.append(sizes, 1.0))
+    higher = (stairs[:, None] >= np.append(heights, np.inf)[:, None]).sum(axis=2)  # steps above a size of each rank
+
+    latency, size = points.T
+    step = higher[:, np.searchsorted(heights, size, side="right")]
+    own = np.clip(np.searchsorted(edges, latency, side="right") - 1, 0, len(covering))
+    before = under[:, own] + stairs[:, own] * (latency - edges[own])
+    free = np.take_along_axis(under, step, axis=1) - before - size * (edges[step] - latency)
+    return np.where(edges[step] > latency, free, 0.0)

@@ -246,7 +246,7 @@ def test_the_gain_of_a_certain_accuracy_is_the_hypervolume_that_it_adds(
 
     losses = [(-a, b, c) for a, b, c in front]
     added = hypervolume([*losses, (-point[0], *point[1:])], (0.0, 1.0, 1.0)) - hypervolume(losses, (0.0, 1.0, 1.0))
-    assert gain == pytest.approx(added, abs=1e-5)
+    assert gain == pytest.approx(added, abs=1e-9)
 
 
 def test_accuracy_above_the_top_is_worth_nothing() -> None:
