@@ -43,13 +43,17 @@ LEAST_PACE, LEAST_PACE_RATIO = 3, 0.25
 Array = NDArray[np.float64]
 
 
+def size_long(session: Session) -> None:
+    """Once the baselines are judged: say how long all long fine-tunes are."""
+    _size_long(session, _rules(session), session.clock.left_before("verify", "report"))
+
+
 def train_rules(session: Session) -> None:
-    """The long fine-tune of the baselines, before the search: they get the same training as the finalists, or the
+    """The long fine-tune of the baselines, before any proposal: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
-    rules = _rules(session)
+    size_long(session)
     left = session.clock.left_before("verify", "report")
-    _size_long(session, rules, left)
-    _train(session, rules, session.clock.left_seconds - LONG_SHARES[-1] * left)
+    _train(session, _rules(session), session.clock.left_seconds - LONG_SHARES[-1] * left)
 
 
 def train_long(session: Session) -> None:

@@ -167,6 +167,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _aim(session)
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
+        _run_seeds(session, trials)
         long_tuning.train_rules(session)
         search_by(session, trials)
         finalists.remeasure_front(session)
@@ -235,11 +236,21 @@ def worthwhile(session: Session, rules: Mapping[str, Policy]) -> dict[str, Polic
     return {name: policy for name, policy in rules.items() if name not in session.state["pointless"]}
 
 
-def _run_enqueued(session: Session, trials: Trials) -> None:
-    while session.store.waiting("baseline"):
+def _run_enqueued(
+    session: Session, trials: Trials, role: str = "baseline", ended: Callable[[], bool] = lambda: False
+) -> None:
+    while session.store.waiting(role) and not ended():
         trials.fill(1, go_on=False)
         trials.collect()
     trials.drain()
+
+
+def _run_seeds(session: Session, trials: Trials) -> None:
+    """Before the long fine-tunes of the rules, which may take a third of a short night: nothing that they teach could
+    change what was chosen beforehand, and who looks in sees a front at once."""
+    long_tuning.size_long(session)
+    planning.plan_finalists(session)
+    _run_enqueued(session, trials, "seed", lambda: enough(session, trials) is not None)
 
 
 def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str | None]]) -> None:

@@ -121,6 +121,16 @@ def test_its_folder_has_all_its_files(night: tiny.Night) -> None:
     assert "tiny" in (night.run / "report.html").read_text()
 
 
+def test_what_was_chosen_beforehand_is_tried_before_the_rules_get_their_long_fine_tunes(night: tiny.Night) -> None:
+    trials = read_run(night.run).trials
+    seeds = [trial for trial in trials if trial.role == "seed"]
+    longs = [night.run / "artifacts" / str(t.number) / "long.json" for t in trials if t.role == "baseline"]
+    begun = min(path.stat().st_mtime for path in longs if path.is_file())
+
+    assert seeds
+    assert all(trial.finished and trial.finished < begun for trial in seeds)
+
+
 def test_its_artifacts_are_what_an_export_needs(night: tiny.Night) -> None:
     for trial in read_run(night.run).trials:
         folder = night.run / "artifacts" / str(trial.number)
