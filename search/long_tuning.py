@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.quality import Score
 from ..spaces.files import write_whole
+from .clock import ENDING
 from .disk import find_room, free_disk, is_full
 from .finalists import choose, complete, expected_accuracies, hopeful, surrogate_of
 from .records import UNCOMPRESSED, Rung, TrialRecord
@@ -43,17 +44,18 @@ LEAST_PACE, LEAST_PACE_RATIO = 3, 0.25
 Array = NDArray[np.float64]
 
 
-def size_long(session: Session) -> None:
-    """Once the baselines are judged: say how long all long fine-tunes are."""
-    _size_long(session, _rules(session), session.clock.left_before("verify", "report"))
+def size_long(session: Session) -> float:
+    """Once the baselines are judged: say how long all long fine-tunes are. Returns how many seconds before the deadline
+    those of the rules must be over."""
+    left = session.clock.left_before(*ENDING)
+    _size_long(session, _rules(session), left)
+    return session.clock.left_seconds - LONG_SHARES[-1] * left
 
 
-def train_rules(session: Session) -> None:
+def train_rules(session: Session, end: float | None = None) -> None:
     """The long fine-tune of the baselines, before any proposal: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
-    size_long(session)
-    left = session.clock.left_before("verify", "report")
-    _train(session, _rules(session), session.clock.left_seconds - LONG_SHARES[-1] * left)
+    _train(session, _rules(session), size_long(session) if end is None else end)
 
 
 def train_long(session: Session) -> None:
@@ -71,27 +73,43 @@ def train_long(session: Session) -> None:
         )  # fmt: skip
     _train(session, ours(session, chosen), end)
     if session.config.finetune.finalists is None:
-        _train_further(session, end)
+        # What is left of the time goes to those that would have been chosen next.
+        _train_next(session, end, MOST_FURTHER, more=MOST_FURTHER)
     judge_rungs(session)
 
 
-def _train_further(session: Session, end: float) -> None:
-    """What is left of the time goes to those that were chosen next, by all that is known then, as many at once as there
-    are workers. Each has to be verified, too."""
+def train_early(session: Session, most: int, spare_seconds: float, why: str) -> int:
+    """Long fine-tunes of finalists while the search still goes on, up to ``most``; how many there were. None unless
+    ``spare_seconds`` are left behind them, beside the time for as many finalists in the end and for the verification.
+
+    They stand for the front whatever comes after, so the search may go on with what they have taught.
+    """
+    later = sum(session.clock.share_seconds(phase) for phase in ("finalists", *ENDING))
+    before = len(session.store.longs())
+    _train_next(session, later + spare_seconds, most, phase="search", why=why)
+    return len(session.store.longs()) - before
+
+
+def _train_next(
+    session: Session, end: float, most: int, *, more: int = 0, phase: str = "finalists", why: str | None = None
+) -> None:
+    """Long fine-tunes of up to ``most`` trials as long as there is time for them: of those that are chosen next, by all
+    that is known then, as many at once as there are workers. Each has to be verified, too."""
     tried: set[int] = set()
-    while further := [t for t in ours(session, choose(session, MOST_FURTHER))
-                      if t.number not in tried and waits(session, t)]:  # fmt: skip
-        further = further[: session.workers]
-        tried.update(t.number for t in further)
-        end += len(further) * session.profile.seconds_each
-        one = float(long_seconds(session, further).max())
-        if session.clock.left_seconds < end + SURE * one:
+    while len(tried) < most:
+        chosen = [t for t in ours(session, choose(session, more)) if t.number not in tried and waits(session, t)]
+        following = chosen[: min(session.workers, most - len(tried))]
+        if not following:
             return
-        session.folder.decide(
-            "finalists", f"also trials {', '.join(str(t.number) for t in further)}",
-            f"{session.clock.left_seconds - end:.0f} s are left before the verification, and one takes {one:.0f} s",
-        )  # fmt: skip
-        _train(session, further, end)
+        tried.update(t.number for t in following)
+        end += len(following) * session.profile.seconds_each
+        one = float(long_seconds(session, following).max())
+        left = session.clock.left_seconds
+        if left < end + SURE * one:
+            return
+        reason = why or f"{left - end:.0f} s are left before the verification, and one takes {one:.0f} s"
+        session.folder.decide(phase, f"also trials {', '.join(str(t.number) for t in following)}", reason)
+        _train(session, following, end)
 
 
 def waits(session: Session, trial: TrialRecord) -> bool:
@@ -238,13 +256,13 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
     those are counted that may come within the limits with ``enough`` steps, or with more where there are more."""
     steps, trained = enough, rules
     for _ in range(2):
-        trained = [t for t in rules if _within_reach(session, t, rules, max(steps, enough))]
+        trained = [t for t in rules if within_reach(session, t, rules, max(steps, enough))]
         fixed, a_step = long_costs(session, trained).sum(axis=0) + finalists * a_finalist(session, trained)
         steps = int((0.9 * seconds * session.workers - fixed) / max(a_step, 1e-9))
     return _Size(steps, len(trained), finalists)
 
 
-def _within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], steps: int) -> bool:
+def within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], steps: int) -> bool:
     """Whether a rule may end within the limits, were its error to fall with the square root of the steps: a guess, for
     the plan alone. Measured on ResNet-20, errors fell by at most 1.5 with three times the steps."""
     least = search_limits(session).min_accuracy

@@ -1,7 +1,6 @@
 """The driver of a night: owns the study and the clock, and runs the phases one after another."""
 
 import logging
-import math
 import os
 import shutil
 import socket
@@ -21,23 +20,21 @@ from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
+from .loop import run_seeds, search
 from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
-from .plateau import stalled
 from .process import WorkerProcess
 from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
 from .records import RunRecord, TrialState
 from .resolved import check_same, resolved_config
-from .rungs import judge_stopping
 from .sampler import NightpressSampler, Options, make_sampler
-from .session import TICK_SECONDS, InterruptionError, OverdueError, Session
+from .session import InterruptionError, OverdueError, Session
 from .signals import graceful
 from .split_gap import note_gap, search_limits
 from .storages import close, open_storage
 from .store import Store, policy_of
-from .study import end_study, studying
 from .trials import Trials, enqueue
 from .verification import verify
 from .why import record_why
@@ -48,10 +45,6 @@ MOST_WAITING = 2
 trials alike, which all waited, and never found out at the top that they were worthless."""
 SEEDS, WALK = 8, 60
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
-JUDGED = 50
-"""A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
-LOOK_SECONDS = 20.0
-"""How often the search looks at the disk and at what the finalists will need."""
 
 
 def run_night(
@@ -167,8 +160,10 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _aim(session)
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
-        _run_seeds(session, trials)
-        long_tuning.train_rules(session)
+        end = long_tuning.size_long(session)
+        if search_by is search:
+            run_seeds(session, trials)
+        long_tuning.train_rules(session, end)
         search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):
@@ -236,21 +231,11 @@ def worthwhile(session: Session, rules: Mapping[str, Policy]) -> dict[str, Polic
     return {name: policy for name, policy in rules.items() if name not in session.state["pointless"]}
 
 
-def _run_enqueued(
-    session: Session, trials: Trials, role: str = "baseline", ended: Callable[[], bool] = lambda: False
-) -> None:
-    while session.store.waiting(role) and not ended():
+def _run_enqueued(session: Session, trials: Trials) -> None:
+    while session.store.waiting("baseline"):
         trials.fill(1, go_on=False)
         trials.collect()
     trials.drain()
-
-
-def _run_seeds(session: Session, trials: Trials) -> None:
-    """Before the long fine-tunes of the rules, which may take a third of a short night: nothing that they teach could
-    change what was chosen beforehand, and who looks in sees a front at once."""
-    long_tuning.size_long(session)
-    planning.plan_finalists(session)
-    _run_enqueued(session, trials, "seed", lambda: enough(session, trials) is not None)
 
 
 def _enqueue(session: Session, role: str, policies: Sequence[tuple[Policy, str | None]]) -> None:
@@ -314,53 +299,6 @@ def _runs_before(session: Session) -> list[RunRecord]:
                 f"{session.prepared.anatomy.digest}."
             )
     return runs
-
-
-def search(session: Session, trials: Trials) -> None:
-    """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
-    looked = -math.inf
-    planning.plan_finalists(session)  # first, or time that they cannot use ends a search before it begins
-    while (reason := enough(session, trials)) is None:
-        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
-            looked = time.monotonic()
-            planning.plan_finalists(session)
-            trials.make_room()
-            continue
-        most = session.config.search.max_trials
-        more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
-        trials.collect(0.0 if more else TICK_SECONDS)
-    trials.drain()
-    trials.close_paused()
-    session.folder.decide("search", "ended the search", reason)
-    if studying(session.state["rungs"]):
-        end_study(session)
-    judge_stopping(session)
-
-
-def enough(session: Session, trials: Trials) -> str | None:
-    """Why the search ends; None while it goes on."""
-    most = session.config.search.max_trials
-    ending = _trial_seconds(session) + finalists.remeasure_seconds(session)
-    if session.clock.left_before("finalists", *ENDING) <= ending:
-        return "the time for it is used up"
-    if most is not None and session.store.tally().begun >= most and not trials.unfinished:
-        return f"max_trials {most} is reached"
-    if session.state.get("disk_full"):
-        return "the disk is full"
-    if trials.dry and not trials.unfinished:
-        return "the sampler proposes only policies that are known"
-    if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
-        return None
-    trials.judged = trials.finished
-    reference = session.state["reference"]
-    corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
-    return stalled([t for t in session.store.trials() if t.role != "baseline"], corner)
-
-
-def _trial_seconds(session: Session) -> float:
-    """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
-    spans = session.store.tally().spans
-    return spans[(3 * len(spans)) // 4] if spans else 0.0
 
 
 def _open_folder(config: RunConfig, resume: bool) -> RunFolder:

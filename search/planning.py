@@ -5,7 +5,7 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, in_all, long_costs, ours, waits
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, Array, a_finalist, in_all, long_costs, ours, waits, within_reach
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
@@ -29,24 +29,30 @@ def plan_finalists(session: Session) -> None:
     _take_back_finalists(session)
     rungs, clock = session.state["rungs"], session.clock
     rules, chosen = complete(session, "baseline"), choose(session)
-    queue = [t for t in ours(session, rules + chosen) if waits(session, t)]
+    queue = [t for t in ours(session, chosen) if waits(session, t)]
+    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
+    lengths = given or rungs["short_steps"], given or MOST_EPOCHS * rungs["epoch_steps"]
+    behind = [t for t in ours(session, rules) if waits(session, t) and within_reach(session, t, rules, lengths[0])]
     # Finalists that nobody has proposed yet are taken to cost what the median rule does.
     missing = max(0, rungs["finalists"] - len(chosen)) if rules else 0
-    if not queue and not missing:
+    count = len(queue) + len(behind) + missing
+    if not count:
         return
-    costs = long_costs(session, queue).sum(axis=0)
-    if missing:
-        costs += missing * a_finalist(session, rules)
-    fixed, a_step = (costs / session.workers).tolist()
-    given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
-    least = MARGIN * (fixed + a_step * (given or rungs["short_steps"]))
-    most = MARGIN * (fixed + a_step * (given or MOST_EPOCHS * rungs["epoch_steps"]))
+
+    def seconds(costs: Array) -> tuple[float, float]:
+        fixed, a_step = (MARGIN * costs / session.workers).tolist()
+        return fixed + a_step * lengths[0], fixed + a_step * lengths[1]
+
+    needed = long_costs(session, queue).sum(axis=0) + (missing * a_finalist(session, rules) if missing else 0.0)
+    least, most = seconds(needed)
+    first, _ = seconds(long_costs(session, behind).sum(axis=0))  # rules that still wait take nothing from finalists
     planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds), MOST_SHARE * clock.total_seconds)
+    planned += first
     if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
         session.replan(
             {"finalists": planned},
-            f"{len(queue) + missing} long fine-tunes need between {least:.0f} and {most:.0f} s, at what the short ones "
-            "took",
+            f"{count} long fine-tunes need between {least + first:.0f} and {most + first:.0f} s, at what the short "
+            "ones took",
         )
 
 
@@ -84,6 +90,13 @@ def plan_verify(session: Session) -> None:
         f"a model took {profile.seconds_each:.2g} s while the target was calibrated (repeat error of the reference "
         f"{profile.reference_repeat_error:.1%}), and each is timed and looked at layer by layer",
     )
+
+
+def more_to_verify(session: Session, count: int) -> None:
+    """Plan the verification of so many models beside those that were planned."""
+    if count:
+        longer = session.clock.share_seconds("verify") + TIMES_VERIFIED * session.profile.seconds_each * count
+        session.replan({"verify": longer}, f"{count} finalists more are to be verified")
 
 
 def check_budget(session: Session) -> None:

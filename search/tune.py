@@ -41,7 +41,8 @@ from ..evaluators.evaluate import Job, Outcome
 from ..spaces.errors import InputError
 from .clock import Deadline
 from .config import RAY, RunConfig
-from .night import enough, run_night
+from .loop import enough
+from .night import run_night
 from .records import Rung, TrialState
 from .session import Session
 from .trials import Trials

@@ -19,7 +19,7 @@ from nightpress.search.clock import Clock, Times
 from nightpress.search.config import RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.night import enough
+from nightpress.search.loop import enough
 from nightpress.search.promotion import Worth, promoted, reservation_rate
 from nightpress.search.records import NOT_CONTINUED, TrialRecord, TrialState
 from nightpress.search.sampler import make_sampler

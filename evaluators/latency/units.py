@@ -94,7 +94,9 @@ class Worker:
         others = [i for i, op in enumerate(ops) if op.kind not in WEIGHTED | {"input", "param"}]
         self.others = np.array(others, np.int64)
         self.layer_kinds = np.array([_layer_kind(ops[i]) for i in self.layers], np.str_)
-        self.other_kinds = np.array([ops[i].kind for i in others], np.str_)
+        # Layers over tokens are called "matmul"; a product of two tensors is another kernel.
+        kinds = ["product" if ops[i].kind == "matmul" else ops[i].kind for i in others]
+        self.other_kinds = np.array(kinds, np.str_)
         self._source = np.array([inputs[i][0] for i in self.layers], np.int64)
         sources = [(inputs[i][0], 1 if ops[i].kind == "conv" else -1) for i in self.layers]
         self._in, self._in_factor = self._rows(sources)

@@ -1,0 +1,115 @@
+"""The search itself: trials until it is enough, and what is done where it stands still."""
+
+import math
+import time
+from collections.abc import Callable
+
+from . import finalists, long_tuning, planning
+from .clock import ENDING
+from .pareto import losses
+from .plateau import LEAST_TRIALS, stalled
+from .rungs import judge_stopping
+from .sampler import NightpressSampler
+from .session import TICK_SECONDS, Session
+from .study import end_study, studying
+from .trials import Trials
+
+JUDGED = 50
+"""A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
+LOOK_SECONDS = 20.0
+"""How often the search looks at the disk and at what the finalists will need."""
+
+
+def search(session: Session, trials: Trials) -> None:
+    """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
+    reason = _run(session, trials, lambda: enough(session, trials))
+    while _learned(session, trials, reason):
+        reason = _run(session, trials, lambda: enough(session, trials))
+    trials.drain()
+    trials.close_paused()
+    session.folder.decide("search", "ended the search", reason)
+    if studying(session.state["rungs"]):
+        end_study(session)
+    judge_stopping(session)
+
+
+def run_seeds(session: Session, trials: Trials) -> None:
+    """What was chosen beforehand is tried before the long fine-tunes of the rules, which may take a third of a short
+    night: nothing that they teach could change it, and who looks in sees a front at once. Seeds that could not keep all
+    workers busy wait for the search."""
+    _run(session, trials, lambda: _over(session, trials) or _too_few(session))
+    trials.drain()
+
+
+def _too_few(session: Session) -> str | None:
+    return "too few wait" if session.store.waiting("seed") < session.workers else None
+
+
+def _run(session: Session, trials: Trials, ended: Callable[[], str | None]) -> str:
+    """Trials until they ``ended``; says why."""
+    looked = -math.inf
+    planning.plan_finalists(session)  # first, or time that they cannot use ends a search before it begins
+    while (reason := ended()) is None:
+        if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
+            looked = time.monotonic()
+            planning.plan_finalists(session)
+            trials.make_room()
+            continue
+        most = session.config.search.max_trials
+        more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
+        trials.collect(0.0 if more else TICK_SECONDS)
+    return reason
+
+
+def _learned(session: Session, trials: Trials, reason: str) -> bool:
+    """Where the search stands still with time left: give finalists their long fine-tune now, and say whether there is
+    something to go on with. What short fine-tunes tell is used up then; what the long ones give of policies as harsh
+    as those that are proposed, which no rule is, moves the surrogate. Nothing is lost: they are finalists all the same.
+    """
+    if not trials.standing_still or not isinstance(session.sampler, NightpressSampler):
+        return False
+    trials.drain()
+    count = session.state["rungs"]["finalists"] if session.config.finetune.finalists is None else 0
+    spare = LEAST_TRIALS * _trial_seconds(session) / session.workers + finalists.remeasure_seconds(session)
+    trained = long_tuning.train_early(session, count, spare, f"the search stands still: {reason}")
+    planning.more_to_verify(session, trained)
+    trials.standing_still, trials.taught = False, trials.finished
+    return trained > 0
+
+
+def enough(session: Session, trials: Trials) -> str | None:
+    """Why the search ends; None while it goes on."""
+    trials.standing_still = False
+    if (over := _over(session, trials)) is not None:
+        return over
+    if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
+        return None
+    trials.judged = trials.finished
+    if trials.taught and trials.finished - trials.taught < LEAST_TRIALS:
+        return None
+    reference = session.state["reference"]
+    corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
+    found = stalled([t for t in session.store.trials() if t.role != "baseline"], corner)
+    trials.standing_still = found is not None
+    return found
+
+
+def _over(session: Session, trials: Trials) -> str | None:
+    """What ends the search however much it still finds."""
+    most = session.config.search.max_trials
+    ending = _trial_seconds(session) + finalists.remeasure_seconds(session)
+    if session.clock.left_before("finalists", *ENDING) <= ending:
+        return "the time for it is used up"
+    if most is not None and session.store.tally().begun >= most and not trials.unfinished:
+        return f"max_trials {most} is reached"
+    if session.state.get("disk_full"):
+        return "the disk is full"
+    if trials.dry and not trials.unfinished:
+        return "the sampler proposes only policies that are known"
+    return None
+
+
+def _trial_seconds(session: Session) -> float:
+    """What a trial takes, from those of this night: the upper quartile, so that the last one still fits."""
+    spans = session.store.tally().spans
+    return spans[(3 * len(spans)) // 4] if spans else 0.0
