@@ -18,6 +18,7 @@ from .disk import find_room, free_disk, is_full
 from .finalists import choose, complete, expected_accuracies, hopeful, surrogate_of
 from .records import UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
+from .sampler import NightpressSampler
 from .session import Session, quality_of
 from .split_gap import search_limits
 from .store import policy_of
@@ -56,6 +57,28 @@ def train_rules(session: Session, end: float | None = None) -> None:
     """The long fine-tune of the baselines, before any proposal: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
     _train(session, _rules(session), size_long(session) if end is None else end)
+
+
+def train_lessons(session: Session, end: float) -> int:
+    """Long fine-tunes of two seeds that are harsher than every rule, for a sampler that learns; how many there were.
+
+    Somewhere below the rules networks stop recovering: where, only such ones can tell, and the search would look for it
+    at length among networks that cost it next to nothing.
+    """
+    if not isinstance(session.sampler, NightpressSampler) or session.config.finetune.finalists is not None:
+        return 0
+    before = len(session.store.longs())
+    worst = min((_accuracy(t) for t in _rules(session)), default=0.0)
+    seeds = [t for t in ours(session, complete(session, "search")) if t.role == "seed" and _accuracy(t) < worst]
+    seeds.sort(key=lambda t: (_accuracy(t), t.number))
+    lessons = [t for i, t in enumerate(seeds) if i in {0, len(seeds) // 2} and waits(session, t)]
+    if lessons:
+        session.folder.decide(
+            "search", f"long fine-tunes of trials {', '.join(str(t.number) for t in lessons)} as well",
+            f"below every rule after the short one ({worst:.4g}): what a long one makes of such networks no rule shows",
+        )  # fmt: skip
+        _train(session, lessons, end)
+    return len(session.store.longs()) - before
 
 
 def train_long(session: Session) -> None:

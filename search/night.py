@@ -164,6 +164,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         if search_by is search:
             run_seeds(session, trials)
         long_tuning.train_rules(session, end)
+        planning.more_to_verify(session, long_tuning.train_lessons(session, end))
         search_by(session, trials)
         finalists.remeasure_front(session)
     with session.phase("finalists", *ENDING):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from optuna.storages import BaseStorage, InMemoryStorage
 
@@ -15,13 +16,14 @@ from nightpress.search.config import FineTuneConfig, Limits, RunConfig
 from nightpress.search.finalists import choose, reachable
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.long_tuning import long_costs, outcome_file, train_long, train_rules
+from nightpress.search.long_tuning import long_costs, outcome_file, train_lessons, train_long, train_rules
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
+from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.split_gap import note_gap, search_limits
-from nightpress.search.store import Store
+from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import enqueue
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import Space, uniform
@@ -211,6 +213,26 @@ def test_without_a_limit_on_accuracy_every_rule_is_trained(tmp_path: Path) -> No
     train_rules(session)
     assert set(trained(session)) == set(RULES)
     assert not any(t.struck_out for t in session.store.trials())
+
+
+@pytest.mark.parametrize(("sampler", "finalists", "taught"), [
+    ("nightpress", None, [0.8, 0.78]), ("nightpress", 3, []), ("random", None, []),
+])  # fmt: skip
+def test_seeds_harsher_than_every_rule_teach_what_a_long_fine_tune_makes_of_such_networks(
+    tmp_path: Path, sampler: str, finalists: int | None, taught: list[float]
+) -> None:
+    session = judged(tmp_path, least=None, finetune=FineTuneConfig(finalists=finalists))
+    session.provide(sampler=make_sampler(sampler, 0, 0, SPACE, lambda choices: np.ones((len(choices), 2))))
+    group = SPACE.anatomy.groups[0].name
+    for cut in (0.3, 0.76, 0.78, 0.8):  # rules cut three quarters at most
+        finish(session, Policy(model=SPACE.anatomy.digest, prune={group: cut}), "seed", None, latency_ms=0.1)
+    train_rules(session)
+    rules = len(session.store.longs())
+
+    assert train_lessons(session, 0.0) == len(taught)
+
+    cuts = [policy_of(session.store.trial(number)).prune[group] for number in list(session.store.longs())[rules:]]
+    assert sorted(cuts, reverse=True) == taught
 
 
 def test_a_resumed_night_neither_trains_nor_judges_a_rule_twice(tmp_path: Path) -> None:
