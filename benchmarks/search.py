@@ -8,8 +8,9 @@
 
 ``nights`` can be stopped and started again: a night whose row is in the file is not repeated, one that was cut off is
 resumed. All nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same
-device. A row holds the verified points as shares of the uncompressed latency beside them, so rows of several days on
-CPUs of one kind (by name and by the flags that choose kernels) make one table.
+device, and the length of the short fine-tune that the first of them chose. A row holds the verified points as shares of
+the uncompressed latency beside them, so rows of several days on CPUs of one kind (by name and by the flags that choose
+kernels) make one table.
 ``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
 what they tried.
 """

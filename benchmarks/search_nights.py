@@ -88,14 +88,23 @@ def _night(
     config = out.with_suffix(".yaml")
     settings: dict[str, Any] = {"workers": 1, **search, "resources": {"cpu": 1}}
     keys = {"task": task, "target": str(profile.resolve()), "seed": seed, "search": settings}
+    # As long for all as the first night found: what two nights saw of accuracies is only comparable then.
+    lengths = folder / f"short_steps-{budget}.json"
+    if lengths.is_file():
+        keys["finetune"] = {"short_steps": json.loads(lengths.read_text())}
     if name in {"random", "nsga2", "nsga3", "tpe", "gp"}:
         settings["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
-    config.write_text(yaml.safe_dump(keys))
+    if not state:  # one that is resumed keeps what it began with
+        config.write_text(yaml.safe_dump(keys))
     nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
     if not (out / "state.json").is_file():  # refused before it began
         return None
     run = read_run(out)
-    return run if run.state.get("state") == "done" else None
+    if run.state.get("state") != "done":
+        return None
+    if not lengths.is_file():
+        lengths.write_text(json.dumps(run.state["rungs"]["short_steps"]))
+    return run
 
 
 def _task_of(arguments: argparse.Namespace, folder: Path) -> str:
