@@ -59,13 +59,19 @@ def train_rules(session: Session, end: float | None = None) -> None:
     _train(session, _rules(session), size_long(session) if end is None else end)
 
 
+def teachable(session: Session) -> bool:
+    """Whether trials may get their long fine-tune before the search is over: its sampler learns from them, and the
+    number of finalists is open."""
+    return isinstance(session.sampler, NightpressSampler) and session.config.finetune.finalists is None
+
+
 def train_lessons(session: Session, end: float) -> int:
     """Long fine-tunes of two seeds that are harsher than every rule, for a sampler that learns; how many there were.
 
     Somewhere below the rules networks stop recovering: where, only such ones can tell, and the search would look for it
     at length among networks that cost it next to nothing.
     """
-    if not isinstance(session.sampler, NightpressSampler) or session.config.finetune.finalists is not None:
+    if not teachable(session):
         return 0
     before = len(session.store.longs())
     worst = min((_accuracy(t) for t in _rules(session)), default=0.0)

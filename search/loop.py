@@ -9,21 +9,29 @@ from .clock import ENDING
 from .pareto import losses
 from .plateau import LEAST_TRIALS, stalled
 from .rungs import judge_stopping
-from .sampler import NightpressSampler
 from .session import TICK_SECONDS, Session
 from .study import end_study, studying
 from .trials import Trials
 
 JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
+SOON = 0.5
+"""Of the usual standstill, where finalists can teach the search: they are trained in the end anyway."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
 
 
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
+    trials.patience = SOON if long_tuning.teachable(session) else 1.0
     reason = _run(session, trials, lambda: enough(session, trials))
-    while _learned(session, trials, reason):
+    while trials.standing_still:
+        if _learned(session, trials, reason):
+            trials.patience = SOON
+        elif trials.patience < 1:
+            trials.patience = 1.0
+        else:
+            break
         reason = _run(session, trials, lambda: enough(session, trials))
     trials.drain()
     trials.close_paused()
@@ -66,14 +74,14 @@ def _learned(session: Session, trials: Trials, reason: str) -> bool:
     something to go on with. What short fine-tunes tell is used up then; what the long ones give of policies as harsh
     as those that are proposed, which no rule is, moves the surrogate. Nothing is lost: they are finalists all the same.
     """
-    if not trials.standing_still or not isinstance(session.sampler, NightpressSampler):
+    if not long_tuning.teachable(session):
         return False
     trials.drain()
-    count = session.state["rungs"]["finalists"] if session.config.finetune.finalists is None else 0
+    count = session.state["rungs"]["finalists"]
     spare = LEAST_TRIALS * _trial_seconds(session) / session.workers + finalists.remeasure_seconds(session)
     trained = long_tuning.train_early(session, count, spare, f"the search stands still: {reason}")
     planning.more_to_verify(session, trained)
-    trials.standing_still, trials.taught = False, trials.finished
+    trials.taught = trials.finished
     return trained > 0
 
 
@@ -85,11 +93,11 @@ def enough(session: Session, trials: Trials) -> str | None:
     if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None
     trials.judged = trials.finished
-    if trials.taught and trials.finished - trials.taught < LEAST_TRIALS:
+    if trials.taught and trials.finished - trials.taught < trials.patience * LEAST_TRIALS:
         return None
     reference = session.state["reference"]
     corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
-    found = stalled([t for t in session.store.trials() if t.role != "baseline"], corner)
+    found = stalled([t for t in session.store.trials() if t.role != "baseline"], corner, trials.patience)
     trials.standing_still = found is not None
     return found
 

@@ -13,14 +13,17 @@ GROWTH = 0.002
 """Relative growth over the window that counts as none: nobody would see it in the report."""
 
 
-def stalled(trials: Sequence[TrialRecord], reference: tuple[float, float, float]) -> str | None:
+def stalled(
+    trials: Sequence[TrialRecord], reference: tuple[float, float, float], patience: float = 1.0
+) -> str | None:  # fmt: skip
     """Why the search may end, in a sentence; None while it still finds something.
 
-    ``reference`` are losses (−accuracy, latency_ms, size_bytes). Latencies are the predicted ones where they are known,
+    ``reference`` are losses (−accuracy, latency_ms, size_bytes). ``patience`` is the share of the usual standstill that
+    is enough, where being wrong costs little. Latencies are the predicted ones where they are known,
     so that measuring a point is no growth.
     """
     done = [t for t in trials if t.state in {TrialState.COMPLETE, TrialState.STOPPED} and t.reused_from is None]
-    window = max(LEAST_TRIALS, int(LEAST_SHARE * len(done)))
+    window = int(patience * max(LEAST_TRIALS, int(LEAST_SHARE * len(done))))
     if len(done) <= window:
         return None
     before, now = (_covered(part, reference) for part in (done[:-window], done))

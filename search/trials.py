@@ -47,6 +47,8 @@ class Trials:
     """How many had finished when the search was last judged."""
     standing_still: bool = False
     """Whether its front had stopped growing then."""
+    patience: float = 1.0
+    """What share of the usual standstill is enough for that."""
     taught: int = 0
     """How many had finished when finalists were trained because of that."""
     held: dict[int, Job] = field(default_factory=dict[int, Job])
