@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 import exports
 import tiny
 from nightpress.evaluators.latency.target import Target
-from nightpress.evaluators.latency.timer import processor, session_config
+from nightpress.evaluators.latency.timer import cores, processor, session_config
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.export import Options, export_trial, verify
 from nightpress.export.origin import Origin, origin_of
@@ -149,7 +149,7 @@ def test_triton_s_protobuf_reads_the_configuration(exported: Path) -> None:
         assert [(t.name, list(t.dims)) for t in field] == [(v.name, list(v.shape[1:])) for v in values]
         assert {t.data_type for t in field} == {11}  # TYPE_FP32
     assert config.HasField("dynamic_batching")
-    assert [(group.kind, group.count) for group in config.instance_group] == [(2, 1)]  # KIND_CPU
+    assert [(group.kind, group.count) for group in config.instance_group] == [(2, cores())]  # KIND_CPU
     assert config.parameters["intra_op_thread_count"].string_value == "1"
 
 
