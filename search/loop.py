@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 from . import finalists, long_tuning, planning
 from .clock import ENDING
@@ -23,16 +24,17 @@ LOOK_SECONDS = 20.0
 
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
-    trials.patience = SOON if long_tuning.teachable(session) else 1.0
-    reason = _run(session, trials, lambda: enough(session, trials))
-    while trials.standing_still:
+    patience, since = (SOON if long_tuning.teachable(session) else 1.0), 0
+    while True:
+        reason = _run(session, trials, partial(enough, session, trials, patience, since))
+        if _over(session, trials) is not None:
+            break
         if _learned(session, trials, reason):
-            trials.patience = SOON
-        elif trials.patience < 1:
-            trials.patience = 1.0
+            patience, since = SOON, trials.finished
+        elif patience < 1:
+            patience = 1.0
         else:
             break
-        reason = _run(session, trials, lambda: enough(session, trials))
     trials.drain()
     trials.close_paused()
     session.folder.decide("search", "ended the search", reason)
@@ -81,25 +83,22 @@ def _learned(session: Session, trials: Trials, reason: str) -> bool:
     spare = LEAST_TRIALS * _trial_seconds(session) / session.workers + finalists.remeasure_seconds(session)
     trained = long_tuning.train_early(session, count, spare, f"the search stands still: {reason}")
     planning.more_to_verify(session, trained)
-    trials.taught = trials.finished
     return trained > 0
 
 
-def enough(session: Session, trials: Trials) -> str | None:
-    """Why the search ends; None while it goes on."""
-    trials.standing_still = False
+def enough(session: Session, trials: Trials, patience: float = 1.0, since: int = 0) -> str | None:
+    """Why the search ends; None while it goes on. ``patience``: see :func:`~.plateau.stalled`; ``since``: how many had
+    finished when it was taught something."""
     if (over := _over(session, trials)) is not None:
         return over
     if trials.finished - trials.judged < max(1, trials.finished // JUDGED):
         return None
     trials.judged = trials.finished
-    if trials.taught and trials.finished - trials.taught < trials.patience * LEAST_TRIALS:
+    if since and trials.finished - since < patience * LEAST_TRIALS:
         return None
     reference = session.state["reference"]
     corner = losses(reference["accuracy"], reference["latency_ms"], reference["size_bytes"])
-    found = stalled([t for t in session.store.trials() if t.role != "baseline"], corner, trials.patience)
-    trials.standing_still = found is not None
-    return found
+    return stalled([t for t in session.store.trials() if t.role != "baseline"], corner, patience)
 
 
 def _over(session: Session, trials: Trials) -> str | None:

@@ -45,12 +45,6 @@ class Trials:
     finished: int = 0
     judged: int = 0
     """How many had finished when the search was last judged."""
-    standing_still: bool = False
-    """Whether its front had stopped growing then."""
-    patience: float = 1.0
-    """What share of the usual standstill is enough for that."""
-    taught: int = 0
-    """How many had finished when finalists were trained because of that."""
     held: dict[int, Job] = field(default_factory=dict[int, Job])
     """Jobs that found the disk full; they go on when there is room."""
     judging: Judging = field(init=False)
