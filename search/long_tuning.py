@@ -66,7 +66,7 @@ def teachable(session: Session) -> bool:
 
 
 def train_lessons(session: Session, end: float) -> int:
-    """Long fine-tunes of two seeds that are harsher than every rule, for a sampler that learns; how many there were.
+    """Long fine-tunes of up to two seeds, harsher than every rule, for a sampler that learns; how many there were.
 
     Somewhere below the rules networks stop recovering: where, only such ones can tell, and the search would look for it
     at length among networks that cost it next to nothing.
