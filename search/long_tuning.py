@@ -115,13 +115,11 @@ def train_early(session: Session, most: int, spare_seconds: float, why: str) -> 
     """
     later = sum(session.clock.share_seconds(phase) for phase in ("finalists", *ENDING))
     before = len(session.store.longs())
-    _train_next(session, later + spare_seconds, most, phase="search", why=why)
+    _train_next(session, later + spare_seconds, most, why=why)
     return len(session.store.longs()) - before
 
 
-def _train_next(
-    session: Session, end: float, most: int, *, more: int = 0, phase: str = "finalists", why: str | None = None
-) -> None:
+def _train_next(session: Session, end: float, most: int, *, more: int = 0, why: str | None = None) -> None:
     """Long fine-tunes of up to ``most`` trials as long as there is time for them: of those that are chosen next, by all
     that is known then, as many at once as there are workers. Each has to be verified, too."""
     tried: set[int] = set()
@@ -137,7 +135,9 @@ def _train_next(
         if left < end + SURE * one:
             return
         reason = why or f"{left - end:.0f} s are left before the verification, and one takes {one:.0f} s"
-        session.folder.decide(phase, f"also trials {', '.join(str(t.number) for t in following)}", reason)
+        session.folder.decide(
+            str(session.state["phase"]), f"also trials {', '.join(str(t.number) for t in following)}", reason
+        )
         _train(session, following, end)
 
 

@@ -1,11 +1,14 @@
 """The night's plan, made anew by what the night has learned."""
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..evaluators.latency.calibrate import FIRST, SECOND_LOOK
 from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, Array, a_finalist, in_all, long_costs, ours, waits, within_reach
+from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, in_all, long_costs, ours, waits, within_reach
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session
@@ -39,7 +42,7 @@ def plan_finalists(session: Session) -> None:
     if not count:
         return
 
-    def seconds(costs: Array) -> tuple[float, float]:
+    def seconds(costs: NDArray[np.float64]) -> tuple[float, float]:
         fixed, a_step = (MARGIN * costs / session.workers).tolist()
         return fixed + a_step * lengths[0], fixed + a_step * lengths[1]
 
