@@ -168,10 +168,10 @@ def predict(
         latency, low, high = (float(value) for value in profile.predict([policy])[0])
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
-             "size_bytes": file_size(planned), "macs": planned.macs, "forced": "; ".join(profile.forced) or None}
+             "size_bytes": file_size(planned), "macs": planned.macs, "forced": profile.caveat}
         )  # fmt: skip
-    if profile.forced and not json:
-        say(f"These numbers may not hold: {'; '.join(profile.forced)}.")
+    if profile.caveat and not json:
+        say(f"These numbers may not hold: {profile.caveat}.")
     _show("policies", "Predicted", rows, json)
 
 

@@ -41,5 +41,7 @@ def suggest(
     if not found["suggested"]:
         say("No untried policy is expected to be better.")
         return
+    if caveat := found["suggested"][0]["forced"]:
+        say(f"These numbers may not hold: {caveat}.")
     keys = ["digest", "accuracy", "accuracy_low", "accuracy_high", "latency_ms", "low_ms", "high_ms", "size_bytes"]
     table("Untried, expected to be better (90 % intervals)", found["suggested"], keys)

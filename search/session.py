@@ -295,7 +295,7 @@ class Session:
     @property
     def forced(self) -> str | None:
         """What every number from the profile must carry: in what it differs from this model or device."""
-        return "; ".join(self.profile.forced) or None
+        return self.profile.caveat
 
     def predicted(self, policy: Policy) -> Latency:
         """A policy's predicted latency as a record."""

@@ -55,7 +55,7 @@ class Known:
 
 def known_of(run: RunRecord) -> Known:
     """Rebuild the models of a run from its folder; nothing is trained or measured. Raises InputError when the run has
-    no complete trial yet, or belongs to another model or device."""
+    no complete trial yet, or belongs to another model."""
     task = load_task(str(run.config["task"]), Path(run.config["base"]) if run.config.get("base") else None)
     target = _target(run)
     anatomy, _ = inspect(task, step_of=target.channel_step)
@@ -73,9 +73,8 @@ def known_of(run: RunRecord) -> Known:
     sensitivity = sensitivity_of({(k[0], k[1], k[2]): float(value) for k, value in probes})
     with threadpool_limits(limits=1, user_api="blas"):
         surrogate = Surrogate(Describer(encoder, sensitivity), observations)
-    return Known(
-        surrogate=surrogate, experience=experience, profile=load_profile(run.path / TARGET, anatomy), anatomy=anatomy
-    )
+    profile = load_profile(run.path / TARGET, anatomy, as_recorded=True)  # a report is read on other machines too
+    return Known(surrogate=surrogate, experience=experience, profile=profile, anatomy=anatomy)
 
 
 def _target(run: RunRecord) -> Target:
@@ -185,5 +184,5 @@ def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: floa
     return {
         "digest": digest(policy), "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "measured": False,
         "latency_ms": latency, "low_ms": low_ms, "high_ms": high_ms, "size_bytes": known.profile.predict_size(planned),
-        "macs": planned.macs, "policy": policy_to_dict(policy),
+        "macs": planned.macs, "forced": known.profile.caveat, "policy": policy_to_dict(policy),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -396,6 +397,33 @@ def test_suggestions_are_untried_policies_within_the_limits(
     policies = [policy_from_json(json.dumps(entry["policy"]), "suggested") for entry in found.json["suggested"]]
     networks = {digest(replace(policy, finetune=FineTune(), distill=Distill())) for policy in policies}
     assert len(networks) == len(policies)  # not one with five fine-tunes
+
+
+def _suggested_with(night: tiny.Night, folder: Path, capsys: pytest.CaptureFixture[str], **changed: Any) -> Any:
+    """What is suggested for a copy of the night whose target file says something else."""
+    run = folder / "run"
+    shutil.copytree(night.run, run)
+    target = json.loads((run / "target.json").read_text())
+    (run / "target.json").write_text(json.dumps(target | changed))
+    return tiny.call("suggest", run, "--min-accuracy", 0.05, "--json", capsys=capsys).json["suggested"]
+
+
+def test_a_run_of_another_device_has_suggestions_for_that_device(
+    night: tiny.Night, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = json.loads((night.run / "target.json").read_text())["device"] | {"cpu": "Another CPU"}
+
+    found = _suggested_with(night, tmp_path, capsys, device=device)
+
+    assert {entry["forced"] for entry in found} == {None}
+
+
+def test_suggestions_say_what_their_run_was_forced_to_overlook(
+    night: tiny.Night, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = _suggested_with(night, tmp_path, capsys, forced=["cpu was 'Another CPU'"])
+
+    assert {entry["forced"] for entry in found} == {"cpu was 'Another CPU'"}
 
 
 def test_a_limit_of_nothing_is_refused(night: tiny.Night, capsys: pytest.CaptureFixture[str]) -> None:

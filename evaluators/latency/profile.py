@@ -73,6 +73,11 @@ class Profile:
     """In what it differs from the model and device that it was loaded for, where that was overridden."""
 
     @property
+    def caveat(self) -> str | None:
+        """What every number from it must carry, where something was overridden."""
+        return "; ".join(self.forced) or None
+
+    @property
     def seconds_each(self) -> float:
         """What a policy took while the target was calibrated."""
         return self.seconds / max(1, len(self.points))
@@ -213,8 +218,11 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def load_profile(path: Path, anatomy: Anatomy, *, here: Fingerprint | None = None, force: bool = False) -> Profile:
-    """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one.
+def load_profile(
+    path: Path, anatomy: Anatomy, *, here: Fingerprint | None = None, force: bool = False, as_recorded: bool = False
+) -> Profile:
+    """Read a profile and fit its predictor again. ``here`` is the device it must hold for, by default this one; with
+    ``as_recorded`` the one it was made on, for times there that are only read here.
 
     Raises InputError when the file is not a profile, or is one of another model, device or runtime; with ``force``
     it is taken all the same and the differences are kept in it. A profile of a kit is meant to be used elsewhere.
@@ -226,7 +234,10 @@ def load_profile(path: Path, anatomy: Anatomy, *, here: Fingerprint | None = Non
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
     try:
-        return _profile_from_dict(data, path, anatomy, here, force)
+        recorded = as_recorded or bool(data.get("remote"))
+        return _profile_from_dict(
+            data, path, anatomy, fingerprint_from_dict(data["device"]) if recorded else here, force or as_recorded
+        )
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -238,9 +249,10 @@ def _profile_from_dict(
 ) -> Profile:
     target = target_from_dict(data["target"])
     device = fingerprint_from_dict(data["device"])
-    remote = bool(data.get("remote", False))
-    now = device if remote else here or fingerprint(target)
-    found = [*data.get("forced", ()), *differences_of(data["model"], device, anatomy.digest, now)]
+    found = [
+        *data.get("forced", ()),
+        *differences_of(data["model"], device, anatomy.digest, here or fingerprint(target)),
+    ]
     differences = tuple(dict.fromkeys(found))
     if differences and not force:
         raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
@@ -263,7 +275,7 @@ def _profile_from_dict(
         model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
         date=str(data["date"]), predictor=_fitted(worker, points), worker=worker, overheads=_overheads(anatomy, points),
-        remote=remote, forced=differences,
+        remote=bool(data.get("remote", False)), forced=differences,
     )  # fmt: skip
 
 
