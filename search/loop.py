@@ -18,6 +18,9 @@ JUDGED = 50
 """A long search is judged after each so-and-so-many-th part of it: judging looks at all trials."""
 SOON = 0.5
 """Of the usual standstill, where finalists can teach the search: they are trained in the end anyway."""
+FIRST, FIRST_SHARE = 24, 0.25
+"""Trials that come before the long fine-tunes of the rules; at most that share of the time for trials, or of
+``max_trials``, beside the seeds."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
 
@@ -43,16 +46,25 @@ def search(session: Session, trials: Trials) -> None:
     judge_stopping(session)
 
 
-def run_seeds(session: Session, trials: Trials) -> None:
-    """What was chosen beforehand is tried before the long fine-tunes of the rules, which may take a third of a short
-    night: nothing that they teach could change it, and who looks in sees a front at once. Seeds that could not keep all
-    workers busy wait for the search."""
-    _run(session, trials, lambda: _over(session, trials) or _too_few(session))
+def run_first(session: Session, trials: Trials) -> None:
+    """What comes before the long fine-tunes of the rules, which may take a third of a short night: the seeds, which
+    nothing could change that those teach, and proposals by what short fine-tunes tell. Who looks in, or has to end the
+    night early, has a front at once."""
+    most, store = session.config.search.max_trials, session.store
+    count = FIRST if most is None else min(FIRST, int(FIRST_SHARE * most))
+    planning.plan_finalists(session)
+    left = session.clock.left_before("finalists", *ENDING)
+
+    def ended() -> str | None:
+        if (over := _over(session, trials)) is not None or store.waiting("seed"):
+            return over
+        if store.tally().begun >= count:
+            return f"{count} trials have begun"
+        spent = left - session.clock.left_before("finalists", *ENDING)
+        return "their time is used up" if spent >= FIRST_SHARE * left else None
+
+    _run(session, trials, ended)
     trials.drain()
-
-
-def _too_few(session: Session) -> str | None:
-    return "too few wait" if session.store.waiting("seed") < session.workers else None
 
 
 def _run(session: Session, trials: Trials, ended: Callable[[], str | None]) -> str:

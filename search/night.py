@@ -20,7 +20,7 @@ from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
-from .loop import run_seeds, search
+from .loop import run_first, search
 from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
@@ -162,7 +162,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _run_enqueued(session, trials)
         end = long_tuning.size_long(session)
         if search_by is search:
-            run_seeds(session, trials)
+            run_first(session, trials)
         long_tuning.train_rules(session, end)
         planning.more_to_verify(session, long_tuning.train_lessons(session, end))
         search_by(session, trials)

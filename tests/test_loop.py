@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from nightpress.search.clock import ENDING, Clock, Times
 from nightpress.search.config import FineTuneConfig
 from nightpress.search.folder import read_run
-from nightpress.search.loop import run_seeds, search
+from nightpress.search.loop import FIRST, FIRST_SHARE, run_first, search
 from nightpress.search.plateau import LEAST_TRIALS
 from nightpress.search.sampler import NightpressSampler
 from nightpress.search.trials import Trials, enqueue
@@ -73,16 +74,38 @@ def test_a_number_of_finalists_in_the_config_is_for_the_end(tmp_path: Path) -> N
 def test_seeds_count_against_the_most_trials(tmp_path: Path) -> None:
     trials = with_seeds(night(tmp_path, most=4, workers=2), 8)
 
-    run_seeds(trials.session, trials)
+    run_first(trials.session, trials)
 
     assert trials.session.store.tally().begun == 4
     assert trials.session.store.waiting("seed") == 4
 
 
-def test_seeds_that_would_leave_workers_idle_wait_for_the_search(tmp_path: Path) -> None:
-    trials = with_seeds(night(tmp_path, workers=3), 8)
+@pytest.mark.parametrize(("most", "first"), [(None, FIRST), (40, FIRST_SHARE * 40)])
+def test_seeds_and_the_first_proposals_come_before_the_long_fine_tunes(
+    tmp_path: Path, most: int | None, first: float
+) -> None:
+    trials = with_seeds(night(tmp_path, most=most), 8)
 
-    run_seeds(trials.session, trials)
+    run_first(trials.session, trials)
 
-    assert 0 < trials.session.store.waiting("seed") < 3
-    assert {trial.role for trial in trials.session.store.trials()} == {"seed"}
+    roles = [trial.role for trial in trials.session.store.trials()]
+    assert roles == ["seed"] * 8 + ["search"] * (int(first) - 8)
+    assert "long" not in rungs_of(trials)
+
+
+def test_the_first_trials_leave_most_of_the_time_to_those_after_the_long_fine_tunes(tmp_path: Path) -> None:
+    trials = with_seeds(night(tmp_path, most=None), 2)
+    begun, real = Times().wall(), Times().awake()
+
+    def spent() -> float:
+        return 600.0 * len(asked(trials))
+
+    times = Times(lambda: begun + spent(), lambda: real + spent(), lambda: real + spent())
+    trials.session.clock = Clock(begun + 86_400, times=times)
+    left = trials.session.clock.left_before("finalists", *ENDING)
+
+    run_first(trials.session, trials)
+
+    still = trials.session.clock.left_before("finalists", *ENDING)
+    assert 0.6 * left < still < (1 - FIRST_SHARE) * left
+    assert 2 < len(trials.session.store.trials()) < FIRST

@@ -62,7 +62,7 @@ UNCOMPRESSED = plan(SPACE.anatomy, Policy(model=SPACE.anatomy.digest))
 
 
 def begun(
-    folder: Path, rungs: dict[str, Any], *, most: int = 16, workers: int = 1, record: BaseStorage | None = None,
+    folder: Path, rungs: dict[str, Any], *, most: int | None = 16, workers: int = 1, record: BaseStorage | None = None,
     **keys: Any,
 ) -> Trials:  # fmt: skip
     """A night at the moment when its search begins, or goes on from what is on record. The record is in memory: what
@@ -77,7 +77,7 @@ def begun(
     session.state["reference"] = {"accuracy": 0.6, "latency_ms": reference_ms, "size_bytes": 1000 + UNCOMPRESSED.params}
     session.provide(
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=160, step_ms=9.0),
-        profile=SimpleNamespace(points=(), forced=(), seconds_each=0.0, remote=False),
+        profile=SimpleNamespace(points=(), forced=(), caveat=None, seconds_each=0.0, remote=False),
         jobs=Jobs(Instant(outcome, workers), 64, expected_seconds=lambda job: 1.0, tell=print),
     )  # fmt: skip
     store = Store(record or InMemoryStorage(), sampler_at=lambda trials: sampler_of("random", 0, trials))
