@@ -248,6 +248,8 @@ def _check_values(file: FileConfig, where: str) -> None:
     for limit in fields(Limits):
         value = getattr(file.limits, limit.name)
         rules.append((f"limits.{limit.name}", value, value is None or value > 0, "above 0"))
+    least = file.limits.min_accuracy
+    rules.append(("limits.min_accuracy", least, least is None or least <= 1, "at most 1"))
     for key, value, holds, rule in rules:
         if not holds:
             shown = list(value) if isinstance(value, tuple) else value  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ def outputs_of(module: nn.Module, arrays: Arrays, task: Task, compute: Compute) 
 def score(outputs: Tensor, arrays: Arrays, task: Task, seconds: float = 0.0) -> Score:
     """The task's metric, top-1 accuracy by default with its binomial standard error.
 
-    Raises DivergedError when an output or the metric is not finite.
+    Raises DivergedError when an output or the metric is not finite, ValueError when the metric is above 1: a front's
+    hypervolume is measured from a perfect model, whose accuracy is 1.
     """
     if not bool(torch.isfinite(outputs).all()):
         raise DivergedError("the network's outputs are not finite")
@@ -48,6 +49,8 @@ def score(outputs: Tensor, arrays: Arrays, task: Task, seconds: float = 0.0) -> 
         value, error = float(task.metric(outputs, arrays.targets)), None
         if not math.isfinite(value):
             raise DivergedError(f"the task's metric is {value}")
+        if value > 1:
+            raise ValueError(f"the task's metric must be at most 1, but it is {value:.4g}")
     else:
         value = float((outputs.argmax(dim=1) == arrays.targets).float().mean())
         error = math.sqrt(value * (1 - value) / len(arrays.targets))

@@ -100,7 +100,7 @@ class Batch:
         self, encoder: Encoder, surrogate: Surrogate, aim: Target, rung: int, *, rows: Array, costs: Array,
         taken: tuple[Array, Array], pending: Array, known: Collection[str], most: int,
     ) -> None:  # fmt: skip
-        self.left = self.size = most
+        self.size = self.left = most
         """How many it was made for, and how many of them are still to come."""
         self._encoder, self._scale, self._aim = encoder, surrogate.scale, aim
         priced = ~np.isnan(costs).any(axis=1)

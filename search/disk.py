@@ -103,7 +103,8 @@ def find_room(session: Session, running: Iterable[int], give_up: Callable[[], bo
     """Make room where it lacks, and wait some time for others to make it; whether the night can go on. ``give_up``
     does without something that could still be of use, and says whether there was anything."""
     short = _shortage(session)
-    if short is None:
+    if short is None:  # or there is none again: somebody else had filled the disk, or a write exceeded a quota
+        session.folder.lay_ballast()
         return True
     free_disk(session, running)
     short = _shortage(session)
@@ -120,6 +121,8 @@ def find_room(session: Session, running: Iterable[int], give_up: Callable[[], bo
         time.sleep(1)
         session.tick()
         short = _shortage(session)
+    if short is None:
+        session.folder.lay_ballast()
     session.update(disk_full=short is not None)
     session.folder.decide(str(session.state["phase"]), "went on" if short is None else "no room was made",
                           short or "there is room again")  # fmt: skip

@@ -76,8 +76,10 @@ class RunFolder:
             self._lock = None
 
     def lay_ballast(self) -> None:
-        """Set space aside for the record; without it where the disk is full already."""
+        """Set space aside for the record where none is; without it where the disk is full already."""
         self.pressed = False
+        if (self.path / BALLAST).exists():
+            return
         try:
             with (self.path / BALLAST).open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)

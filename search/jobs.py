@@ -2,7 +2,8 @@
 may run. Everything that sends jobs goes through here; results come out once a job."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ..evaluators.evaluate import GIVEN, RUNGS, Job, Outcome
@@ -33,6 +34,8 @@ class _Running:
     job: Job
     cap_seconds: float | None
     since: float
+    pauses: int
+    """How often all work had been paused before it began."""
     lost: int = 0
 
 
@@ -46,12 +49,20 @@ class Jobs:
     expected_seconds: Callable[[Job], float]
     tell: Callable[[str, str], None]
     now: Callable[[], float] = time.monotonic
+    _pauses: int = 0
     _running: dict[int, _Running] = field(default_factory=dict[int, _Running])
     _peers: dict[tuple[str, int], _Peers] = field(default_factory=dict[tuple[str, int], _Peers])
 
     def submit(self, key: int, job: Job) -> None:
         """Start a job. Its result comes once, after whatever repetitions it needs."""
-        self._submit(key, _Running(job, self.cap_seconds(job), self.now()))
+        self._submit(key, _Running(job, self.cap_seconds(job), self.now(), self._pauses))
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Inside, no job uses the driver's machine. What is stopped meanwhile does not know it: its time goes on."""
+        self._pauses += 1
+        with self.runner.paused():
+            yield
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
         """Results that came within the timeout, as soon as there is at least one; failures are final."""
@@ -98,12 +109,16 @@ class Jobs:
         """The job as it is to be repeated; None when the failure is final."""
         job, now = running.job, self.now()
         name = f"trial {key}: rung {job.rung}" if job.rung in RUNGS else f"{job.rung} {key}"
+        if failure.kind == HUNG and running.pauses < self._pauses:
+            self.tell(f"{name} is run again", f"{failure.text}, in which it was paused for a measurement")
+            return replace(running, since=now, pauses=self._pauses)
         if failure.kind == WORKER_LOST and running.lost < MOST_LOST:
             self.tell(f"{name} is run again", failure.text)
-            return replace(running, since=now, lost=running.lost + 1)
+            return replace(running, since=now, pauses=self._pauses, lost=running.lost + 1)
         smaller = (job.batch_size or self.batch_size) // 2
         if failure.kind == OUT_OF_MEMORY and job.batch_size is None and smaller >= LEAST_BATCH:
             self.tell(f"{name} is run again with batches of {smaller}", f"out of memory: {failure.text}")
             cap = 2 * running.cap_seconds if running.cap_seconds is not None else None
-            return replace(running, job=replace(job, batch_size=smaller), since=now, cap_seconds=cap)
+            smaller_job = replace(job, batch_size=smaller)
+            return replace(running, job=smaller_job, since=now, pauses=self._pauses, cap_seconds=cap)
         return None

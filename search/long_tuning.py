@@ -23,7 +23,7 @@ from .session import Session, quality_of
 from .split_gap import search_limits
 from .store import policy_of
 from .surrogate import RUNGS
-from .worker import Failure
+from .worker import WORKER_LOST, Failure
 
 OUTCOME = "long.json"
 MOST_EPOCHS, LEAST_EPOCHS = 20, 4
@@ -142,8 +142,9 @@ def _train_next(session: Session, end: float, most: int, *, more: int = 0, why: 
 
 
 def waits(session: Session, trial: TrialRecord) -> bool:
-    """Whether its long fine-tune is still to come."""
-    return trial.struck_out is None and not outcome_file(session, trial.number).is_file()
+    """Whether its long fine-tune is still to come: one that has failed by itself would only fail again."""
+    over = trial.number in session.state.get("long_failed", ()) or outcome_file(session, trial.number).is_file()
+    return trial.struck_out is None and not over
 
 
 def _rules(session: Session) -> list[TrialRecord]:
@@ -178,9 +179,12 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
             free_disk(session, needed)
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
+            if result.kind != WORKER_LOST and not is_full(result):
+                session.update(long_failed=[*session.state.get("long_failed", ()), number])
         else:
-            save_outcome(session, number, result)
+            # In this order: what is killed in between is trained once more, and nothing that it taught is missed.
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))
+            save_outcome(session, number, result)
         session.update(activity=f"{len(waiting)} long fine-tunes to go")
     session.update(activity=None)
     if waiting:
@@ -286,7 +290,7 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
     steps, trained = enough, rules
     for _ in range(2):
         trained = [t for t in rules if within_reach(session, t, rules, max(steps, enough))]
-        fixed, a_step = long_costs(session, trained).sum(axis=0) + finalists * a_finalist(session, trained)
+        fixed, a_step = long_costs(session, trained).sum(axis=0) + finalists * a_finalist(session, trained or rules)
         steps = int((0.9 * seconds * session.workers - fixed) / max(a_step, 1e-9))
     return _Size(steps, len(trained), finalists)
 

@@ -24,6 +24,7 @@ from .loop import run_first, search
 from .mark import mark
 from .memory import Memory
 from .pareto import losses, non_dominated
+from .policy_sampler import PolicySampler
 from .process import WorkerProcess
 from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
@@ -184,8 +185,8 @@ def _open_study(session: Session) -> Trials:
     storage = open_storage(session.folder.path, config.search.storage, make_room=session.folder.make_room)
     name, seed = config.search.sampler, config.seed + (int(driver, 16) % 10_000 if driver else 0)
     sampler = make_sampler(name, seed, 0, space, session.costs_of)
-    # Ours draws by the trial's number; the others keep a state, which a resumed night would not have.
-    fresh = None if isinstance(sampler, NightpressSampler) else (
+    # Ours draw by the trial's number; the others keep a state, which a resumed night would not have.
+    fresh = None if isinstance(sampler, PolicySampler) else (
         lambda trials: make_sampler(name, seed, trials, space, session.costs_of)
     )  # fmt: skip
     store = Store(storage, sampler, study=config.search.study, driver=driver, sampler_at=fresh)

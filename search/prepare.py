@@ -55,9 +55,6 @@ def prepare(session: Session) -> None:
     config = session.config
     task = load_task(config.task, Path(config.base) if config.base else None)
     check_task(task)
-    least = config.limits.min_accuracy
-    if least is not None and least > 1 and task.metric is None:
-        raise InputError(f"limits.min_accuracy must be at most 1 for top-1 accuracy, but got {least}.")
     places = find_places(config.search, session.folder.path)
     session.provide(places=places)
     if config.target_profile is None or not is_remote(Path(config.target_profile)):
@@ -293,6 +290,8 @@ def _beside_profile(session: Session) -> dict[str, Any]:
 def _check_limits(session: Session) -> None:
     """Refuse limits on latency and size that no policy of the space can meet, with the nearest reachable value."""
     limits, prepared = session.config.limits, session.prepared
+    if limits.max_latency_ms is None and limits.max_size_bytes is None:
+        return
     space, generator = prepared.space, np.random.default_rng(session.config.seed)
     smallest = INT8 if INT8 in space.bit_choices else space.bit_choices[-1]
     harsh = [

@@ -54,7 +54,10 @@ class RayRunner:
         self._keys[reference] = key
 
     def paused(self) -> AbstractContextManager[None]:
-        """Nothing: a cluster times on a node of its own; on one machine, Ray's workers go on."""
+        """On one machine, once all that was submitted is over: Ray's workers cannot be stopped in between. A cluster
+        times on a node of its own."""
+        if self._keys and len(self._cluster.nodes()) == 1:
+            self._cluster.ray.wait(list(self._keys), num_returns=len(self._keys))
         return nullcontext()
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:

@@ -91,8 +91,8 @@ def judge_rungs(session: Session) -> None:
 
 def judge_stopping(session: Session) -> None:
     """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
-    hopes, trials = session.store.noted("spared"), session.store.trials()
-    stopped, finished, wrong = wrongly(trials, {n: v["hope"] for n, v in hopes.items()})
+    trials = session.store.trials()
+    stopped, finished, wrong = wrongly(trials, session.store.noted("spared"))
     waiting = sum(t.reason == NOT_CONTINUED for t in trials)
     if waiting:
         session.folder.decide(

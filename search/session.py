@@ -339,7 +339,7 @@ class Session:
         """A timer of the target device, while training is paused; its seconds are counted, and the noise that it hears
         is kept."""
         listener = partial(self.measured, phase=phase)
-        with self.measuring(), self.runner.paused(), self.places.timer(self.config.target, listener) as timer:
+        with self.measuring(), self.jobs.paused(), self.places.timer(self.config.target, listener) as timer:
             yield timer
 
     def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:

@@ -6,7 +6,7 @@ gain most. So the gain is taken from what trials of this night gained that compr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,13 +131,11 @@ def spared(digest: str) -> bool:
     return int(digest, 16) % SPARED == 0
 
 
-def wrongly(trials: Sequence[TrialRecord], hopes: dict[int, float]) -> tuple[int, int, int]:
-    """(stopped, finished all the same, of these on the front or above what was hoped), the rule's own record.
-
-    ``hopes`` maps the number of a trial that was spared to the accuracy that was hoped for it.
-    """
+def wrongly(trials: Sequence[TrialRecord], kept: Collection[int]) -> tuple[int, int, int]:
+    """(stopped, finished all the same, of these on the front), the rule's own record. ``kept``: numbers of the trials
+    that were spared."""
     stopped = sum(t.state is TrialState.STOPPED and t.reason != NOT_CONTINUED for t in trials)
-    ended = [t for t in trials if t.number in hopes and t.state is TrialState.COMPLETE]
+    ended = [t for t in trials if t.number in kept and t.state is TrialState.COMPLETE]
     others = [
         losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
         for t in trials

@@ -1,6 +1,6 @@
 """After the search: which policies are known to meet new limits, and which untried ones are expected to be better."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.profile import Profile, load_profile
-from ..evaluators.latency.target import Target
+from ..evaluators.latency.target import Target, target_from_dict
 from ..evaluators.task import load_task
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
@@ -78,9 +78,8 @@ def known_of(run: RunRecord) -> Known:
 
 
 def _target(run: RunRecord) -> Target:
-    given: Mapping[str, Any] = run.config.get("target") or {}
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    return Target(**fields)
+    """As it was measured; the config has what was assumed before."""
+    return target_from_dict((run.target or {}).get("target") or run.config["target"])
 
 
 def space_of_run(run: RunRecord, anatomy: Anatomy, target: Target) -> Space:

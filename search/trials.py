@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.measure import MeasurementError
 from ..evaluators.latency.profile import Point
+from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .disk import drop_below, find_room, is_full
@@ -59,7 +61,8 @@ class Trials:
         self.judging = Judging(self.session)
         store = self.session.store  # an earlier driver knew more than what it left unfinished
         self._spared.update(store.noted("spared"))
-        self._worths.extend(Worth(*worth) for _, worth in sorted(store.noted("worth").items()))
+        again = {trial.number for trial in self.adopted}  # they are judged once more
+        self._worths.extend(Worth(*w) for number, w in sorted(store.noted("worth").items()) if number not in again)
 
     @property
     def unfinished(self) -> bool:
@@ -141,7 +144,11 @@ class Trials:
             self._reuse(number, known)
             return
         self.repeats = 0
-        predicted, size = session.predicted(policy), session.predict(policy)[3]
+        try:
+            predicted, size = session.predicted(policy), session.predict(policy)[3]
+        except (InputError, MeasurementError) as error:  # one of its kernels cannot be measured; others can
+            self._finish(number, TrialState.FAILED, f"it has no price: {error}")
+            return
         planned = plan(session.prepared.anatomy, policy)
         store.note(
             number,

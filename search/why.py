@@ -8,9 +8,11 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.latency.measure import MeasurementError, measure_policies
+from ..spaces.anatomy import Anatomy
+from ..spaces.plans import choices_of
 from ..spaces.policy import Policy
 from ..spaces.space import bits_name, canonical
-from .costs import Costs
+from .costs import ManyCosts
 from .finalists import surrogate_of
 from .folder import WHY
 from .proposals import Sensitivity
@@ -20,7 +22,6 @@ from .surrogate import Surrogate
 
 MEASURED = 3
 """Choices of each finalist whose saving is measured: those that save most."""
-SECONDS_A_MODEL = 1.0
 
 
 def record_why(session: Session) -> None:
@@ -31,36 +32,40 @@ def record_why(session: Session) -> None:
     surrogate = surrogate_of(session)
     policies = {t.number: policy_of(t) for t in chosen}
     found = {
-        number: choices(policy, surrogate, session.costs, session.sensitivity) for number, policy in policies.items()
+        number: choices(policy, surrogate, session.costs_of, session.sensitivity) for number, policy in policies.items()
     }
-    if session.clock.left_before("report") > SECONDS_A_MODEL * (MEASURED + 1) * len(found):
+    needed = session.profile.seconds_each * (MEASURED + 1) * len(found)
+    if not session.profile.remote and session.clock.left_before("report") > needed:
         _measure(session, policies, found)
     session.folder.write_json(WHY, {str(number): entries for number, entries in found.items()})
 
 
-def choices(policy: Policy, surrogate: Surrogate, costs: Costs, sensitivity: Sensitivity) -> list[dict[str, Any]]:
+def choices(policy: Policy, surrogate: Surrogate, costs: ManyCosts, sensitivity: Sensitivity) -> list[dict[str, Any]]:
     """Each choice with what undoing it alone would change: ``saved_ms`` (predicted latency without it less that with
-    it) and ``accuracy_cost`` (the surrogate's median without it less that with it)."""
-    without = _undone(policy, surrogate)
+    it; a choice whose kernels nobody can price is left out) and ``accuracy_cost`` (the surrogate's median without it
+    less that with it)."""
+    encoder = surrogate.describer.encoder
+    anatomy = encoder.space.anatomy
+    without = _undone(policy, anatomy)
     if not without:
         return []
-    encoder = surrogate.describer.encoder
+    every = [policy, *(other for _, other in without)]
     with threadpool_limits(limits=1, user_api="blas"):
-        median = surrogate.accuracy(np.stack([encoder.row(p) for p in (policy, *(p for _, p in without))]))[0]
-    base = costs(policy)[0]
+        median = surrogate.accuracy(np.stack([encoder.row(p) for p in every]))[0]
+        latency_ms = costs(choices_of(anatomy, every))[:, 0]
     entries = [
         {
-            **what, "sensitivity": _damage(what, sensitivity), "saved_ms": costs(other)[0] - base,
+            **what, "sensitivity": _damage(what, sensitivity), "saved_ms": float(slower - latency_ms[0]),
             "accuracy_cost": float(value - median[0]), "measured": False,
         }
-        for (what, other), value in zip(without, median[1:], strict=True)
+        for (what, _), value, slower in zip(without, median[1:], latency_ms[1:], strict=True)
+        if np.isfinite(slower - latency_ms[0])
     ]  # fmt: skip
     return sorted(entries, key=lambda entry: -entry["saved_ms"])
 
 
-def _undone(policy: Policy, surrogate: Surrogate) -> list[tuple[dict[str, Any], Policy]]:
+def _undone(policy: Policy, anatomy: Anatomy) -> list[tuple[dict[str, Any], Policy]]:
     """Each choice of the policy, with the policy that does without it."""
-    anatomy = surrogate.describer.encoder.space.anatomy
     found: list[tuple[dict[str, Any], Policy]] = []
     for name, ratio in policy.prune.items():
         rest = {other: r for other, r in policy.prune.items() if other != name}
@@ -83,13 +88,12 @@ def _damage(what: Mapping[str, Any], sensitivity: Sensitivity) -> float | None:
 
 def _measure(session: Session, policies: Mapping[int, Policy], found: dict[int, list[dict[str, Any]]]) -> None:
     """Replace the largest savings by measured ones, each beside the finalist itself."""
-    surrogate = surrogate_of(session)
+    anatomy, target = session.prepared.anatomy, session.config.target
     asked: dict[str, Policy] = {}
     for number, entries in found.items():
-        without = {(w["kind"], w["name"]): p for w, p in _undone(policies[number], surrogate)}
+        without = {(w["kind"], w["name"]): p for w, p in _undone(policies[number], anatomy)}
         asked[f"{number}"] = policies[number]
         asked |= {_key(number, e): without[e["kind"], e["name"]] for e in entries[:MEASURED]}
-    anatomy, target = session.prepared.anatomy, session.config.target
     try:
         timings, _ = session.on_target("verify", lambda timer: measure_policies(anatomy, asked, target, timer))
     except MeasurementError:  # what is predicted is still worth saying

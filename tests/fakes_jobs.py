@@ -70,7 +70,7 @@ class Acting:
 class Instant:
     """A runner whose jobs take no time; ``asked`` keeps them all."""
 
-    evaluate: Callable[[Job], Outcome]
+    evaluate: Callable[[Job], Outcome | Failure]
     workers: int = 1
     progress: float = 0.0
     asked: list[tuple[int, Job]] = field(default_factory=list[tuple[int, Job]])

@@ -418,6 +418,19 @@ def test_a_run_of_another_device_has_suggestions_for_that_device(
     assert {entry["forced"] for entry in found} == {None}
 
 
+def test_suggestions_lie_on_the_channel_steps_that_the_night_measured(
+    night: tiny.Night, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    channels = {group.name: group.channels for group in tiny.anatomy_of(Path(night.task.partition(":")[0])).groups}
+    target = json.loads((night.run / "target.json").read_text())["target"] | {"channel_steps": [[0, 8]]}
+
+    found = _suggested_with(night, tmp_path, capsys, target=target)
+
+    kept = [channels[name] * (1 - ratio) for entry in found for name, ratio in entry["policy"]["prune"].items()]
+    assert kept
+    assert all(round(value, 6) % 8 == 0 for value in kept)
+
+
 def test_suggestions_say_what_their_run_was_forced_to_overlook(
     night: tiny.Night, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,6 +278,7 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
         ("task: a\nspace: {scales: []}", "space.scales must be a list out of ['fixed', 'learned']"),
         ("task: a\nlimits: {max_latency_ms: -1}", "limits.max_latency_ms must be above 0, but got -1.0"),
         ("task: a\nlimits: {max_latency_ms: .nan}", "limits.max_latency_ms must be above 0, but got nan"),
+        ("task: a\nlimits: {min_accuracy: 90}", "limits.min_accuracy must be at most 1, but got 90"),
         ("task: a\nlimits: {max_size_bytes: 0}", "limits.max_size_bytes must be above 0, but got 0"),
         ("task: a\nfinetune: {short_steps: 0}", "finetune.short_steps must be at least 1, but got 0"),
         (

@@ -12,10 +12,11 @@ import pytest
 
 import tiny
 from fakes_run import trial
-from nightpress.search.disk import collect, drop_below, is_full, promising, shortage
+from nightpress.search.disk import collect, drop_below, find_room, is_full, promising, shortage
 from nightpress.search.folder import BALLAST, RunFolder, read_run
 from nightpress.search.records import TrialState
 from nightpress.search.worker import Failure
+from test_trials import begun
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -232,6 +233,18 @@ def test_what_may_still_be_a_finalist_a_baseline_or_a_running_trial_keeps_its_hi
     }  # fmt: skip
     assert freed == 1000 * (1 + 1 + 2 + 1 + 2 + 1 + 2) + 500
     assert collect(folder, trials, running=[4]) == 0
+
+
+def test_a_search_goes_on_once_there_is_room_again(tmp_path: Path) -> None:
+    session = begun(tmp_path, {"short_steps": 1, "part_steps": 0}).session
+    session.folder.lay_ballast()
+    assert session.folder.make_room()  # as for a write that exceeds a quota
+    assert session.folder.pressed
+
+    assert find_room(session, ())
+
+    assert not session.folder.pressed
+    assert (tmp_path / BALLAST).stat().st_size > 0
 
 
 def test_once_a_rung_is_on_record_those_below_it_are_not_needed(tmp_path: Path) -> None:

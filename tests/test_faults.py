@@ -79,6 +79,19 @@ def test_quick_peers_leave_a_job_a_minute(tmp_path: Path) -> None:
     assert jobs.cap_seconds(job("sleep", tmp_path)) == LEAST_CAP_SECONDS
 
 
+def test_a_job_that_was_paused_for_a_measurement_is_run_again_and_not_called_hung(tmp_path: Path) -> None:
+    late = Failure(HUNG, "it took longer than 60 s")
+    runner = Scripted([late, late])
+    jobs = jobs_on(runner, [0.0])
+    jobs.submit(3, job("sleep", tmp_path))
+    with jobs.paused():
+        pass
+
+    assert list(jobs.as_completed(0.0)) == []
+    assert [key for key, *_ in runner.asked] == [3, 3]
+    assert list(jobs.as_completed(0.0)) == [(3, late)]
+
+
 def test_a_worker_that_had_to_end_with_its_job_is_no_lost_worker(tmp_path: Path) -> None:
     now = [0.0]
     runner = Scripted([Failure(WORKER_LOST, "ended with code 1")])

@@ -1,5 +1,6 @@
 """The long fine-tune: which rules get it, and how long it is."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from nightpress.search.config import FineTuneConfig, Limits, RunConfig
 from nightpress.search.finalists import choose, reachable
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.long_tuning import long_costs, outcome_file, train_lessons, train_long, train_rules
+from nightpress.search.long_tuning import long_costs, outcome_file, size_long, train_lessons, train_long, train_rules
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
@@ -25,6 +26,7 @@ from nightpress.search.session import Prepared, Session
 from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import enqueue
+from nightpress.search.worker import Failure
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import Space, uniform
 from strategies import toy_anatomy
@@ -208,6 +210,19 @@ def test_rules_within_the_limits_are_trained_the_most_promising_first(tmp_path: 
     assert trained(session)[:4] == ["uncompressed", "uniform INT8", "uniform 75% fp32", "uniform 75% INT8"]
 
 
+def test_a_long_fine_tune_that_fails_by_itself_is_not_tried_again(tmp_path: Path) -> None:
+    session = judged(tmp_path, least=None)
+
+    def diverging(job: Job) -> Outcome | Failure:
+        return Failure("DivergedError", "nan") if job.policy == RULES["uniform 75% INT8"] else outcome(job, 1.0)
+
+    session.provide(jobs=Jobs(Instant(diverging), 64, expected_seconds=lambda job: 1.0, tell=print))
+    train_rules(session)
+    train_rules(session)
+
+    assert sorted(Counter(trained(session)).values()) == [1] * len(RULES)
+
+
 def test_without_a_limit_on_accuracy_every_rule_is_trained(tmp_path: Path) -> None:
     session = judged(tmp_path, least=None)
     train_rules(session)
@@ -264,6 +279,17 @@ def test_where_four_epochs_do_not_fit_three_finalists_share_more_of_the_time(tmp
 
 def test_hopeless_rules_leave_their_time_to_longer_fine_tunes(tmp_path: Path) -> None:
     assert sized(tmp_path, hours=1.0)["long_steps"] > 1.2 * sized(tmp_path, hours=1.0, least=None)["long_steps"]
+
+
+def test_a_driver_whose_rules_are_all_out_of_reach_plans_its_finalists_all_the_same(tmp_path: Path) -> None:
+    """One that joins a search late: another has taken the uncompressed network and the gentle rules."""
+    session = judged(tmp_path, least=0.97)
+    session.provide(store=Store(InMemoryStorage()))
+    finish(session, RULES["uniform 25% INT8"], "baseline", "uniform 25% INT8", latency_ms=0.5)
+
+    size_long(session)
+
+    assert 4 * EPOCH <= session.state["rungs"]["long_steps"] <= 20 * EPOCH
 
 
 def test_what_only_loses_by_a_fine_tune_that_is_too_short_has_none(tmp_path: Path) -> None:

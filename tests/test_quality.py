@@ -295,6 +295,12 @@ def test_accuracy_comes_with_its_binomial_error() -> None:
     assert found.samples == 8
 
 
+def test_a_metric_above_one_is_refused() -> None:
+    task = trainer_of(digits_reader(), digits(4), metric=lambda *_: 31.25).task
+    with pytest.raises(ValueError, match=r"^the task's metric must be at most 1, but it is 31\.25$"):
+        score(torch.zeros(4, 10), digits(4), task)
+
+
 def test_the_error_of_a_custom_metric_is_unknown() -> None:
     data = digits(16)
     task = trainer_of(digits_reader(), data, metric=lambda outputs, targets: outputs.shape[1] / 20).task

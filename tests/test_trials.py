@@ -1,5 +1,6 @@
 """The order of work: trials pause, are gone on with, survive their driver, and no rung is trained twice."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import Score
 from nightpress.search.clock import Clock, Times
-from nightpress.search.config import RunConfig, SearchConfig
+from nightpress.search.config import Limits, RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.loop import enough
@@ -26,6 +27,7 @@ from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import Trials, enqueue
+from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import FP32, INT8, Policy, digest
 from nightpress.spaces.space import Space
@@ -63,7 +65,7 @@ UNCOMPRESSED = plan(SPACE.anatomy, Policy(model=SPACE.anatomy.digest))
 
 def begun(
     folder: Path, rungs: dict[str, Any], *, most: int | None = 16, workers: int = 1, record: BaseStorage | None = None,
-    **keys: Any,
+    kind: type[Priced] = Priced, **keys: Any,
 ) -> Trials:  # fmt: skip
     """A night at the moment when its search begins, or goes on from what is on record. The record is in memory: what
     a disk makes of it has tests of its own."""
@@ -71,7 +73,7 @@ def begun(
     config = RunConfig(task="t", base=None, out=folder, search=search, **keys)
     (folder / "config.yaml").write_text("{task: t}")
     clock = Clock(Times().wall() + 86_400)
-    session = Priced(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
+    session = kind(config=config, folder=RunFolder(folder), clock=clock, watch=lambda session: None)
     reference_ms = 0.01 + UNCOMPRESSED.macs / 1e8
     session.state |= {"state": "running", "phase": "search", "rungs": rungs}
     session.state["reference"] = {"accuracy": 0.6, "latency_ms": reference_ms, "size_bytes": 1000 + UNCOMPRESSED.params}
@@ -213,6 +215,44 @@ def test_half_of_those_who_wait_give_their_room_first(tmp_path: Path) -> None:
     gone = [worth for number, worth in worths.items() if number not in trials.paused]
     assert len(kept) == len(gone) == 2
     assert all(a is None or (b is not None and b.rate <= a.rate) for a in kept for b in gone)
+
+
+class Unpriced(Priced):
+    """One that has no price for the first proposals."""
+
+    def predict(self, policy: Policy) -> tuple[float, float, float, int]:
+        if len(self.store.trials()) <= 2:
+            raise InputError("its kernel cannot be measured here")
+        return super().predict(policy)
+
+
+def test_a_policy_that_has_no_price_fails_alone(tmp_path: Path) -> None:
+    trials = begun(tmp_path, PLANNED, most=6, kind=Unpriced)
+
+    assert run(trials)
+
+    found = trials.session.store.trials()
+    assert [t.state for t in found[:2]] == [TrialState.FAILED] * 2
+    assert found[0].reason == "it has no price: its kernel cannot be measured here"
+    assert len(found) == 6
+    assert TrialState.COMPLETE in {t.state for t in found[2:]}
+
+
+def test_a_policy_beyond_a_limit_is_not_trained_and_says_so(tmp_path: Path) -> None:
+    most_ms = 0.01 + UNCOMPRESSED.macs / 1e9
+    trials = begun(tmp_path, PLANNED, most=24, limits=Limits(max_latency_ms=most_ms))
+    rule = Policy(model=SPACE.anatomy.digest)
+    enqueue(trials.session, rule, "baseline", "uncompressed")
+
+    assert run(trials)
+
+    found = trials.session.store.trials()
+    beyond = [t for t in found if t.predicted is not None and t.predicted.low_ms > most_ms and t.role != "baseline"]
+    assert 0 < len(beyond) < len(found) - 1
+    assert {t.state for t in beyond} == {TrialState.INFEASIBLE}
+    assert all(re.fullmatch(r"beyond max_latency_ms by \d+%, not trained", t.reason or "") for t in beyond)
+    assert not {number for number, _ in asked(trials)} & {t.number for t in beyond}
+    assert found[0].state is TrialState.COMPLETE
 
 
 def test_a_policy_that_waits_is_not_begun_again(tmp_path: Path) -> None:
