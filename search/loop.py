@@ -52,16 +52,15 @@ def run_first(session: Session, trials: Trials) -> None:
     night early, has a front at once."""
     most, store = session.config.search.max_trials, session.store
     count = FIRST if most is None else min(FIRST, int(FIRST_SHARE * most))
+    _run(session, trials, lambda: _over(session, trials) or (None if store.waiting("seed") else "no seed waits"))
     planning.plan_finalists(session)
     left = session.clock.left_before("finalists", *ENDING)
 
     def ended() -> str | None:
-        if (over := _over(session, trials)) is not None or store.waiting("seed"):
-            return over
         if store.tally().begun >= count:
             return f"{count} trials have begun"
-        spent = left - session.clock.left_before("finalists", *ENDING)
-        return "their time is used up" if spent >= FIRST_SHARE * left else None
+        used = session.clock.left_before("finalists", *ENDING) <= (1 - FIRST_SHARE) * left
+        return "their time is used up" if used else _over(session, trials)
 
     _run(session, trials, ended)
     trials.drain()

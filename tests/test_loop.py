@@ -102,10 +102,9 @@ def test_the_first_trials_leave_most_of_the_time_to_those_after_the_long_fine_tu
 
     times = Times(lambda: begun + spent(), lambda: real + spent(), lambda: real + spent())
     trials.session.clock = Clock(begun + 86_400, times=times)
-    left = trials.session.clock.left_before("finalists", *ENDING)
 
     run_first(trials.session, trials)
 
     still = trials.session.clock.left_before("finalists", *ENDING)
-    assert 0.6 * left < still < (1 - FIRST_SHARE) * left
+    assert FIRST_SHARE < spent() / (spent() + still) < 1.5 * FIRST_SHARE
     assert 2 < len(trials.session.store.trials()) < FIRST
