@@ -11,7 +11,7 @@ import numpy as np
 
 from ..spaces.files import DISK_FULL
 from .folder import ARTIFACTS, RunFolder
-from .pareto import dominated_by, losses
+from .pareto import dominated_by
 from .records import Rung, TrialRecord, TrialState
 from .session import Session
 from .worker import Failure
@@ -135,16 +135,6 @@ def _shortage(session: Session) -> str | None:
 
 def promising(trials: Sequence[TrialRecord]) -> list[int]:
     """Numbers of the trials that may still be finalists: dominated by none at the best that their errors allow."""
-    done = [
-        t for t in trials
-        if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes and t.reused_from is None
-    ]  # fmt: skip
-    points = np.array([losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
-                       if t.quality and t.latency and t.size_bytes])  # fmt: skip
-    return [
-        t.number for t in done
-        if t.quality and t.latency and t.size_bytes
-        and not dominated_by(
-            losses(t.quality.accuracy + 2 * (t.quality.accuracy_se or 0.0), t.latency.low_ms, t.size_bytes), points
-        )
-    ]  # fmt: skip
+    done = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
+    points = np.array([point for t in done if (point := t.losses)])
+    return [t.number for t in done if (hoped := t.hoped(2)) and not dominated_by(hoped, points)]

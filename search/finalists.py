@@ -27,7 +27,7 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
     """COMPLETE trials whose three objectives are known; each policy once."""
     return [
         t for t in session.store.trials()
-        if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes and t.reused_from is None
+        if t.state is TrialState.COMPLETE and t.losses and t.reused_from is None
         and (role is None or (t.role == "baseline") == (role == "baseline"))
     ]  # fmt: skip
 
@@ -68,18 +68,8 @@ def remeasure_front(session: Session) -> None:
 def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
     """Trials that nothing dominates even at the low end of their own interval."""
     everything = complete(session)
-    front = np.array([_losses(t) for t in everything])
-    near: list[TrialRecord] = []
-    for trial in trials:
-        if trial.latency is None or trial.quality is None or trial.size_bytes is None:
-            continue
-        hoped = losses(
-            trial.quality.accuracy + (trial.quality.accuracy_se or 0.0),
-            trial.latency.low_ms,
-            trial.size_bytes,
-        )
-        if not dominated_by(hoped, front):
-            near.append(trial)
+    front = np.array([t.losses for t in everything])
+    near = [t for t in trials if (hoped := t.hoped(1)) and not dominated_by(hoped, front)]
     return sorted(near, key=lambda t: -(t.quality.accuracy if t.quality else 0))
 
 
@@ -203,8 +193,8 @@ def _cheap_enough(session: Session, trial: TrialRecord) -> bool:
     )
 
 
-def _losses(trial: TrialRecord, accuracy: float | None = None) -> tuple[float, float, float]:
-    if trial.quality is None or trial.latency is None or trial.size_bytes is None:
+def _losses(trial: TrialRecord, accuracy: float) -> tuple[float, float, float]:
+    """Of a trial with another accuracy than was seen."""
+    if trial.losses is None:
         raise ValueError(f"trial {trial.number} has an unknown objective")
-    seen = trial.quality.accuracy if accuracy is None else accuracy
-    return losses(seen, trial.latency.latency_ms, trial.size_bytes)
+    return (-accuracy, *trial.losses[1:])

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .clock import length
-from .pareto import losses, non_dominated
+from .pareto import non_dominated
 from .records import TrialState, row
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ def glance(session: "Session", most: int) -> tuple[dict[str, int], list[dict[str
         return {}, [], 0.0
     trials = session.store.trials()
     counts = {str(state): sum(t.state is state for t in trials) for state in TrialState}
-    known = [t for t in trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
-    points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in known
-              if t.quality and t.latency and t.size_bytes]  # fmt: skip
-    front = sorted((known[i] for i in non_dominated(points)), key=lambda t: -t.quality.accuracy if t.quality else 0)
-    return counts, [row(t) for t in front[:most]], session.runner.progress
+    known = [(point, t) for t in trials if t.state is TrialState.COMPLETE and (point := t.losses)]
+    front = sorted((known[i] for i in non_dominated([point for point, _ in known])), key=lambda found: found[0][0])
+    return counts, [row(t) for _, t in front[:most]], session.runner.progress

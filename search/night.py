@@ -264,7 +264,7 @@ def _enqueue_seeds(session: Session) -> None:
     within = finalists.reachable(session, steps)
     walk = [] if "seeds" in session.config.search.without else walk_seeds(within, SEEDS)
     own = own_policies(session.config.seeds, prepared.space)
-    seeds = [*own, *_earlier(session), *(policy for policy in walk if policy not in rivals.values())]
+    seeds = [*own, *earlier_fronts(session), *(policy for policy in walk if policy not in rivals.values())]
     _enqueue(session, "seed", [(policy, None) for policy in seeds])
     if own:
         session.folder.decide("sensitivity", f"enqueued {len(own)} policies of the user", "seeds")
@@ -279,14 +279,12 @@ def _enqueue_seeds(session: Session) -> None:
     session.update(seeds_enqueued=True)
 
 
-def _earlier(session: Session) -> list[Policy]:
+def earlier_fronts(session: Session) -> list[Policy]:
     """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
     found: list[Policy] = []
     for run in _runs_before(session):
-        done = [t for t in run.trials if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes]
-        points = [losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes) for t in done
-                  if t.quality and t.latency and t.size_bytes]  # fmt: skip
-        front = [done[i] for i in non_dominated(points)]
+        done = [(point, t) for t in run.trials if t.state is TrialState.COMPLETE and (point := t.losses)]
+        front = [done[i][1] for i in non_dominated([point for point, _ in done])]
         found += [policy_of(trial) for trial in front]
         session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
     return found

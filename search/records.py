@@ -9,6 +9,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from .pareto import losses
+
 PICK, REJECT, NOTE = "pick", "reject", "note"
 """What a person says of a trial."""
 UNCOMPRESSED = "uncompressed"
@@ -127,6 +129,20 @@ class TrialRecord:
     def quality(self) -> Quality | None:
         """The search-split accuracy at the highest rung reached."""
         return self.qualities[-1] if self.qualities else None
+
+    @property
+    def losses(self) -> tuple[float, float, float] | None:
+        """(−accuracy, latency in ms, size in bytes) as it was seen; None while one of them is unknown."""
+        if self.quality is None or self.latency is None or self.size_bytes is None:
+            return None
+        return losses(self.quality.accuracy, self.latency.latency_ms, self.size_bytes)
+
+    def hoped(self, errors: float) -> tuple[float, float, float] | None:
+        """The same with so many standard errors more accuracy, at the fast end of the latency's interval."""
+        if self.quality is None or self.latency is None or self.size_bytes is None:
+            return None
+        accuracy = self.quality.accuracy + errors * (self.quality.accuracy_se or 0.0)
+        return losses(accuracy, self.latency.low_ms, self.size_bytes)
 
     @property
     def struck_out(self) -> str | None:

@@ -50,12 +50,9 @@ class Judge:
         self._full = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
         self._least, self._part_steps = min_accuracy, part_steps
         self._gains: dict[str, _Gains] = {}
-        self.points = np.array(
-            [(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
-             for t in self._full if t.quality and t.latency and t.size_bytes], dtype=np.float64,
-        ).reshape(-1, 3)  # fmt: skip
+        self._losses = np.array([point for t in self._full if (point := t.losses)], dtype=np.float64).reshape(-1, 3)
+        self.points = self._losses * np.array([-1.0, 1.0, 1.0])
         """Accuracy, latency in ms and size in bytes of the trials that went to the top, shape (n, 3)."""
-        self._losses = self.points * np.array([-1.0, 1.0, 1.0])
 
     def verdict(self, record: TrialRecord) -> Verdict | None:
         """Whether a trial of the search is hopeless at the rung that it has reached; None while it is not, or while
@@ -136,18 +133,9 @@ def wrongly(trials: Sequence[TrialRecord], kept: Collection[int]) -> tuple[int, 
     that were spared."""
     stopped = sum(t.state is TrialState.STOPPED and t.reason != NOT_CONTINUED for t in trials)
     ended = [t for t in trials if t.number in kept and t.state is TrialState.COMPLETE]
-    others = [
-        losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes)
-        for t in trials
-        if t.state is TrialState.COMPLETE and t.quality and t.latency and t.size_bytes
-    ]
-    front = np.array(others)
-    wrong = [
-        t for t in ended
-        if t.quality and t.latency and t.size_bytes
-        and not dominated_by(losses(t.quality.accuracy, t.latency.latency_ms, t.size_bytes), front)
-    ]  # fmt: skip
-    return stopped, len(ended), len(wrong)
+    front = np.array([point for t in trials if t.state is TrialState.COMPLETE and (point := t.losses)])
+    wrong = sum((point := t.losses) is not None and not dominated_by(point, front) for t in ended)
+    return stopped, len(ended), wrong
 
 
 def upper_bound(wrong: int, of: int) -> float:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .pareto import losses
 from .records import TrialRecord, TrialState
 
 Losses = tuple[float, float, float]
@@ -58,10 +57,8 @@ class Tally:
                 self._join(record)
 
     def _join(self, record: TrialRecord) -> None:
-        if record.quality is None or record.latency is None or record.size_bytes is None:
-            return
-        point = losses(record.quality.accuracy, record.latency.latency_ms, record.size_bytes)
-        if any(all(a <= b for a, b in zip(other, point, strict=True)) for other, _ in self.front):
+        point = record.losses
+        if point is None or any(all(a <= b for a, b in zip(other, point, strict=True)) for other, _ in self.front):
             return
         kept = [(other, at) for other, at in self.front if any(a < b for a, b in zip(other, point, strict=True))]
         self.front = [*kept, (point, record)]

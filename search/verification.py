@@ -10,6 +10,7 @@ from ..evaluators.latency.measure import REFERENCE
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
+from .config import Limits
 from .disk import drop_below
 from .long_tuning import load_outcome, outcome_file, untrained
 from .records import UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
@@ -90,7 +91,7 @@ def _verified(session: Session, trial: TrialRecord, outcome: Outcome, latency: L
     return verified_of(
         outcome, latency, rung=Rung.LONG,
         model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
-        struck_out=_strike(session, trial, outcome, latency),
+        struck_out=strike(session.config.limits, trial.name, outcome, latency),
     )  # fmt: skip
 
 
@@ -113,11 +114,11 @@ def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: st
     )
 
 
-def _strike(session: Session, trial: TrialRecord, outcome: Outcome, latency: Latency) -> str | None:
-    """Why a point is taken off the front, in one sentence; None when it stands."""
-    limits, exported, size_bytes = session.config.limits, outcome.exported, outcome.size_bytes or 0
+def strike(limits: Limits, name: str | None, outcome: Outcome, latency: Latency) -> str | None:
+    """Why a point is taken off the front, in one sentence; None when it stands. ``name``: of a rule."""
+    exported, size_bytes = outcome.exported, outcome.size_bytes or 0
     reference_ms = latency.reference_ms or 0.0
-    if trial.name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
+    if name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
         return f"not faster than the original: {latency.latency_ms:.3f} ms against {reference_ms:.3f} ms"
     if outcome.top1_agreement is not None and outcome.top1_agreement < LEAST_AGREEMENT:
         return f"the exported file agrees with torch on only {outcome.top1_agreement:.1%} of the test split"

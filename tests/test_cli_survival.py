@@ -144,6 +144,9 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
     assert json.loads((run / "state.json").read_text())["state"] == "interrupted"
     before = finished(run)
     assert len(before) >= 3
+    exported = tiny.nightpress("export", run, str(next(iter(before))), "--out", tmp_path / "export", "--json")
+    assert exported.json["accuracy"] > 0
+    assert (tmp_path / "export" / "model.onnx").is_file()
 
     again = tiny.nightpress("run", slow_config, "--resume", "--budget", "150s", "--json")
 
@@ -156,13 +159,14 @@ def test_a_second_ctrl_c_ends_it_at_once(slow_config: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     with tiny.driver("run", slow_config, "--json") as process:
         wait_for(lambda: phase(run) == "baselines" and len(ended(run)) >= 1, process)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: "gracefully" in (run / "log.jsonl").read_text(), process)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert read_run(run).state["state"] == "interrupted"
+    state = read_run(run).state
+    assert (state["state"], state["reason"]) == ("interrupted", "stopped at once by a second signal")
     assert len(ended(run)) >= 1
 
 
