@@ -27,8 +27,6 @@ ENDING = ("verify", "report")
 """Phases that must have their time whatever came before."""
 NOTICED_SECONDS = 5.0
 """Sleeps and changes of the clock below this are nobody's business."""
-OVERRUN_SECONDS, OVERRUN_SHARE = 60.0, 0.02
-"""By how much a night may miss its deadline: whichever is more."""
 
 
 class Deadline(NamedTuple):
