@@ -15,8 +15,9 @@ DETAIL_BYTES = 3_300_000
 """What the trials' details may take, so that the page stays below 6 MB beside 1.5 MB of plotly.js and the figures."""
 BRIEF = (
     "trial", "title", "role", "state", "digest", "accuracy", "split", "latency_ms", "size_bytes", "macs", "reason",
-    "candidate", "drawn",
+    "candidate",
 )  # fmt: skip
+"""What the card of a trial holds whose details do not fit."""
 UNUSED = frozenset({"rung", "repeat_error", "policy", "samples"})
 """Keys of :func:`row` that no card shows, or shows in another form."""
 

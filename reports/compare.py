@@ -15,7 +15,6 @@ KINDS = {
     "config": "config",
     "data": "data",
     "model": "data",
-    "given": "data",
     "device": "device",
     "target": "device",
     "host": "device",
@@ -68,18 +67,24 @@ def in_common_box(runs: Sequence[RunRecord]) -> list[Covered | None]:
 
     None for a run without a front, and for all when no run has a reference point.
     """
-    corners = [known for run in runs if (known := reference(run)) is not None]
-    if not corners:
+    corner = _common_corner(runs)
+    if corner is None:
         return [None] * len(runs)
-    worst = [max(values) for values in zip(*corners, strict=True)]
-    corner: Losses = (worst[0], worst[1], worst[2])
     covered: list[Covered | None] = []
     for run in runs:
         pairs = _points(run)
-        error = hypervolume_error(pairs, corner)
+        error = hypervolume_error(pairs, corner, verified=True)
         share = pareto.relative_hypervolume([found.losses for _, found in pairs], corner) if pairs else None
         covered.append(Covered(share, error or 0.0) if share is not None else None)
     return covered
+
+
+def _common_corner(runs: Sequence[RunRecord]) -> Losses | None:
+    corners = [known for run in runs if (known := reference(run)) is not None]
+    if not corners:
+        return None
+    accuracies, latencies, sizes = zip(*corners, strict=True)
+    return max(accuracies), max(latencies), max(sizes)
 
 
 def beyond_noise(one: Covered, other: Covered) -> bool:
@@ -92,20 +97,27 @@ def _points(run: RunRecord) -> list[tuple[TrialRecord, Point]]:
 
 
 def dominance(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """For each front point that another run's front point dominates, the one that does so by most of the box."""
-    fronts = [_points(run) for run in runs]
+    """For each front point that another run's front points dominate, the one that does so by most of the common box;
+    by most accuracy where the box does not tell them apart."""
+    corner = _common_corner(runs)
+
+    def covered(found: Point) -> float:
+        # What a point covers, each that dominates it covers too: whichever covers most has most beyond it.
+        return pareto.relative_hypervolume([found.losses], corner) if corner is not None else 0.0
+
+    fronts = [[(trial, found, covered(found)) for trial, found in _points(run)] for run in runs]
     rows: list[dict[str, Any]] = []
     for i, (run, points) in enumerate(zip(runs, fronts, strict=True)):
-        for trial, found in points:
+        for trial, found, _ in points:
             better = [
-                (other.accuracy - found.accuracy, j, rival)
+                (share, other.accuracy, j, rival)
                 for j, rivals in enumerate(fronts)
                 if j != i
-                for rival, other in rivals
+                for rival, other, share in rivals
                 if other.losses != found.losses and all(a <= b for a, b in zip(other.losses, found.losses, strict=True))
             ]
             if better:
-                _, j, rival = max(better, key=lambda item: item[0])
+                *_, j, rival = max(better, key=lambda item: item[:2])
                 rows.append(
                     {
                         "run": str(run.path),

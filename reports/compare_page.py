@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..search import pareto
 from ..search.records import RunRecord, row
-from .compare import Covered, beyond_noise, compare_runs, in_common_box, kind_of
+from .compare import Covered, beyond_noise, compare_runs, kind_of
 from .figure_base import AMBER, BLUE, GREEN, GREY, LOG_FROM, RED, blank, logarithmic, no_markup
 from .front import front, point
 from .html import fill, write_page
@@ -64,7 +64,8 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
 
 def sentences(runs: Sequence[RunRecord], data: dict[str, Any]) -> list[str]:
     """Which run covers more and whether that is more than noise; what makes the comparison doubtful."""
-    names, covered = run_names(runs), in_common_box(runs)
+    names = run_names(runs)
+    covered = [_covered(entry) for entry in data["runs"]]
     known = [(one, name) for one, name in zip(covered, names, strict=True) if one is not None]
     said: list[str] = []
     if len(known) < 2:
@@ -79,6 +80,12 @@ def sentences(runs: Sequence[RunRecord], data: dict[str, Any]) -> list[str]:
     if len(splits) > 1:
         said.append("Some points stand on the test split and some on the search split: accuracies differ by that too.")
     return said
+
+
+def _covered(entry: dict[str, Any]) -> Covered | None:
+    """A run's share of the common box, as :func:`compare_runs` tells it."""
+    share = entry["hypervolume_common"]
+    return None if share is None else Covered(share, entry["hypervolume_common_se"])
 
 
 def _against(best: tuple[Covered, str], other: tuple[Covered, str]) -> str:

@@ -4,7 +4,10 @@ Text and grid colours are left to the page, which sets them to its theme.
 """
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -32,16 +35,22 @@ MOST_TRIALS = 2500
 """Trials that can be looked at one by one; all are in the tables beside the report."""
 
 
-class Panel(NamedTuple):
+@dataclass(frozen=True)
+class Panel:
     """A figure with its heading, the sentences that say what it shows, and how to read it; without data,
     sentences alone."""
 
     key: str
     heading: str
     text: str
-    figure: "Figure | None"
+    draw: "Callable[[], Figure] | None"
     how: str = ""
     wide: bool = False
+
+    @cached_property
+    def figure(self) -> "Figure | None":
+        """Drawn when it is first asked for: what prints words alone need not load plotly."""
+        return self.draw() if self.draw is not None else None
 
 
 def no_markup(text: str, most: int = MOST_LETTERS) -> str:

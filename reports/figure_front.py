@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search import pareto
@@ -74,10 +75,10 @@ def front_info(run: RunRecord) -> FrontInfo:
     """The picture of a run; without a trial that is known in full, one without dots."""
     on_front = {trial.number for trial in front(run)}
     allowed = limits(run)
+    drawable = [t for t in run.trials if (t.state is TrialState.COMPLETE or t.verified) and point(t) is not None]
     dots = tuple(
         dot
-        for trial in most_interesting(run, MOST_DOTS)
-        if trial.state is TrialState.COMPLETE or trial.verified
+        for trial in most_interesting(replace(run, trials=tuple(drawable)), MOST_DOTS)
         if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
     )
     best = [dot for dot in dots if dot.on_front]
@@ -94,7 +95,7 @@ def front_info(run: RunRecord) -> FrontInfo:
         y_range=_accuracy_range([dot.accuracy for dot in shown]),
         logarithmic=logarithmic,
         outside=len(dots) - len(shown),
-        left_out=max(0, len(run.trials) - MOST_DOTS),
+        left_out=len(drawable) - len(dots),
     )
 
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search.records import RunRecord
+from .clock import clock
 from .figure_base import AMBER, BLUE, GREEN, GREY, PALE_GREY, RED, blank, no_markup
-from .front import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain, started
+from .front import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain
 from .text import counted, digits, duration, local_time, percent, seconds_since_epoch
 from .verdict import NOISY, STILL_GROWING
 
@@ -57,7 +58,7 @@ def _time_unit(longest: float) -> tuple[str, float]:
 def hypervolume_figure(info: HypervolumeInfo) -> "Figure":
     """Draw the steps, with the baselines as a dashed level."""
     unit, factor = _time_unit(max((step.seconds for step in info.steps), default=0.0))
-    figure = blank(f"{unit} since the start", "hypervolume, %")
+    figure = blank(f"{unit} of work", "hypervolume, %")
     figure.add_scatter(
         x=[step.seconds / factor for step in info.steps],
         y=[100 * step.hypervolume for step in info.steps],
@@ -79,7 +80,7 @@ def hypervolume_figure(info: HypervolumeInfo) -> "Figure":
 
 
 class NoiseSample(NamedTuple):
-    """One look at the uncompressed model's latency; ``repeat_error`` is a share."""
+    """One look at the uncompressed model's latency, after ``seconds`` of work; ``repeat_error`` is a share."""
 
     time: str
     seconds: float | None
@@ -95,14 +96,14 @@ class NoiseInfo(NamedTuple):
 
 
 def noise_info(run: RunRecord) -> NoiseInfo:
-    start = started(run)
+    night = clock(run)
     samples: list[NoiseSample] = []
     for entry in run.state.get("noise") or []:
         known: Mapping[str, Any] = entry
         if known.get("reference_ms") is None:
             continue
         moment = seconds_since_epoch(known.get("time"))
-        seconds = moment - start if moment is not None and start is not None else None
+        seconds = night.worked(moment) if moment is not None and night is not None else None
         samples.append(
             NoiseSample(
                 local_time(known.get("time")),
@@ -147,7 +148,7 @@ def noise_figure(info: NoiseInfo) -> "Figure":
     moments = [sample.seconds for sample in info.samples if sample.seconds is not None]
     timed = len(moments) == len(info.samples)
     unit, factor = _time_unit(max(moments, default=0.0))
-    x_title = f"{unit} since the start" if timed else "measurement"
+    x_title = f"{unit} of work" if timed else "measurement"
     figure = blank(x_title, "uncompressed model, ms", height=300, margin_b=52)
     figure.add_scatter(
         x=[moment / factor for moment in moments] if timed else list(range(1, len(info.samples) + 1)),
@@ -176,7 +177,8 @@ def noise_figure(info: NoiseInfo) -> "Figure":
 
 
 class PhasesInfo(NamedTuple):
-    """Seconds of each phase, in the order in which they ran, and those that were planned for it, where known."""
+    """Seconds of each phase, in the order in which they ran, and those that were planned for it, where known. A night
+    that was resumed planned what it had worked until then and the time that it was given again."""
 
     phases: tuple[tuple[str, float], ...]
     planned: Mapping[str, float] = {}
@@ -189,11 +191,11 @@ class PhasesInfo(NamedTuple):
 def phases_info(run: RunRecord) -> PhasesInfo:
     seconds: Mapping[str, Any] = run.state.get("seconds") or {}
     phases = tuple((str(name), float(value)) for name, value in seconds.items() if value is not None)
-    begin, end = seconds_since_epoch(run.state.get("started")), seconds_since_epoch(run.state.get("deadline"))
-    shares: Mapping[str, Any] = run.state.get("shares") or {}
-    if begin is None or end is None or not shares:
+    night, deadline = clock(run), seconds_since_epoch(run.state.get("deadline"))
+    if night is None or deadline is None:
         return PhasesInfo(phases)
-    return PhasesInfo(phases, {str(name): float(share) * (end - begin) for name, share in shares.items()})
+    shares: Mapping[str, Any] = run.state.get("shares") or {}
+    return PhasesInfo(phases, {str(name): float(share) * night.worked(deadline) for name, share in shares.items()})
 
 
 def phases_text(info: PhasesInfo) -> str:

@@ -1,5 +1,8 @@
 """All figures of a run: each is an info, a value that can be compared, and a function that draws it."""
 
+from dataclasses import replace
+from functools import partial
+
 from ..search.records import RunRecord
 from .figure_base import Panel
 from .figure_front import front_figure, front_info, front_text
@@ -50,29 +53,38 @@ def panels(run: RunRecord) -> list[Panel]:
     sensitivity, noise, phases = sensitivity_info(run), noise_info(run), phases_info(run)
     rungs, stairs, mattered = rungs_info(run), staircase_info(run), importances(run)
     found = [
-        Panel("front", "The front", front_text(front), front_figure(front) if front.dots else None, wide=True),
+        Panel("front", "The front", front_text(front), partial(front_figure, front) if front.dots else None, wide=True),
         Panel(
             "hypervolume", "Progress of the search", hypervolume_text(growth),
-            hypervolume_figure(growth) if growth.steps else None, wide=True,
+            partial(hypervolume_figure, growth) if growth.steps else None, wide=True,
         ),
-        Panel("rungs", "How far the trials came", rungs_text(rungs), rungs_figure(rungs) if rungs.stages else None),
+        Panel(
+            "rungs", "How far the trials came", rungs_text(rungs),
+            partial(rungs_figure, rungs) if rungs.stages else None,
+        ),
         Panel(
             "importances", "Which choices mattered", importances_text(mattered),
-            importances_figure(mattered) if mattered.parameters else None,
+            partial(importances_figure, mattered) if mattered.parameters else None,
         ),
         Panel(
             "latency", "Predicted and measured latency", latency_text(latency),
-            latency_figure(latency) if latency.pairs else None,
+            partial(latency_figure, latency) if latency.pairs else None,
         ),
         Panel(
             "sensitivity", "What hurts", sensitivity_text(sensitivity),
-            sensitivity_figure(sensitivity) if sensitivity.cells else None,
+            partial(sensitivity_figure, sensitivity) if sensitivity.cells else None,
         ),
         Panel(
             "staircase", "Staircase of the device", staircase_text(stairs),
-            staircase_figure(stairs) if stairs.stairs else None,
+            partial(staircase_figure, stairs) if stairs.stairs else None,
         ),
-        Panel("noise", "Noise of the machine", noise_text(noise), noise_figure(noise) if noise.samples else None),
-        Panel("seconds", "Where the time went", phases_text(phases), phases_figure(phases) if phases.total else None),
+        Panel(
+            "noise", "Noise of the machine", noise_text(noise),
+            partial(noise_figure, noise) if noise.samples else None,
+        ),
+        Panel(
+            "seconds", "Where the time went", phases_text(phases),
+            partial(phases_figure, phases) if phases.total else None,
+        ),
     ]  # fmt: skip
-    return [panel._replace(how=HOW.get(panel.key, "")) for panel in found]
+    return [replace(panel, how=HOW[panel.key]) for panel in found]

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 from ..search import pareto
 from ..search.records import Latency, Quality, RunRecord, TrialRecord, TrialState
-from .text import milliseconds, percent, seconds_since_epoch, size
+from .clock import clock
+from .text import milliseconds, percent, size
 
-PICK_NAMES = {"best": "best", "fastest": "fastest", "knee": "knee", "accurate": "most accurate"}
+PICK_NAMES = {"best": "best", "knee": "knee", "accurate": "most accurate"}
 
 LEAST_STEPS = 8
 """Complete trials below which a growing hypervolume says nothing about its end."""
@@ -41,7 +42,7 @@ class Point(NamedTuple):
 
 
 class HypervolumeStep(NamedTuple):
-    """The search's relative hypervolume from this moment on, in seconds after the run's start."""
+    """The search's relative hypervolume from this moment on, in seconds of work since the run's start."""
 
     seconds: float
     hypervolume: float
@@ -161,7 +162,7 @@ class Rule(NamedTuple):
 
 
 def rule(run: RunRecord) -> Rule:
-    """The accuracy that ``fastest`` and ``best`` must keep, besides the other limits."""
+    """The accuracy that ``best`` must keep, besides the other limits."""
     floor = limits(run).min_accuracy
     if floor is not None:
         return Rule(floor, f"within the limits (accuracy of at least {percent(floor)})")
@@ -177,9 +178,9 @@ def rule(run: RunRecord) -> Rule:
 def picks(run: RunRecord) -> dict[str, TrialRecord]:
     """The points of the front that have a name.
 
-    ``best``, the default choice for export, is the ``fastest`` that keeps :func:`rule`; ``knee`` is the
-    nearest to the ideal point; ``accurate`` the most accurate. Empty without a front; without a point that
-    keeps the rule, ``fastest`` and ``best`` are left out.
+    ``best``, the default choice for export, is the fastest that keeps :func:`rule`, and ``fastest`` another name of
+    it; ``knee`` is the nearest to the ideal point; ``accurate`` the most accurate. Empty without a front; without a
+    point that keeps the rule, ``best`` and ``fastest`` are left out.
     """
     shown = [(trial, found) for trial in front(run) if (found := point(trial))]
     nearest = pareto.knee([found.losses for _, found in shown])
@@ -197,16 +198,12 @@ def picks(run: RunRecord) -> dict[str, TrialRecord]:
 
 
 def picked(run: RunRecord) -> list[tuple[TrialRecord, list[str]]]:
-    """Each picked trial once, with all its labels; the default choice first.
-
-    ``fastest`` is not a label of its own where it is the ``best``.
-    """
+    """Each picked trial once, with all its labels; the default choice first."""
     labels: dict[int, list[str]] = {}
     chosen = picks(run)
-    for name, trial in chosen.items():
-        if name == "fastest" and chosen.get("best") is trial:
-            continue
-        labels.setdefault(trial.number, []).append(PICK_NAMES[name])
+    for name, label in PICK_NAMES.items():
+        if name in chosen:
+            labels.setdefault(chosen[name].number, []).append(label)
     by_number = {trial.number: trial for trial in chosen.values()}
     return [(by_number[number], names) for number, names in labels.items()]
 
@@ -247,10 +244,12 @@ def all_baselines_verified(run: RunRecord) -> bool:
 
 
 class Sides(NamedTuple):
-    """Trials of the search and baselines that may be compared, and what is known of each."""
+    """Trials of the search and baselines that may be compared, and what is known of each: as ``verified``, or else
+    as the search saw it."""
 
     search: tuple[tuple[TrialRecord, Point], ...]
     baselines: tuple[tuple[TrialRecord, Point], ...]
+    verified: bool
 
 
 def sides(run: RunRecord) -> Sides:
@@ -262,6 +261,7 @@ def sides(run: RunRecord) -> Sides:
     return Sides(
         tuple(pair for pair in pairs if pair[0].role != "baseline"),
         tuple(pair for pair in pairs if pair[0].role == "baseline"),
+        verified,
     )
 
 
@@ -274,15 +274,8 @@ def hypervolumes(run: RunRecord) -> dict[str, float | None]:
             return None
         return pareto.relative_hypervolume([p.losses for _, p in pairs if not breaches(allowed, p)], corner)
 
-    return {name: covered(pairs) for name, pairs in sides(run)._asdict().items()}
-
-
-def started(run: RunRecord) -> float | None:
-    """When the run started, in seconds since the epoch; its first trial's start where it does not say."""
-    known = seconds_since_epoch(run.state.get("started"))
-    if known is not None:
-        return known
-    return min((trial.started for trial in run.trials if trial.started is not None), default=None)
+    both = sides(run)
+    return {"search": covered(both.search), "baselines": covered(both.baselines)}
 
 
 def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
@@ -290,8 +283,8 @@ def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
 
     On the search split, since the test split is not touched before the end.
     """
-    corner, start, allowed = reference(run), started(run), limits(run)
-    if corner is None or start is None:
+    corner, night, allowed = reference(run), clock(run), limits(run)
+    if corner is None or night is None:
         return []
     steps: list[HypervolumeStep] = []
     kept: list[Losses] = []
@@ -307,7 +300,7 @@ def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
         if not covered and not breaches(allowed, found):
             kept = [other for other in kept if not _no_worse(found.losses, other)] + [found.losses]
             value = pareto.relative_hypervolume(kept, corner)
-        steps.append(HypervolumeStep(finished - start, value))
+        steps.append(HypervolumeStep(night.worked(finished), value))
     return steps
 
 

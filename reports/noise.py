@@ -20,20 +20,24 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
     interval; sizes are exact. Only points that are not dominated now are drawn, so a hidden point that chance holds
     down is not counted: the error is a little too small.
     """
-    corner, allowed = reference(run), limits(run)
-    return {
-        name: hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner)
-        for name, pairs in sides(run)._asdict().items()
-    }
+    corner, allowed, both = reference(run), limits(run), sides(run)
+
+    def error(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
+        return hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner, both.verified)
+
+    return {"search": error(both.search), "baselines": error(both.baselines)}
 
 
-def hypervolume_error(pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses | None) -> float | None:
-    """Standard error of the relative hypervolume of these points; None without a point or a reference."""
+def hypervolume_error(
+    pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses | None, verified: bool
+) -> float | None:
+    """Standard error of the relative hypervolume of these points; None without a point or a reference. ``verified``:
+    they stand where the verification saw them, as far as it did, and not where the search did."""
     if corner is None or not pairs:
         return None
     losses = pareto.as_losses([found.losses for _, found in pairs])
     kept = pareto.non_dominated(losses)
-    spread = np.array([_spread(pairs[i][0]) for i in kept])
+    spread = np.array([_spread(pairs[i][0], verified) for i in kept])
     draws = np.random.default_rng(0).normal(size=(DRAWS, len(kept), 2)) * spread
     values: list[float] = []
     for moved in draws:
@@ -44,10 +48,12 @@ def hypervolume_error(pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses
     return float(np.std(values, ddof=1))
 
 
-def _spread(trial: TrialRecord) -> tuple[float, float]:
+def _spread(trial: TrialRecord, verified: bool) -> tuple[float, float]:
     """Standard errors of the accuracy, and of the latency as a share."""
-    quality = trial.verified.quality if trial.verified else trial.quality
-    latency = trial.latency
+    known = trial.verified if verified else None
+    quality, latency = trial.quality, trial.measured or trial.predicted
+    if known is not None:
+        quality, latency = known.quality, known.latency
     error = (quality.accuracy_se if quality else None) or 0.0
     if latency is None or latency.latency_ms <= 0:
         return error, 0.0

@@ -149,11 +149,6 @@ def _interval(low_ms: float | None, high_ms: float | None) -> str:
     return f"{digits(low_ms)} to {digits(high_ms)}" if low_ms is not None and high_ms is not None else ""
 
 
-def export_command(run: RunRecord, number: int) -> str:
-    """The command that exports a trial, safe to paste into a shell."""
-    return f"nightpress export {shlex.quote(str(run.path))} {number} --out DIR"
-
-
 def decision_row(entry: Mapping[str, Any]) -> dict[str, str]:
     """One line of decisions.jsonl in words; its evidence as ``key: value`` pairs."""
     evidence: object = entry.get("evidence")
@@ -239,6 +234,7 @@ def script_data(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
         "trials": trials.cards,
         "packed": trials.columns,
         "reviews": [plain(entry) for entry in run.approvals],
+        # The command that exports a trial, safe to paste into a shell.
         "commands": {"before": f"nightpress export {shlex.quote(str(run.path))} ", "after": " --out DIR"},
         "figures": {panel.key: json.loads(str(panel.figure.to_json())) for panel in panels if panel.figure},
     }

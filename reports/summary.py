@@ -6,9 +6,6 @@ from typing import Any
 from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .front import front, hypervolumes, picked, picks, point, shrinkage, speedup
 from .text import plain, title
-from .verdict import verdict
-
-__all__ = ["summary", "summary_table", "verdict"]
 
 
 def summary(run: RunRecord) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def run_night(
         log.info("the deadline is %s", clock.told())
         session.update(
             state="running", deadline=clock.deadline_text(), started=state.get("started", clock.now()), pid=os.getpid(),
+            resumed=[*state.get("resumed", ()), *([clock.now()] if "started" in state else ())],
             host=socket.gethostname(), reason=None, disk_full=False,
             mark=mark(config.task, config.base),
         )  # fmt: skip

@@ -288,9 +288,11 @@ class _Reader:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """``"; did you mean x?"`` when a known name is close, else the list of a few."""
+    """``"; did you mean x"`` when a known name is close, else the list of a few; nothing where none is known."""
     close = get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
-        return f"; did you mean {close[0]}?".rstrip("?")
+        return f"; did you mean {close[0]}"
+    if not known:
+        return ""
     shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
     return f" (known: {shown})"

@@ -96,6 +96,10 @@ class Space(Offer):
 
         What has no effect is answered with the first of the values on offer.
         """
+        return self._answers(canonical(policy, self.anatomy))
+
+    def _answers(self, policy: Policy) -> dict[str, str | int | float]:
+        """Those of a policy in its canonical form."""
         answers: dict[str, str | int | float] = {
             f"keep:{g.name}": math.ceil(kept_channels(g, policy.prune.get(g.name, 0.0)) / g.step)
             for g in self.anatomy.groups
@@ -121,8 +125,9 @@ class Space(Offer):
 
     def contains(self, policy: Policy) -> bool:
         """Whether the policy's choices are all among those that this space offers."""
+        told = canonical(policy, self.anatomy)
         try:
-            return self.sample(_Checked(self.params(policy))) == canonical(policy, self.anatomy)
+            return self.sample(_Checked(self._answers(told))) == told
         except _NotOfferedError:
             return False
 
@@ -181,14 +186,13 @@ class Space(Offer):
 
     def _method_answers(self, policy: Policy) -> dict[str, str | int | float]:
         """Answers about how the compression is done, for each that there is a choice of."""
-        given = canonical(policy, self.anatomy)
         stages = tuple(map(str, self.stages))
-        pruned, quantised = bool(given.prune), any(pair.weights <= 8 for pair in given.bits.values())
+        pruned, quantised = bool(policy.prune), any(pair.weights <= 8 for pair in policy.bits.values())
         asked = {
-            "importance": (given.importance, self.importance, pruned),
-            "ranges": (given.ranges, self.ranges, quantised),
-            "scales": (given.scales, self.scales, quantised),
-            "finetune.stages": (self._stage_answer(given), stages, True),
+            "importance": (policy.importance, self.importance, pruned),
+            "ranges": (policy.ranges, self.ranges, quantised),
+            "scales": (policy.scales, self.scales, quantised),
+            "finetune.stages": (self._stage_answer(policy), stages, True),
         }
         return {
             name: value if heard or value in offered else offered[0]

@@ -151,6 +151,7 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
     again = tiny.nightpress("run", slow_config, "--resume", "--budget", "150s", "--json")
 
     assert again.json["state"] == "done"
+    assert len(read_run(run).state["resumed"]) == 1
     assert {number: found for number, found in finished(run).items() if number in before} == before
     check_whole(run)
 

@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 
 import exports
 import tiny
-from nightpress.evaluators.latency.target import Target
-from nightpress.evaluators.latency.timer import cores, processor, session_config
+from nightpress.evaluators.latency.target import Target, target_to_dict
+from nightpress.evaluators.latency.timer import cores
 from nightpress.evaluators.onnx_graph import build_onnx, random_tensors
 from nightpress.export import Options, export_trial, verify
 from nightpress.export.origin import Origin, origin_of
@@ -33,6 +33,8 @@ from nightpress.spaces.policy import INT8, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "production.md"
+NODE_RUNTIME = "1.30.0"
+"""Of onnxruntime-node and onnxruntime-web, which the documentation's program was seen to run with."""
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,7 @@ def exported(run: RunRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outputs(path: Path, inputs: np.ndarray | None = None) -> np.ndarray:
-    runtime = {"disabled_optimizers": list(Target().disabled_optimizers), "session_config": session_config(processor())}
-    session = verify.open_session(path, {"threads": 1, **runtime})
+    session = verify.open_session(path, target_to_dict(Target()))
     assert not isinstance(session, str), session
     return verify.outputs(session, verify.probe_inputs((1, 8, 8), 16) if inputs is None else inputs)
 
@@ -174,6 +175,34 @@ def test_batches_threads_and_cores_of_the_target_reach_triton(run: RunRecord) ->
     assert [(t.data_type, list(t.dims)) for t in config.input] == [(2, [3, 32, 16])]  # TYPE_UINT8
 
 
+# GPUs
+
+
+@pytest.fixture(scope="module")
+def for_gpu(run: RunRecord, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export for CUDA: making it needs none, as its outputs are those of the CPU."""
+    out = tmp_path_factory.mktemp("exports") / "gpu"
+    config = {**run.config, "target": {**run.config["target"], "runtime": "onnxruntime-cuda"}}
+    export_trial(replace(run, config=config), run.trials[2], out)
+    return out
+
+
+def test_triton_starts_one_instance_on_each_gpu(for_gpu: Path) -> None:
+    config = parsed((for_gpu / "config.pbtxt").read_text())
+    assert [(group.kind, group.count) for group in config.instance_group] == [(1, 1)]  # KIND_GPU
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
+)
+def test_where_the_provider_is_missing_the_latency_is_skipped(for_gpu: Path) -> None:
+    checks = verify.verify(for_gpu, verify.Options(), for_gpu / "timer.py")
+    assert (checks[-1].name, checks[-1].state) == ("latency", "skipped")
+    assert checks[-1].text == (
+        "it was measured in onnxruntime-cuda, and the onnxruntime here has no CUDAExecutionProvider"
+    )
+
+
 # OpenVINO
 
 
@@ -265,12 +294,18 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, Path],
         pytest.skip("node and npm are not installed")
 
     def call(package: str, text: str, folder: Path) -> subprocess.CompletedProcess[str]:
-        home = Path(sys.prefix) / "node"  # kept: one download an environment
+        home = Path(sys.prefix) / f"node-{NODE_RUNTIME}"  # kept: one download an environment
         if not (home / "node_modules" / package).is_dir():
             home.mkdir(exist_ok=True)
-            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(home), package]
-            if subprocess.run(command, capture_output=True, timeout=50, check=False).returncode:
-                pytest.skip(f"npm cannot install {package}")
+            wanted = f"{package}@{NODE_RUNTIME}"
+            command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(home), wanted]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+            except subprocess.TimeoutExpired:
+                shutil.rmtree(home / "node_modules" / package, ignore_errors=True)  # half of it is taken for all of it
+                pytest.skip(f"npm did not install {wanted} within 50 s")
+            if done.returncode:
+                pytest.skip(f"npm cannot install {wanted}: {done.stderr.strip()[-200:]}")
         script = tmp_path_factory.mktemp("node") / "program.cjs"
         script.write_text(text)
         (script.parent / "node_modules").symlink_to(home / "node_modules")

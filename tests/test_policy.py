@@ -284,6 +284,7 @@ def test_a_value_of_the_wrong_kind_is_named_with_its_key(changes: dict[str, obje
     [
         ("conv1", ["conv1x", "head"], "; did you mean conv1x"),
         ("zzz", ["a", "b"], " (known: a, b)"),
+        ("zzz", [], ""),
         ("zzz", list("abcdefghij"), " (known: a, b, c, d, e, f, g, h, …)"),
     ],
 )

@@ -13,7 +13,6 @@ from fakes_run import (
     INT8,
     REFERENCE,
     START,
-    empty_run,
     limited,
     measured,
     one_trial_run,
@@ -43,7 +42,6 @@ from nightpress.reports.front import (
     search_point,
     shrinkage,
     speedup,
-    started,
     uncompressed,
 )
 from nightpress.reports.verdict import findings
@@ -304,12 +302,6 @@ def test_hypervolume_over_time_never_falls_and_ends_at_the_whole(record: RunReco
     ]
     whole = pareto.relative_hypervolume(points, pareto.losses(*REFERENCE.values()))
     assert (values[-1] if values else 0.0) == pytest.approx(whole)
-
-
-def test_the_start_is_the_first_trials_where_the_run_does_not_say() -> None:
-    assert started(run([trial(3), trial(1)], state={})) == trial(1).started
-    assert started(run([trial(1)], state={"started": "not a time"})) == trial(1).started
-    assert started(empty_run()) is None
 
 
 def test_a_picture_of_many_trials_keeps_the_front_and_what_was_verified() -> None:

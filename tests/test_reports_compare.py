@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes_run import empty_run, full_run, hostile_run, limited, original, run, runs, trial, verify
+from fakes_run import empty_run, full_run, hostile_run, limited, measured, original, run, runs, trial, verify
 from nightpress.reports.compare import beyond_noise, compare_runs, in_common_box, kind_of
 from nightpress.reports.compare_page import comparison_html, fronts_figure, run_names, sentences
 from nightpress.reports.front import front, hypervolumes, point
 from nightpress.reports.noise import hypervolume_errors
-from nightpress.search.records import RunRecord
+from nightpress.search.records import RunRecord, TrialRecord
 
 
 def named(record: RunRecord, path: str, **state: Any) -> RunRecord:
@@ -40,6 +40,17 @@ def test_what_dominates_what_is_named() -> None:
         {"run": "runs/slow", "trial": 1, "by_run": "runs/fast", "by_trial": 1, "others": 0}
     ]
     assert compare_runs([FAST, FAST])["dominance"] == []
+
+
+def test_of_two_that_dominate_a_point_the_one_that_covers_more_is_named() -> None:
+    beaten = named(run([trial(1, 0.8, 0.8, 800_000)]), "runs/beaten")
+    accurate, quick = trial(1, 0.9, 0.79, 790_000), trial(2, 0.81, 0.2, 100_000)
+    for searched in ([accurate, quick], [quick, accurate]):
+        row = {"run": "runs/beaten", "trial": 1, "by_run": "runs/better", "by_trial": 2, "others": 1}
+        assert compare_runs([beaten, named(run(searched), "runs/better")])["dominance"] == [row]
+    # Without a box there are only accuracies to go by.
+    unknown = [replace(record, state={}) for record in (beaten, named(run([accurate, quick]), "runs/better"))]
+    assert compare_runs(unknown)["dominance"][0]["by_trial"] == 1
 
 
 @given(st.lists(runs(), min_size=2, max_size=3))
@@ -142,6 +153,21 @@ def test_a_hypervolume_wavers_as_its_points_do() -> None:
     by_accuracy = 1 / 0.5 * (1 - 0.408) * (1 - 500_000 / 1_200_000)
     assert error(1600, 0.0) == pytest.approx(0.01 * by_accuracy, rel=0.25)
     assert error(10**12, 0.05) == pytest.approx(0.05 * 0.408 * 0.3 / 0.5 * (1 - 5 / 12), rel=0.25)
+
+
+def test_where_not_all_rules_were_verified_noise_is_that_of_the_search() -> None:
+    """Points on the search split wavered by the errors of their exports on the test split."""
+    rules, left_out = [verify(original(0.85))], trial(2, 0.7, 0.5, role="baseline")
+
+    def error(searched: TrialRecord, *more: TrialRecord) -> float:
+        found = hypervolume_errors(run([searched, *rules, *more]))["search"]
+        assert found is not None
+        return found
+
+    known = trial(1, 0.8, 0.4)
+    assert error(verify(known), left_out) == error(known, left_out) != error(verify(known))
+    measured_since = replace(verify(known), measured=measured(0.4, repeat_error=0.3))
+    assert error(measured_since, left_out) > 2 * error(known, left_out)
 
 
 def test_what_is_not_known_has_no_noise() -> None:

@@ -25,7 +25,7 @@ from fakes_run import (
     trial,
     verify,
 )
-from nightpress.reports.figure_base import logarithmic
+from nightpress.reports.figure_base import MOST_DOTS, logarithmic
 from nightpress.reports.figure_front import front_figure, front_info, front_text
 from nightpress.reports.figure_latency import Pair, heldout_title, latency_figure, latency_info, latency_text
 from nightpress.reports.figure_night import (
@@ -99,6 +99,14 @@ def test_the_picture_is_as_deep_as_the_front_needs() -> None:
     assert (info.outside, [dot.trial for dot in info.dots if dot.accuracy < info.y_range[0]]) == (1, [8])
     wide = front_info(run([trial(1, 0.98, 0.3), trial(2, 0.9, 0.2), trial(3, 0.75, 0.21)]))
     assert wide.outside == 0
+
+
+@pytest.mark.parametrize(("complete", "left_out"), [(MOST_DOTS - 1, 0), (MOST_DOTS + 3, 3)])
+def test_only_trials_that_could_be_drawn_are_said_to_be_left_out(complete: int, left_out: int) -> None:
+    failed = [trial(n, state=TrialState.FAILED, qualities=()) for n in range(50)]
+    info = front_info(run([*failed, *(trial(100 + n) for n in range(complete)), trial(60, accuracy=None)]))
+    assert (len(info.dots), info.left_out) == (complete - left_out, left_out)
+    assert ("3 trials more are not drawn" in front_text(info)) is bool(left_out)
 
 
 def test_a_perfect_model_is_drawn_whole() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from nightpress.reports.html import embedded_json, unbroken, write_report
 from nightpress.reports.page import why
 from nightpress.reports.tables import COLUMNS, write_tables
 from nightpress.reports.text import digits, duration, local_time, plain, size
+from nightpress.reports.verdict import answer, doubts
 from nightpress.search.records import RunRecord, TrialState, row
 from nightpress.spaces.files import write_whole
 
@@ -204,7 +206,10 @@ def test_page_loads_nothing(written: tuple[RunRecord, Path]) -> None:
 
 def test_page_has_the_verdict_and_its_data(written: tuple[RunRecord, Path]) -> None:
     night, out = written
-    shown = Page(out.read_text(encoding="utf-8"))
+    text = out.read_text(encoding="utf-8")
+    for sentence in (*answer(night), *doubts(night)):
+        assert unbroken(sentence) in unescape(text)
+    shown = Page(text)
     data = json.loads(shown.scripts[0])
     assert [card["trial"] for card in data["trials"]] == [t.number for t in night.trials]
     assert len([tag for tag, _ in shown.tags if tag == "script"]) == 3
@@ -259,7 +264,8 @@ def test_many_trials_fit_into_the_page(tmp_path: Path) -> None:
 
 def test_export_command_quotes_the_folder() -> None:
     night = replace(run(), path=Path("my runs/it's"))
-    assert page.export_command(night, 3) == """nightpress export 'my runs/it'"'"'s' 3 --out DIR"""
+    command = page.script_data(night, [])["commands"]
+    assert command == {"before": """nightpress export 'my runs/it'"'"'s' """, "after": " --out DIR"}
 
 
 def test_trials_that_did_not_complete_are_listed_with_their_reasons() -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,11 +166,12 @@ def test_a_job_that_hears_nothing_ends_with_its_worker(runner: Runner, tmp_path:
 def test_a_paused_runner_works_on_nothing_and_goes_on_later(tmp_path: Path, acts: Path) -> None:
     runner = LocalRunner(Acting(acts), 1, MEMORY_BYTES)
     try:
-        runner.submit(0, job("sleep 1", tmp_path / "paused"))
-        while not list(acts.glob("begun-sleep-paused-*")):
+        runner.submit(0, job("sleep 2", tmp_path / "paused"))
+        while not (begun := list(acts.glob("begun-sleep-paused-*"))) or not begun[0].read_text():
             time.sleep(0.02)
+        worker = int(begun[0].read_text())
         with runner.paused():
-            assert not dict(runner.as_completed(2.0))
+            wait_until(lambda: state(worker) == "T", "the worker goes on")
         assert list(all_of(runner, 1)) == [0]
     finally:
         runner.close()
@@ -186,18 +187,27 @@ def test_a_closed_runner_has_ended_its_workers(acts: Path, tmp_path: Path, clust
         made.close()
 
         assert list(made.as_completed(0.0)) == []
-        end = time.monotonic() + 10
-        while alive(worker):
-            assert time.monotonic() < end, "the worker goes on"
-            time.sleep(0.05)
+        wait_until(lambda worker=worker: not alive(worker), "the worker goes on")
+
+
+def state(process: int) -> str:
+    """A process's state as the kernel calls it: T is stopped, Z has ended and was not waited for; empty for none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def alive(process: int) -> bool:
     """Whether a process runs; one that nobody has waited for has ended, too."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return state(process) not in {"", "Z"}
+
+
+def wait_until(reached: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + 10
+    while not reached():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
 
 
 # What is done about it

@@ -241,6 +241,25 @@ def test_the_bits_of_a_removed_layer_do_not_matter() -> None:
     assert space.contains(replace(PLAIN, bits={"one.a": INT8}, removed_blocks=("one",)))
 
 
+@pytest.mark.parametrize(("weights", "activations"), [(32, 8), (16, 8), (8, 16)])
+def test_bits_that_come_to_what_is_offered_are_contained(weights: int, activations: int) -> None:
+    policy = replace(PLAIN, bits={"stem": LayerBits(weights=weights, activations=activations)})
+    offered = LayerBits(weights=weights, activations=32)
+    space = Space(anatomy=ANATOMY, max_ratio=0.5, bit_choices=tuple({FP32, offered}))
+
+    check_policy(policy, ANATOMY, space.bit_choices, "p.json")
+    assert space.contains(policy)
+    assert space.params(policy)["bits:stem"] == bits_name(offered)
+
+
+@given(spaces(), seeds())
+def test_a_space_contains_its_policies_however_they_are_written(space: Space, seed: int) -> None:
+    policy = random(seed, space)
+    idle = {layer.name: LayerBits(weights=32, activations=8) for layer in ANATOMY.layers}
+
+    assert space.contains(replace(policy, bits={**idle, **policy.bits}))
+
+
 @given(seeds())
 def test_what_is_trained_lies_within_its_limits(seed: int) -> None:
     policy = random(seed)
