@@ -97,7 +97,7 @@ def verify(
             latency=latency,
         )  # fmt: skip
         checks = check.verify(folder, options, timer_script())
-    except ValueError as error:  # VerifyError is one
+    except check.VerifyError as error:
         raise InputError(str(error)) from None
     answer = check.to_dict(folder, checks, strict=strict)
     if json:
@@ -136,7 +136,8 @@ def finetune(
 
 
 def _figures(data: dict[str, Any]) -> str:
-    predicted = "" if data.get("latency_measured", True) else " (predicted, not measured)"
+    overlooked = f"; {data['forced']}" if data["forced"] else ""
+    predicted = "" if data["latency_measured"] else f" (predicted, not measured{overlooked})"
     return (
         f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms{predicted} against "
         f"{data['reference_ms']:.3f} ms ({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB"

@@ -154,18 +154,26 @@ def timer_script() -> Path:
 
 
 def _measured(origin: Origin, verified: Verified, size_bytes: int) -> dict[str, Any]:
-    """The numbers of the manifest. The ratio's interval is three times the night's own disagreement between two
-    measurements of one model, at least 10 %, and the repeat error on top."""
+    """The numbers of the manifest: milliseconds, bytes and shares. The ratio's interval is three times the night's own
+    disagreement between two measurements of one model, at least 10 %, and the repeat error on top; no narrower than
+    the prediction's where the latency was predicted.
+
+    Raises InputError when there is no ratio."""
     quality, latency = verified.quality, verified.latency
     if latency.ratio is None:
         raise InputError("the trial was measured without the original beside it, so there is no ratio to state.")
     margin = max(LEAST_MARGIN, 3 * (origin.truth_repeat or 0.0)) + (latency.repeat_error or 0.0)
+    if not latency.measured:
+        margin = max(margin, latency.high_ms / latency.latency_ms - 1)
     return {
         "accuracy": quality.accuracy,
         "accuracy_se": quality.accuracy_se,
         "samples": quality.samples,
         "latency_ms": latency.latency_ms,
+        "low_ms": latency.low_ms,
+        "high_ms": latency.high_ms,
         "latency_measured": latency.measured,
+        "forced": latency.forced,
         "repeat_error": latency.repeat_error,
         "reference_ms": latency.reference_ms,
         "ratio": latency.ratio,

@@ -18,7 +18,7 @@ A compressed version of the model of task `{task}`, made by nightpress {version}
 | | this export | the original |
 |---|---|---|
 | test accuracy | {accuracy} | {original} |
-| latency | {latency_ms:.3f} ms (repeat error {repeat:.1%}) | {reference_ms:.3f} ms |
+| latency | {latency_ms:.3f} ms ({known}) | {reference_ms:.3f} ms |
 | speed | {ratio:.2f}× ({ratio_low:.2f}× to {ratio_high:.2f}×) | 1× |
 | file | {size_bytes:,} bytes | {original_bytes} |
 
@@ -69,7 +69,7 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         accuracy=_accuracy(verified.quality.accuracy, verified.quality.accuracy_se),
         original=_original(origin.reference_accuracy),
         latency_ms=verified.latency.latency_ms,
-        repeat=verified.latency.repeat_error or 0.0,
+        known=_known(verified.latency),
         reference_ms=verified.latency.reference_ms,
         ratio=verified.latency.ratio,
         ratio_low=measured["ratio_low"],
@@ -111,6 +111,13 @@ def _program(target: Target, device: Mapping[str, Any]) -> str:
         config="".join(f'options.add_session_config_entry("{name}", "{value}")  # or integers would saturate\n'
                        for name, value in session_config(device).items()),
     )  # fmt: skip
+
+
+def _known(latency: Latency) -> str:
+    """How far the latency is known, in a word."""
+    if not latency.measured:
+        return "predicted"
+    return f"repeat error {latency.repeat_error:.1%}" if latency.repeat_error is not None else "repeat error unknown"
 
 
 def _how(latency: Latency) -> str:

@@ -20,8 +20,8 @@ def finetune_export(
 ) -> dict[str, Any]:
     """Train the weights of the export ``source`` further and write the export ``out``; returns the command's JSON.
 
-    ``epochs`` and ``task`` win over ``finetune.yaml``. Raises InputError when the export is not whole, or its task
-    is another one now.
+    ``epochs`` and ``task`` win over ``finetune.yaml``. Raises InputError when the export is not whole, its task is
+    another one now, or this machine cannot run its target.
     """
     origin, training = read_export(source)
     training = replace(training, epochs=training.epochs if epochs is None else epochs, task=task or training.task)

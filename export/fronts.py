@@ -14,7 +14,12 @@ from .folder import staged
 
 RULE = (
     "Of the models whose input has the shape of yours, the most accurate one whose latency_ms is within the budget; "
-    "the fastest when none is. Latencies are those of the measured device: elsewhere time each model first."
+    "the fastest when none is. "
+)
+MEASURED = "Latencies are those of the measured device: elsewhere time each model first."
+PREDICTED = (
+    "Where latency_measured is false, latency_ms is a prediction for the device of the run: time each model before it "
+    "serves, there as well."
 )
 
 
@@ -38,7 +43,8 @@ def export_set(
             for t, name in ((t, f"{rank}-{t.digest}") for rank, t in enumerate(chosen))
         ]
         models = [_entry(folder / name, name, trial, data) for trial, name, data in exported]
-        text = json.dumps({"schema": 1, "rule": RULE, "models": models}, indent=2, allow_nan=False)
+        rule = RULE + (MEASURED if all(m["latency_measured"] for m in models) else PREDICTED)
+        text = json.dumps({"schema": 1, "rule": rule, "models": models}, indent=2, allow_nan=False)
         (folder / verify.SET).write_text(text + "\n")
         listing = verify.sha256(folder / verify.SET)
     return {"dir": str(out), "files": [verify.SET, *(m["dir"] for m in models)], "manifest": listing, "models": models}
@@ -81,7 +87,9 @@ def _listed(passed_over: Mapping[int, str]) -> str:
 
 def _entry(folder: Path, name: str, trial: TrialRecord, data: dict[str, Any]) -> dict[str, Any]:
     runtime = verify.read_json(folder / verify.RUNTIME)
-    kept = ("accuracy", "accuracy_se", "latency_ms", "reference_ms", "ratio", "size_bytes")
+    kept = (
+        "accuracy", "accuracy_se", "latency_ms", "latency_measured", "forced", "reference_ms", "ratio", "size_bytes",
+    )  # fmt: skip
     return {
         "dir": name, "trial": trial.number, "policy": trial.digest, **{key: data[key] for key in kept},
         "input": runtime["input"], "output": runtime["output"], "manifest": verify.sha256(folder / MANIFEST),

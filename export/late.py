@@ -10,7 +10,7 @@ from ..evaluators.compute import Compute
 from ..evaluators.evaluate import RUNGS, Evaluator, Job, Recipe, checkpoint
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.measure import Timer
-from ..evaluators.latency.target import Target
+from ..evaluators.latency.target import Target, check_target
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.task import load_task
 from ..search.records import RunRecord, TrialRecord, Verified
@@ -44,7 +44,7 @@ class Weights:
 def verify_now(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path) -> Verified:
     """A trial's latest weights, measured into ``folder``.
 
-    Raises InputError when the trial left no weights or its task has changed since.
+    Raises InputError when the trial left no weights, its task has changed since, or this machine cannot run the target.
     """
     if (run.target or {}).get("remote"):
         raise InputError(
@@ -69,8 +69,10 @@ def verify_now(run: RunRecord, trial: TrialRecord, origin: Origin, folder: Path)
 def measure_weights(weights: Weights, folder: Path, whose: str, model: str) -> Verified:
     """Write model.onnx, model.safetensors and reference.onnx into ``folder``; returns what was measured.
 
-    Raises InputError, beginning with ``whose``, when the task's model is not ``model`` any more.
+    Raises InputError when this machine cannot run the target, and, beginning with ``whose``, when the task's model is
+    not ``model`` any more.
     """
+    check_target(weights.target)  # before hours of training that could not be timed
     task = load_task(weights.task)
     anatomy, _ = inspect(task, step_of=weights.target.channel_step)
     if anatomy.digest != model:

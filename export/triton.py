@@ -6,8 +6,10 @@ from typing import Any
 import onnx
 from onnx import TensorProto
 
+from ..evaluators.latency.timer import PROVIDERS
 from .origin import Origin
 
+CPU = "CPUExecutionProvider"
 MOST_ITEMS = 64
 """The batch up to which Triton may gather requests, where the target's is not larger."""
 _TYPES: dict[int, str] = {
@@ -24,8 +26,9 @@ def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float, *, n
     """``config.pbtxt`` for Triton's onnxruntime backend (inference.ModelConfig of its model_config.proto).
 
     The batch axis is Triton's own, so ``dims`` leave it out. As many instances as the measured device has cores for
-    the target's threads. A target of larger batches lets a request wait for others as long as one inference takes.
-    ``needs_options``: the runtime runs other kernels without the target's session options.
+    the target's threads, or one on each GPU where the target is one. A target of larger batches lets a request wait
+    for others as long as one inference takes. ``needs_options``: the runtime runs other kernels without the target's
+    session options.
     """
     target = origin.target
     lines = [
@@ -37,7 +40,7 @@ def config_pbtxt(model: onnx.ModelProto, origin: Origin, latency_ms: float, *, n
         lines += [f"{field} [{{ {_tensor(value)} }}]" for value in values]
     lines += [
         f"dynamic_batching {{ {_batching(target.batch, latency_ms)}}}",
-        f"instance_group [{{ kind: KIND_CPU, count: {max(1, origin.device.get('cores', 1) // target.threads)} }}]",
+        f"instance_group [{{ {_instances(origin)} }}]",
         _parameter("intra_op_thread_count", target.threads),
         _parameter("inter_op_thread_count", 1),
     ]
@@ -55,6 +58,14 @@ def _tensor(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
     dims = ", ".join(str(d.dim_value) for d in tensor.shape.dim[1:])
     return f"name: {json.dumps(value.name)}, data_type: {_TYPES[tensor.elem_type]}, dims: [ {dims} ]"
+
+
+def _instances(origin: Origin) -> str:
+    """Triton counts instances on GPUs by the GPU, on the CPU as a whole."""
+    target = origin.target
+    if PROVIDERS.get(target.runtime, [CPU])[0] != CPU:
+        return "kind: KIND_GPU, count: 1"
+    return f"kind: KIND_CPU, count: {max(1, origin.device.get('cores', 1) // target.threads)}"
 
 
 def _batching(batch: int, latency_ms: float) -> str:

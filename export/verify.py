@@ -11,11 +11,16 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
+from runpy import run_path
 from typing import Any
+from zipfile import BadZipFile
 
 try:
     import numpy as np
@@ -34,7 +39,23 @@ SAME_DATA = 0.001
 """How far the accuracy may lie from the stated one on the data that it was stated for: 0.1 point."""
 BATCH = 64
 PROBE_ITEMS = 2
+UNREADABLE = (OSError, ValueError, EOFError, BadZipFile, zlib.error)
+"""What numpy and Pillow raise for a file that is torn or of another kind."""
 Array = NDArray[Any]
+STATED = ("accuracy", "samples", "ratio", "ratio_low", "ratio_high", "max_abs_diff")
+FIELDS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
+    SET: {"models": lambda found: [(str(entry["dir"]), str(entry["manifest"])) for entry in found]},
+    MANIFEST: {
+        "files": dict,
+        "measured": lambda found: {
+            "accuracy_se": found["accuracy_se"],
+            **{key: float((found | found["parity"])[key]) for key in STATED},
+        },
+        "probe": lambda found: np.array(list(found), np.float32),
+    },
+    RUNTIME: {"runtime": str, "threads": int, "batch": int, "disabled_optimizers": list, "providers": list},
+}
+"""What is read of an export's files, and as what."""
 
 
 class VerifyError(ValueError):
@@ -74,39 +95,36 @@ def verify(folder: Path, options: Options, timer: Path) -> list[Check]:
     Raises VerifyError when the folder is no export or the data cannot be read.
     """
     top = SET if (folder / SET).is_file() else MANIFEST
-    listing = read_json(folder / top)
+    read_json(folder / top)  # raises where there is none
     if options.expect is not None and sha256(folder / top) != options.expect.lower():
         return [Check("files", "failed", f"{top} is not the expected one: its SHA-256 is {sha256(folder / top)}")]
-    try:
-        return _verify_set(folder, listing, options, timer) if top == SET else _verify_one(folder, options, timer)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise VerifyError(f"{folder}: its {top} is not one of an export ({type(error).__name__}: {error}).") from None
+    return _verify_set(folder, options, timer) if top == SET else _verify_one(folder, options, timer)
 
 
-def _verify_set(folder: Path, listing: Mapping[str, Any], options: Options, timer: Path) -> list[Check]:
+def _verify_set(folder: Path, options: Options, timer: Path) -> list[Check]:
     found: list[Check] = []
-    for entry in listing["models"]:
-        part = inside(folder, str(entry["dir"]))
+    for name, expected in read_fields(folder / SET)["models"]:
+        part = inside(folder, name)
         if part is None or not (part / MANIFEST).is_file():
-            found.append(Check(f"{entry['dir']}/files", "failed", f"{SET} names it, but it is not an export"))
-        elif sha256(part / MANIFEST) != entry["manifest"]:
-            found.append(Check(f"{entry['dir']}/files", "failed", f"its {MANIFEST} is not the one of {SET}"))
+            found.append(Check(f"{name}/files", "failed", f"{SET} names it, but it is not an export"))
+        elif sha256(part / MANIFEST) != expected:
+            found.append(Check(f"{name}/files", "failed", f"its {MANIFEST} is not the one of {SET}"))
         else:
             checks = _verify_one(part, options, timer)
-            found += [Check(f"{entry['dir']}/{c.name}", c.state, c.text, c.numbers) for c in checks]
+            found += [Check(f"{name}/{c.name}", c.state, c.text, c.numbers) for c in checks]
     return found
 
 
 def _verify_one(folder: Path, options: Options, timer: Path) -> list[Check]:
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_fields(folder / MANIFEST)
     files = check_files(folder, manifest)
     if files.state == "failed":  # nothing else of a folder like this can be believed
         return [files]
-    runtime = read_json(folder / RUNTIME)
+    runtime = read_fields(folder / RUNTIME)
     session = open_session(folder / MODEL, runtime)
     if isinstance(session, str):
         return [files, Check("model", "failed", session)]
-    checks = [files, check_outputs(session, manifest), check_accuracy(session, manifest, options)]
+    checks = [files, check_outputs(session, manifest, runtime), check_accuracy(session, manifest, options)]
     return [*checks, check_latency(folder, manifest, runtime, timer)] if options.latency else checks
 
 
@@ -155,16 +173,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_fields(path: Path) -> dict[str, Any]:
+    """A file of an export, with its :data:`FIELDS`. Raises VerifyError where one is not there or of another kind."""
+    found = read_json(path)
+    try:
+        return {**found, **{key: kind(found[key]) for key, kind in FIELDS[path.name].items()}}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise VerifyError(f"{path.parent}: its {path.name} is not one of an export ({reason}).") from None
+
+
 # Numbers
 
 
+@cache
+def processor_config() -> dict[str, str]:
+    """What sessions must be told on this processor, by the rule of the timing script, which stands beside this file
+    where that is shipped: the kernels whose outputs are judged are those that are timed."""
+    if __package__:
+        from ..evaluators.latency.timer import processor, session_config
+
+        return session_config(processor())
+    timer = run_path(str(Path(__file__).resolve().with_name("timer.py")))  # python -P would not find it to import
+    return timer["session_config"](timer["processor"]())
+
+
 def open_session(path: Path, runtime: Mapping[str, Any]) -> Any:
-    """The model in ONNX Runtime with the options that it was measured with, or why it cannot be loaded."""
+    """The model in ONNX Runtime with the threads and optimizers that it was measured with and what this processor
+    needs, or why it cannot be loaded."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = runtime["threads"]
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    for name, value in runtime.get("session_config", {}).items():
+    for name, value in processor_config().items():
         options.add_session_config_entry(name, value)
     try:
         return onnxruntime.InferenceSession(
@@ -188,16 +229,19 @@ def probe_inputs(shape: Sequence[int], items: int = PROBE_ITEMS) -> Array:
     return np.sin(np.arange(1, count + 1, dtype=np.float64)).astype(np.float32).reshape(items, *shape)
 
 
-def check_outputs(session: Any, manifest: Mapping[str, Any]) -> Check:
+def check_outputs(session: Any, manifest: Mapping[str, Any], runtime: Mapping[str, Any]) -> Check:
     """Outputs for the probe against those of the exporting machine: other kernels may round otherwise, but by no
     more than they did between torch and ONNX Runtime (and 0.001)."""
-    expected = np.array(manifest["probe"], np.float32)
+    expected = manifest["probe"]
     found = outputs(session, probe_inputs(session.get_inputs()[0].shape[1:], len(expected)))
-    allowed = max(0.001, float(manifest["measured"]["parity"]["max_abs_diff"]))
+    allowed = max(0.001, manifest["measured"]["max_abs_diff"])
     difference = float(np.abs(found - expected).max()) if found.shape == expected.shape else math.inf
     numbers = {"max_abs_diff": difference if math.isfinite(difference) else None, "allowed": allowed}
     state = "ok" if difference <= allowed else "failed"
     text = f"outputs differ from the exporting machine's by {difference:.2g}, allowed are {allowed:.2g}"
+    config = processor_config()
+    if runtime["runtime"] != "openvino" and config != runtime.get("session_config", {}):
+        text += f"; serve it here with session_config {json.dumps(config)}, {RUNTIME}'s is another processor's"
     return Check("outputs", state, text, numbers)
 
 
@@ -233,19 +277,22 @@ def check_accuracy(session: Any, manifest: Mapping[str, Any], options: Options) 
 def read_data(path: Path, shape: Sequence[int], options: Options) -> tuple[Array, Array]:
     """Inputs (n, *shape) as the model takes them, and labels (n,). Raises VerifyError."""
     inputs, targets = _read_folder(path, shape, options) if path.is_dir() else _read_npz(path)
-    if len(inputs) == 0 or inputs.shape[1:] != tuple(shape) or targets.shape != inputs.shape[:1]:
+    if targets.ndim != 1 or targets.size == 0 or inputs.shape != (*targets.shape, *shape):
         raise VerifyError(
             f"{path}: inputs must have shape (n, {', '.join(map(str, shape))}) with n labels, "
             f"but got {inputs.shape} and {targets.shape}."
         )
+    if inputs.dtype.kind not in "biuf" or targets.dtype.kind not in "biuf":
+        raise VerifyError(f"{path}: inputs and targets must be numbers, but got {inputs.dtype} and {targets.dtype}.")
     return inputs, targets
 
 
 def _read_npz(path: Path) -> tuple[Array, Array]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["inputs"], arrays["targets"]
-    except (OSError, ValueError, KeyError, EOFError):
+    # An .npy is an array, which cannot be entered: TypeError, before Python 3.11 AttributeError.
+    except (*UNREADABLE, KeyError, TypeError, AttributeError):
         raise VerifyError(f"{path}: must be an .npz file with the arrays inputs and targets.") from None
 
 
@@ -253,7 +300,7 @@ def _read_folder(path: Path, shape: Sequence[int], options: Options) -> tuple[Ar
     """``path/<class>/<item>.npy`` or images. Class names that are numbers are the labels; others count in their
     alphabetical order, as torchvision's ImageFolder has it."""
     classes = sorted(part for part in path.iterdir() if part.is_dir())
-    numbered = all(part.name.isdigit() for part in classes)
+    numbered = all(part.name.isdecimal() for part in classes)
     inputs: list[Array] = []
     targets: list[int] = []
     for index, part in enumerate(classes):
@@ -267,13 +314,17 @@ def _read_folder(path: Path, shape: Sequence[int], options: Options) -> tuple[Ar
 
 def _read_item(file: Path, shape: Sequence[int], options: Options) -> Array:
     try:
-        item = np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else _read_image(file, shape, options)
+        if file.suffix.lower() == ".npy":
+            item = np.load(BytesIO(file.read_bytes()), allow_pickle=False)
+        else:
+            item = _read_image(file, shape, options)
     except VerifyError:
         raise
-    except (OSError, ValueError, EOFError):
+    except UNREADABLE:
         raise VerifyError(f"{file}: cannot be read.") from None
-    if item.shape != tuple(shape):
-        raise VerifyError(f"{file}: must have shape {tuple(shape)}, but got {item.shape}.")
+    found = getattr(item, "shape", None)  # an .npz under the name of an .npy has none
+    if found != tuple(shape):
+        raise VerifyError(f"{file}: must have shape {tuple(shape)}, but got {found}.")
     return item
 
 
@@ -304,8 +355,12 @@ def check_latency(folder: Path, manifest: Mapping[str, Any], runtime: Mapping[st
 
     Only its lower end can fail: on other hardware an export may well gain more.
     """
-    if runtime["runtime"] != "onnxruntime" and find_spec(runtime["runtime"].split("-")[0]) is None:
-        return Check("latency", "skipped", f"it was measured in {runtime['runtime']}, which is not installed here")
+    if runtime["runtime"] == "openvino" and find_spec("openvino") is None:
+        return Check("latency", "skipped", "it was measured in openvino, which is not installed here")
+    lacking = [name for name in runtime["providers"] if name not in onnxruntime.get_available_providers()]
+    if lacking:
+        text = f"it was measured in {runtime['runtime']}, and the onnxruntime here has no {lacking[0]}"
+        return Check("latency", "skipped", text)
     if not (folder / REFERENCE).is_file():
         return Check("latency", "skipped", f"the export has no {REFERENCE} to compare with")
     stated = manifest["measured"]

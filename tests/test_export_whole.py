@@ -11,13 +11,16 @@ import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 import yaml
 
 import exports
 import tiny
+from nightpress.evaluators.latency.timer import cores
 from nightpress.evaluators.training import sgd
 from nightpress.export import Options, export_trial, finetune_export, verify
 from nightpress.export.folder import swap
@@ -246,6 +249,32 @@ def test_a_longer_training_is_a_new_export_with_new_numbers(exported: Path, cli:
     checked = verify.verify(tmp_path / "new", verify.Options(latency=False), Path())
     assert [check.state for check in checked] == ["ok", "ok", "skipped"]
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in exported.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"threads": cores() + 1}, r"target\.threads must be between 1 and this machine's \d+ cores, but got \d+\."),
+        pytest.param(
+            {"runtime": "onnxruntime-cuda"}, "The runtime onnxruntime-cuda needs CUDAExecutionProvider",
+            marks=pytest.mark.skipif(
+                "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_a_target_that_this_machine_cannot_run_is_refused_before_any_training(
+    run: RunRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], reason: str
+) -> None:
+    caplog.set_level("INFO", logger="nightpress")
+    elsewhere = replace(run, config={**run.config, "target": {**run.config["target"], **change}})
+    export_trial(elsewhere, run.trials[2], tmp_path / "old")
+    with pytest.raises(InputError, match=reason):
+        finetune_export(tmp_path / "old", tmp_path / "new", epochs=1)
+    assert "training 1 epochs" not in caplog.text
+    with pytest.raises(InputError, match=reason):  # what the night did not verify
+        export_trial(elsewhere, replace(run.trials[2], verified=None), tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def edited(exported: Path, folder: Path, old: str, new: str, file: str = "finetune.yaml") -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import exports
 import tiny
+from nightpress.evaluators.latency.timer import processor, session_config
 from nightpress.export import export_trial, verify
 from nightpress.export.bundle import timer_script
 from nightpress.export.verify import Check, Options, VerifyError
@@ -71,6 +72,7 @@ def test_an_export_that_holds(pristine: Path, data: Path, cli: tiny.Cli) -> None
     assert accuracy["accuracy"] == pytest.approx(stated["accuracy"], abs=0.001)
     assert (accuracy["allowed"], accuracy["samples"]) == (0.001, 80)
     assert answer["checks"][1]["numbers"]["max_abs_diff"] == 0.0
+    assert "session_config" not in answer["checks"][1]["text"]  # runtime.json is this processor's
 
 
 def test_one_line_a_check_for_people(pristine: Path, cli: tiny.Cli) -> None:
@@ -142,7 +144,7 @@ def test_an_export_that_was_replaced_as_a_whole_is_not_the_expected_one(folder: 
         ("{", "not a JSON file"),
         ("[]", "must hold a JSON object"),
         ("{}", r"its manifest\.json is not one of an export \(KeyError: 'files'\)"),
-        ('{"files": 3}', r"its manifest\.json is not one of an export \(AttributeError"),
+        ('{"files": 3}', r"its manifest\.json is not one of an export \(TypeError"),
     ],
 )
 def test_a_folder_that_is_no_export(tmp_path: Path, cli: tiny.Cli, text: str | None, reason: str) -> None:
@@ -170,6 +172,30 @@ def test_a_model_that_the_runtime_cannot_load(folder: Path) -> None:
     assert [check.state for check in checks] == ["ok", "failed"]
     assert checks[1].text.startswith("ONNX Runtime ")
     assert "Nonsense" in checks[1].text
+
+
+def rewrite_runtime(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change runtime.json, and let the manifest fit it."""
+    runtime = json.loads((folder / "runtime.json").read_text())
+    change(runtime)
+    (folder / "runtime.json").write_text(json.dumps(runtime))
+    rewrite(folder, lambda manifest: None)
+
+
+def test_outputs_are_judged_as_this_processor_runs_them(folder: Path) -> None:
+    """As the timing script does. The option of the other processor would run the integer layers in fp32."""
+    rewrite_runtime(folder, lambda runtime: runtime.update(session_config={"session.disable_quant_qdq": "1"}))
+    check = named(verify.verify(folder, QUIET, timer_script()), "outputs")
+    assert (check.state, check.numbers["max_abs_diff"]) == ("ok", 0.0)
+    here = json.dumps(session_config(processor()))
+    assert check.text.endswith(f"; serve it here with session_config {here}, runtime.json's is another processor's")
+
+
+@pytest.mark.parametrize("missing", ["threads", "providers"])
+def test_a_runtime_file_of_something_else_is_named(folder: Path, missing: str) -> None:
+    rewrite_runtime(folder, lambda runtime: runtime.pop(missing))
+    with pytest.raises(VerifyError, match=rf"its runtime\.json is not one of an export \(KeyError: '{missing}'\)"):
+        verify.verify(folder, QUIET, timer_script())
 
 
 def test_other_outputs_than_the_exporting_machine_s(folder: Path) -> None:
@@ -279,6 +305,26 @@ def broken_data(kind: str, path: Path) -> Path:
             return write_npz(path / "a.npz", inputs=np.zeros((4, 3, 8, 8)), targets=np.zeros(4))
         case "lengths":
             return write_npz(path / "a.npz", inputs=np.zeros((4, 1, 8, 8)), targets=np.zeros(3))
+        case "text":
+            return write_npz(path / "a.npz", inputs=np.full((4, 1, 8, 8), "x"), targets=np.zeros(4))
+        case "no dimensions":
+            return write_npz(path / "a.npz", inputs=np.zeros(()), targets=np.zeros(()))
+        case "an array":
+            np.save(path / "a.npy", np.zeros((4, 1, 8, 8)))
+            return path / "a.npy"
+        case "truncated":
+            write_npz(path / "whole.npz", inputs=np.zeros((4, 1, 8, 8)), targets=np.zeros(4))
+            (path / "a.npz").write_bytes((path / "whole.npz").read_bytes()[:999])
+            return path / "a.npz"
+        case "damaged":  # within a compressed array
+            np.savez_compressed(path / "a.npz", inputs=np.arange(256.0).reshape(4, 1, 8, 8), targets=np.zeros(4))
+            data = (path / "a.npz").read_bytes()
+            (path / "a.npz").write_bytes(data[:99] + bytes([255]) * 20 + data[119:])
+            return path / "a.npz"
+        case "arrays of one item":
+            (path / "d" / "0").mkdir(parents=True)
+            write_npz(path / "a.npz", x=np.zeros((1, 8, 8))).rename(path / "d" / "0" / "one.npy")
+            return path / "d"
         case "empty folder":
             (path / "empty").mkdir()
             return path / "empty"
@@ -296,6 +342,12 @@ def broken_data(kind: str, path: Path) -> Path:
         ("pickled", "must be an .npz file with the arrays inputs and targets"),
         ("shape", r"inputs must have shape \(n, 1, 8, 8\) with n labels, but got \(4, 3, 8, 8\) and \(4,\)"),
         ("lengths", r"but got \(4, 1, 8, 8\) and \(3,\)"),
+        ("text", "inputs and targets must be numbers, but got <U1 and float64"),
+        ("no dimensions", r"but got \(\) and \(\)"),
+        ("an array", r"a\.npy: must be an \.npz file with the arrays inputs and targets"),
+        ("truncated", r"a\.npz: must be an \.npz file with the arrays inputs and targets"),
+        ("damaged", r"a\.npz: must be an \.npz file with the arrays inputs and targets"),
+        ("arrays of one item", r"one\.npy: must have shape \(1, 8, 8\), but got None"),
         ("empty folder", "must hold one folder a class, with .npy files or images in it"),
         ("torn", r"one\.npy: cannot be read"),
     ],
@@ -359,9 +411,9 @@ def optimised(path: Path) -> list[onnx.NodeProto]:
 
 def test_the_shipped_script_gives_the_same_answer(pristine: Path, data: Path, cli: tiny.Cli) -> None:
     ours = cli("verify", pristine, "--data", data, "--no-latency", "--json").json
-    done = subprocess.run(
-        [sys.executable, "verify.py", "--data", data, "--no-latency", "--json"], cwd=pristine, capture_output=True,
-        text=True, check=False,
+    done = subprocess.run(  # -P: Python does not look for modules beside the script
+        [sys.executable, "-P", "verify.py", "--data", data, "--no-latency", "--json"], cwd=pristine,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["checks"] == ours["checks"]
@@ -373,6 +425,19 @@ def test_the_shipped_script_says_what_is_wrong_in_one_sentence(pristine: Path, t
     )
     assert done.returncode == 2
     assert done.stderr == f"verify: {tmp_path}: not an export folder: it has no manifest.json.\n"
+
+
+@pytest.mark.parametrize("kind", ["an array", "truncated"])
+def test_the_shipped_script_refuses_data_as_the_command_does(
+    pristine: Path, tmp_path: Path, cli: tiny.Cli, kind: str
+) -> None:
+    path = broken_data(kind, tmp_path)
+    done = subprocess.run(
+        [sys.executable, pristine / "verify.py", "--data", path, "--no-latency"], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"verify: {tiny.refused(cli('verify', pristine, '--data', path, '--no-latency'))}\n"
 
 
 def test_the_shipped_script_says_which_library_is_missing(pristine: Path) -> None:
