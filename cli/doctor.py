@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ..evaluators.latency.capabilities import capabilities
-from ..evaluators.latency.measure import BUSY_CORES, Timer, Timing
+from ..evaluators.latency.measure import BUSY_CORES, MeasurementError, Timer, Timing
 from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, fingerprint_to_dict, missing_runtime
 from ..evaluators.latency.timer import PROVIDERS, runtime_version
 
@@ -26,23 +26,38 @@ def examine(fresh: bool = False) -> dict[str, Any]:
     """Packages (None where missing), the machine, its runtimes with what their kernels can do, and the noise of its
     timings. ``fresh`` measures the kernels anew where they were measured before."""
     device = fingerprint(Target())
-    kernels = {name: capabilities(Target(runtime=name), fresh=fresh).to_dict()
-               for name in RUNTIMES if missing_runtime(name) is None}  # fmt: skip
+    kernels, missing = _kernels(fresh)
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": {**fingerprint_to_dict(device), "load": os.getloadavg()[0], "cuda": _cuda()},
-        "runtimes": [_runtime(name) for name in RUNTIMES],
+        "runtimes": [_runtime(name, missing.get(name)) for name in RUNTIMES],
         "kernels": kernels,
         "noise": _noise(device.cores),
     }
 
 
-def _runtime(name: str) -> dict[str, Any]:
+def _kernels(fresh: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """By runtime: what its kernels can do; or why it does not run here."""
+    kernels: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for name in RUNTIMES:
+        reason = missing_runtime(name)
+        if reason is None:
+            try:
+                kernels[name] = capabilities(Target(runtime=name), fresh=fresh).to_dict()
+            except MeasurementError as error:  # installed, but it does not start: a GPU's build without the GPU
+                reason = str(error)
+        if reason is not None:
+            missing[name] = reason
+    return kernels, missing
+
+
+def _runtime(name: str, missing: str | None) -> dict[str, Any]:
     return {
         "runtime": name,
         "version": runtime_version(name),
         "providers": list(PROVIDERS.get(name, ("CPU",))),
-        "missing": missing_runtime(name),
+        "missing": missing,
     }
 
 

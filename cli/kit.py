@@ -1,14 +1,13 @@
 """Calibration of another device: a kit that goes there, and, over ssh, the whole way there and back."""
 
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Force, Json, TaskRef
+from .options import Batch, Force, Json, TaskRef, Threads
 from .output import emit, log_to_stderr, say
 from .parts import find_anatomy
 
@@ -16,9 +15,11 @@ from .parts import find_anatomy
 def kit(
     task: TaskRef,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty folder.")],
-    target: Annotated[str, typer.Option("--target", metavar="T", help="The device's runtime.")] = "onnxruntime",
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Of the device's session.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Inputs of one inference.")] = 1,
+    target: Annotated[
+        str, typer.Option("--target", metavar="T", help="The device's runtime, or an earlier profile of it.")
+    ] = "onnxruntime",
+    threads: Threads = None,
+    batch: Batch = None,
     count: Annotated[int, typer.Option("-n", min=10, max=500, help="Policies to measure.")] = 40,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     host: Annotated[
@@ -32,6 +33,7 @@ def kit(
     Example: nightpress kit mnist5k-resnet --out kit"""
     from ..evaluators.latency.kit import MEASURE
     from ..evaluators.latency.timer import RESULTS
+    from ..export.folder import staged
     from ..spaces.errors import InputError
     from .measuring import write_kit_of
 
@@ -39,9 +41,11 @@ def kit(
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
         raise InputError(f"{out}: the folder is not empty; --force replaces it.")
     _, anatomy, where = find_anatomy(task, target, runs_here=False, threads=threads, batch=batch)
-    if out.exists():
-        shutil.rmtree(out)
-    made = write_kit_of(anatomy, where, out, count, seed, task)
+    try:
+        with staged(out, force=force or out.is_dir()) as folder:
+            made = write_kit_of(anatomy, where, folder, count, seed, task)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
     if host is not None:
         measure_over_ssh(out, host, python, f"nightpress-kit-{made['id']}")
     if json:
@@ -60,12 +64,14 @@ def measure_over_ssh(folder: Path, host: str, python: str, name: str) -> None:
     from ..evaluators.latency.kit import MEASURE
     from ..evaluators.latency.timer import RESULTS
 
+    remove = f"rm -rf {shlex.quote(name)}"
     # A name that begins with a dash would be an option of ssh.
     for command in (
+        ["ssh", "--", host, remove],  # into what a broken copy has left the next one would be put
         ["scp", "-q", "-r", "--", str(folder), f"{host}:{name}"],
-        ["ssh", "--", host, f"{shlex.quote(python)} {name}/{MEASURE}"],
+        ["ssh", "--", host, f"{shlex.quote(python)} {shlex.quote(f'{name}/{MEASURE}')}"],
         ["scp", "-q", "--", f"{host}:{name}/{RESULTS}", str(folder / RESULTS)],
-        ["ssh", "--", host, f"rm -r {name}"],
+        ["ssh", "--", host, remove],
     ):
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)

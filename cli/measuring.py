@@ -1,5 +1,7 @@
 """What calibrate and apply do between parsing and printing."""
 
+import io
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..evaluators.apply import compressor
 from ..evaluators.data import materialise, split_search
@@ -31,7 +33,7 @@ from ..search.proposals import baselines
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy, digest
-from .output import write_json
+from .output import write_file
 
 log = logging.getLogger("nightpress")
 
@@ -41,15 +43,16 @@ def calibrate_to_file(
 ) -> dict[str, Any]:
     """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
     command's JSON."""
-    _check_folder(out)
     draw, always = _drawing(anatomy, target, seed, task)
     found = capabilities(target)
     with Timer(target, warn_of_noise) as timer:
         if count is not None:
-            profile = calibrate(anatomy, [*draw(count), *always], target, timer=timer)
+            profile = calibrate(
+                anatomy, [*draw(count), *always], target, candidates=draw(CANDIDATES), timer=timer, progress=log.info
+            )
             stages, reason = (), "as asked, each timed twice"
         else:
-            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer)
+            made = calibrate_until_flat(anatomy, draw, target, always=always, timer=timer, progress=log.info)
             profile, stages, reason = made.profile, made.stages, made.reason
     told = _write_profile(profile, out, beside_profile(found))
     return {**told, "stages": stages_to_list(stages), "stopped": reason}
@@ -57,7 +60,6 @@ def calibrate_to_file(
 
 def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
     """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
-    _check_folder(out)
     found = read_results(results, anatomy)
     # Its channel steps stay those that the kit's policies were drawn on.
     integers = found.capabilities is None or found.capabilities.integer_kernels
@@ -72,13 +74,10 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
 
 def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
     """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit; with the probes of
-    what the device can do, where the runtime's times of nodes tell the kernels."""
+    what the device can do, where the runtime's times of nodes tell the kernels. Raises InputError, OSError."""
     draw, always = _drawing(anatomy, target, seed, task)
     policies = covering(Worker(anatomy, target.runtime), [*always, *draw(count)], draw(CANDIDATES))
-    try:
-        return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
+    return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
 
 
 def _drawing(
@@ -96,16 +95,11 @@ def warn_of_noise(timings: Mapping[str, Timing]) -> None:
         log.warning("%s", text)
 
 
-def _check_folder(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: its folder does not exist.")
-
-
 def _write_profile(profile: Profile, out: Path, beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     data = {**profile_to_dict(profile), **(beside or {})}
     for text in profile.noise_warnings():
         log.warning("%s", text)
-    write_json(out, data)
+    write_file(out, lambda partial: partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n"))
     return {
         "profile": str(out),
         "target": data["target"],
@@ -137,11 +131,10 @@ def apply_to_file(task: Task, anatomy: Anatomy, policy: Policy, out: Path, weigh
             lines = str(error).strip().splitlines()  # torch says what is wrong below a headline
             reason = lines[min(1, len(lines) - 1)].strip().rstrip(".")
             raise InputError(f"{weights}: not the weights of this policy: {reason}.") from None
-    try:
-        if out.suffix == ".safetensors":
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, out)
-        else:
-            torch.save(module, out)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{out}: cannot be written: {str(error).splitlines()[0]}.") from None
+    data = io.BytesIO()
+    if out.suffix == ".safetensors":
+        data.write(save({k: v.contiguous() for k, v in module.state_dict().items()}))
+    else:
+        torch.save(module, data)
+    write_file(out, lambda partial: partial.write_bytes(data.getbuffer()))
     return {"out": str(out), "digest": digest(policy), "params": planned.params, "macs": planned.macs}

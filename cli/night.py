@@ -58,7 +58,7 @@ def _night(
         with watching(live) as watch:
             state = run_night(settings, deadline, resume=resume, watch=watch, ahead=ahead)
         start = time.monotonic()
-        page = _write_report(settings.out, settings.out / "report.html")
+        page = write_page(settings.out, settings.out / "report.html")
         _add_seconds(settings.out, "report", time.monotonic() - start)
         record = read_run(settings.out)
     except BaseException as error:
@@ -112,7 +112,7 @@ def report(
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, but got {form!r}.")
     wanted = out or folder / FORMATS[form].default
     if form == "html":
-        files = [_write_report(folder, wanted)]
+        files = [write_page(folder, wanted)]
     else:
         files = _writing(wanted, lambda: FORMATS[form].write(read_run(folder), wanted))
     if json:
@@ -148,7 +148,8 @@ def compare(
         say(f"wrote {out}")
 
 
-def _write_report(folder: Path, out: Path) -> Path:
+def write_page(folder: Path, out: Path) -> Path:
+    """A run's page and tables anew; returns the page. Raises InputError when they cannot be written."""
     from ..reports import write_report, write_tables
     from ..search.folder import read_run
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from socketserver import BaseServer
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from ..spaces.errors import InputError
+from ..spaces.files import write_whole
 
 
 def emit(data: Mapping[str, Any]) -> None:
@@ -72,11 +73,17 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """JSON to a file, whole or not at all. Raises InputError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.partial")
+def check_file(path: Path) -> None:
+    """Raises InputError when a file cannot be put there, before the work that it is for."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: its folder does not exist.")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder is there, but this is to be a file.")
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """What ``write`` puts into a file, whole or not at all. Raises InputError when it cannot be written."""
     try:
-        partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_whole(path, write)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}.") from None

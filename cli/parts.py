@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Force, ForceProfile, Json, PolicyFiles, TargetRef, TaskRef
-from .output import emit, log_to_stderr, say, table
+from .options import Batch, Force, ForceProfile, Json, PolicyFiles, TargetRef, TaskRef, Threads
+from .output import check_file, emit, log_to_stderr, say, table
 
 if TYPE_CHECKING:
     from ..evaluators.latency.target import Target
@@ -60,7 +60,7 @@ def inspect(task: TaskRef, target: TargetRef = "onnxruntime", json: Json = False
     from ..spaces.anatomy import anatomy_to_dict
 
     log_to_stderr()
-    found, anatomy, where = find_anatomy(task, target)
+    found, anatomy, where = find_anatomy(task, target, runs_here=False)
     choices = tuple((p.weights, p.activations) for p in where.bit_choices((8, 32), (8, 32)))
     data = anatomy_to_dict(anatomy, choices)
     if json:
@@ -95,7 +95,7 @@ def sample(
     from ..spaces.policy import digest, policy_to_json
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, target)
+    _, anatomy, where = find_anatomy(task, target, runs_here=False)
     space = space_of(anatomy, RunConfig(task=task, base=None, out=out, target=where))
     generator = np.random.default_rng(seed)
     files: list[dict[str, str]] = []
@@ -117,7 +117,12 @@ def sample(
 def calibrate(
     task: TaskRef,
     out: Annotated[Path, typer.Option("--out", metavar="PROFILE.json", help="The profile file.")],
-    target: TargetRef = "onnxruntime",
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="T", help="onnxruntime (the default), openvino, … or a profile file."),
+    ] = None,
+    threads: Threads = None,
+    batch: Batch = None,
     results: Annotated[
         Path | None, typer.Option("--from", metavar="results.json", help="What a kit measured on another device.")
     ] = None,
@@ -125,19 +130,25 @@ def calibrate(
         int | None,
         typer.Option("-n", min=10, max=500, help="Policies to measure; without it, until the error stops falling."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the policies; 0 by default.")] = None,
     json: Json = False,
 ) -> None:
     """Measure policies on a target and fit the latency predictor.
     Example: nightpress calibrate mnist5k-resnet --out here.json"""
+    from ..spaces.errors import InputError
     from .measuring import calibrate_from_results, calibrate_to_file
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, target, measured=results is None)
+    check_file(out)
     if results is not None:
-        data = calibrate_from_results(anatomy, results, out)
+        given = {"--target": target, "--threads": threads, "--batch": batch, "-n": count, "--seed": seed}
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"{name} belongs to what is measured here, but --from takes what the kit measured.")
+        data = calibrate_from_results(find_anatomy(task, "onnxruntime", runs_here=False)[1], results, out)
     else:
-        data = calibrate_to_file(anatomy, where, out, count, seed, task)
+        _, anatomy, where = find_anatomy(task, target or "onnxruntime", measured=True, threads=threads, batch=batch)
+        data = calibrate_to_file(anatomy, where, out, count, seed or 0, task)
     if json:
         emit(data)
         return
@@ -154,8 +165,10 @@ def predict(
 ) -> None:  # fmt: skip
     """Latency, size and MACs of policies from a profile.
     Example: nightpress predict mnist5k-resnet a.json --target here.json"""
+    from ..evaluators.latency.insitu import UnseenKernelError
     from ..evaluators.latency.profile import load_profile
     from ..search.session import file_size
+    from ..spaces.errors import InputError
     from ..spaces.plan import plan
     from ..spaces.policy import digest
 
@@ -165,7 +178,11 @@ def predict(
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
         planned = plan(anatomy, policy)
-        latency, low, high = (float(value) for value in profile.predict([policy])[0])
+        try:
+            latency, low, high = (float(value) for value in profile.predict([policy])[0])
+        except UnseenKernelError as error:
+            remedy = "make a larger kit" if profile.remote else "measure it, or calibrate with more policies"
+            raise InputError(f"{path}: {error}: {remedy}.") from None
         rows.append(
             {"file": str(path), "digest": digest(policy), "latency_ms": latency, "low_ms": low, "high_ms": high,
              "size_bytes": file_size(planned), "macs": planned.macs, "forced": profile.caveat}
@@ -175,23 +192,33 @@ def predict(
     _show("policies", "Predicted", rows, json)
 
 
-def measure(task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxruntime", json: Json = False) -> None:
+def measure(
+    task: TaskRef, policies: PolicyFiles, target: TargetRef = "onnxruntime", threads: Threads = None,
+    batch: Batch = None, force: ForceProfile = False, json: Json = False,
+) -> None:  # fmt: skip
     """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
     from ..evaluators.latency.measure import measure_policies
+    from ..evaluators.latency.profile import measured_elsewhere
     from ..spaces.policy import digest
+    from .config import parse_target
     from .measuring import warn_of_noise
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, target)
+    profile = parse_target(target, Path(), "--target")[1]
+    caveat = measured_elsewhere(Path(profile), force=force) if profile is not None else None
+    _, anatomy, where = find_anatomy(task, target, threads=threads, batch=batch)
     read = _policies(policies, anatomy, where)
     timings, sizes = measure_policies(anatomy, {str(path): policy for path, policy in read}, where)
     rows = [
         {"file": str(path), "digest": digest(policy), "latency_ms": timings[str(path)].latency_ms,
          "repeat_error": timings[str(path)].repeat_error, "reference_ms": timings[str(path)].reference_ms,
-         "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)]}
+         "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)],
+         "forced": caveat}
         for path, policy in read
     ]  # fmt: skip
     warn_of_noise(timings)
+    if caveat and not json:
+        say(f"These are times of this machine: {caveat}.")
     _show("policies", "Measured", rows, json)
 
 
@@ -209,6 +236,7 @@ def apply(
     from .measuring import apply_to_file
 
     log_to_stderr()
+    check_file(out)
     found, anatomy, where = find_anatomy(task, "onnxruntime")
     [(_, chosen)] = _policies([policy], anatomy, where, any_bits=True)
     data = apply_to_file(found, anatomy, chosen, out, weights)
@@ -219,17 +247,18 @@ def apply(
 
 
 def find_anatomy(
-    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int
+    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int | None
 ) -> "tuple[Task, Anatomy, Target]":
-    """Task, anatomy and target of a command; ``settings`` replace fields of the target, ``measured`` takes the steps
-    that its kernels were measured to have. Raises InputError."""
+    """Task, anatomy and target of a command; ``settings`` that are not None replace fields of the target, ``measured``
+    takes the steps that its kernels were measured to have. Raises InputError."""
     from ..evaluators.inspect import inspect as look
     from ..evaluators.latency.capabilities import capabilities
     from ..evaluators.latency.target import check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
 
-    where = replace(parse_target(target, Path(), "--target")[0], **settings)
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    where = replace(parse_target(target, Path(), "--target")[0], **given)
     if runs_here:
         check_target(where)
     if measured:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .night import write_page
 from .options import Json, Port, RunDir
 from .output import emit, log_to_stderr, say, serve
 from .points import find_trial
@@ -41,7 +42,7 @@ def review(
         say(f"review {folder} at {server.url} (Ctrl-C ends it)")
         serve(server)
     if server.words:
-        _write_report(folder)
+        write_page(folder, folder / "report.html")
     say(f"{server.words} {'entry' if server.words == 1 else 'entries'} kept in {folder}")
 
 
@@ -52,22 +53,8 @@ def _keep(folder: Path, trial: str, action: str, note: str, json: bool, done: st
     record = read_run(folder)
     chosen = find_trial(record, trial)
     entry: dict[str, Any] = keep_word(record, chosen, action, note)
-    _write_report(folder)
+    write_page(folder, folder / "report.html")  # so that it shows the word
     if json:
         emit(entry)
     else:
         say(f"trial {chosen.number} ({chosen.digest}) {done} by {entry['who']}")
-
-
-def _write_report(folder: Path) -> None:
-    """The page and the tables anew, so that they show the word."""
-    from ..reports import write_report, write_tables
-    from ..search.folder import read_run
-    from ..spaces.errors import InputError
-
-    record = read_run(folder)
-    try:
-        write_report(record, folder / "report.html")
-        write_tables(record, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: the report cannot be written: {error.strerror}.") from None

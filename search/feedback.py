@@ -5,20 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..evaluators.latency.calibrate import (
-    CANDIDATES,
-    SECONDS,
-    calibrate,
-    calibrate_until_flat,
-    covering,
-    stages_to_list,
-)
+from ..evaluators.latency.calibrate import CANDIDATES, SECONDS, calibrate, calibrate_until_flat, stages_to_list
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_DRIFT, LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, drift, point_of
-from ..evaluators.latency.units import Worker
 from ..spaces.errors import InputError
 from ..spaces.policy import Policy
 from .clock import ENDING, Clock
@@ -40,15 +32,16 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     def draw(count: int) -> list[Policy]:
         return [prepared.space.random(generator) for _ in range(count)]
 
-    always = list(baselines(prepared.anatomy, bool(config.space.distill)).values())
+    always, candidates = list(baselines(prepared.anatomy, bool(config.space.distill)).values()), list[Policy]()
     if policies is None and config.calibration_policies is not None:
-        asked = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
-        policies = covering(Worker(prepared.anatomy, config.target.runtime), asked, draw(CANDIDATES))
+        policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
+        candidates = draw(CANDIDATES)
     with session.timer("calibrate") as timer:
         if policies is not None:
             profile = calibrate(
-                prepared.anatomy, policies, config.target, timer=timer, progress=lambda text: _tell(session, text)
-            )
+                prepared.anatomy, policies, config.target, candidates=candidates, timer=timer,
+                progress=lambda text: _tell(session, text),
+            )  # fmt: skip
             stages, reason = [], "as many as were asked for, each timed twice"
         else:
             made = calibrate_until_flat(

@@ -34,8 +34,7 @@ def complete(session: Session, role: str | None = None) -> list[TrialRecord]:
 
 def remeasure_seconds(session: Session) -> float:
     """What it takes to measure as many policies as may lie near the front, at what one took during calibration."""
-    count = min(MOST_REMEASURED, session.store.tally().begun)
-    return 0.0 if session.profile.remote else count * session.profile.seconds_each
+    return min(MOST_REMEASURED, session.store.tally().begun) * session.profile.seconds_each
 
 
 def remeasure_front(session: Session) -> None:

@@ -82,8 +82,7 @@ def _take_back_finalists(session: Session) -> None:
 def plan_verify(session: Session) -> None:
     """Plan the verification by what this device took for a policy while it was calibrated, noise and all."""
     profile, clock = session.profile, session.clock
-    rounds = session.state["seconds"].get("calibrate", 0.0)
-    if rounds < profile.seconds:  # the profile was measured on another day
+    if session.config.target_profile is not None:  # it was measured on another day
         return
     models = session.state["rungs"]["finalists"] + rule_count(session.prepared.space)
     planned = min(max(LEAST_VERIFY_SECONDS, TIMES_VERIFIED * profile.seconds_each * models), 0.2 * clock.total_seconds)

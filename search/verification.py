@@ -60,7 +60,9 @@ def _affordable(
     """What there is time to measure, at what a model took during calibration: the uncompressed one, then what was
     found, then the rules. The others stay unverified, and that is said."""
     each = session.profile.seconds_each
-    most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / max(each, 1e-9)))
+    if not each:  # nothing is measured here
+        return dict(outcomes)
+    most = max(LEAST_VERIFIED, int(session.clock.left_before("report") / each))
     order = sorted(outcomes, key=lambda n: (trials[n].name != UNCOMPRESSED, trials[n].role == "baseline", n))
     if len(order) > most:
         session.folder.decide(

@@ -196,6 +196,7 @@ def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
+    (far / "nightpress-kit" / "models").mkdir(parents=True)  # what a copy that broke off has left
     measure_over_ssh(near, "pi@board", str(kit.python), "nightpress-kit")
 
     assert read_results(near / timer.RESULTS, ANATOMY).policies

@@ -10,7 +10,7 @@ from nightpress.evaluators.latency.target import Target
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import INT8, Policy
 from nightpress.spaces.space import uniform
-from strategies import toy_anatomy
+from strategies import tiny, toy_anatomy
 
 ANATOMY = toy_anatomy()
 POLICIES = {
@@ -33,6 +33,16 @@ def test_every_layer_has_its_time_and_its_bytes(tmp_path: Path, policy: Policy) 
     # Biases and scales come on top of the weights, and the graph itself on top of all layers.
     assert all(layer["bytes"] > weights[name] for name, layer in costs.layers.items())
     assert sum(layer["bytes"] for layer in costs.layers.values()) < size_bytes
+
+
+@pytest.mark.slow
+def test_a_linear_layer_with_its_activation_fused_has_its_time(tmp_path: Path) -> None:
+    """ONNX Runtime puts "fused" before its name."""
+    anatomy = tiny().anatomy
+    write_random(plan(anatomy, Policy(model=anatomy.digest)), tmp_path / "model.onnx")
+    with Timer(Target()) as timer:
+        costs = layer_costs(tmp_path / "model.onnx", anatomy, timer)
+    assert {name for name, layer in costs.layers.items() if "ms" in layer} == {layer.name for layer in anatomy.layers}
 
 
 def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:

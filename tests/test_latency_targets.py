@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,11 +52,26 @@ POLICIES = {
 }
 
 
+@cache
+def absent(runtime: str) -> str | None:
+    """Why a runtime cannot be tested here: it is not installed, or its device does not start."""
+    missing = missing_runtime(runtime)
+    if missing is not None or script.PROVIDERS.get(runtime, script.PROVIDERS["onnxruntime"])[0].startswith("CPU"):
+        return missing  # a CPU that does not start is a failure
+    with tempfile.TemporaryDirectory() as folder, Timer(Target(runtime=runtime)) as timer:
+        write_random(plan(tiny().anatomy, POLICIES["uncompressed"]), Path(folder) / "model.onnx")
+        try:
+            timer.time({"it": Path(folder) / "model.onnx"}, None, least_rounds=1, most_rounds=1)
+        except MeasurementError as error:
+            return str(error)
+    return None
+
+
 @pytest.fixture(params=RUNTIMES)
 def target(request: pytest.FixtureRequest) -> Target:
-    missing = missing_runtime(request.param)
-    if missing is not None:
-        pytest.skip(missing)
+    reason = absent(request.param)
+    if reason is not None:
+        pytest.skip(reason)
     return Target(runtime=request.param)
 
 

@@ -23,7 +23,7 @@ from nightpress.evaluators.latency.calibrate import (
     calibrate_until_flat,
     covering,
 )
-from nightpress.evaluators.latency.insitu import UnseenKernelError
+from nightpress.evaluators.latency.insitu import UnseenKernelError, learn
 from nightpress.evaluators.latency.measure import Kernel, Timing
 from nightpress.evaluators.latency.nodes import CONVERSION_OF, Matcher, Timed, timed_from_dict, timed_to_dict
 from nightpress.evaluators.latency.predictor import LEAST_POINTS, Measured, Predictor, fit, session_levels
@@ -81,7 +81,7 @@ def measured(
     scatter = np.exp(np.random.default_rng(seed).normal(0, noise, work.count))
     timed: list[Timed | None] = [
         Timed(
-            kernels=kernels[i] + 0.001, weights=weights[i] + 0.001, strangers={},
+            kernels=kernels[i] + 0.001, weights=weights[i] + 0.001,
             conversions={
                 name: float(ms[i] + 0.001 * work.conversions[name][i, 0]) for name, ms in conversions.items()
             },
@@ -116,7 +116,6 @@ def test_units_are_learned_from_the_times_of_nodes() -> None:
 def test_without_times_of_nodes_whole_models_are_learned() -> None:
     predictor = fit(measured(known_policies(40, 3), profiled=False))
 
-    assert predictor.units is None
     assert not [name for name in predictor.candidates if name.startswith("units")]
     assert errors(predictor, random_policies(100, 4)).mean() < 0.1
 
@@ -160,8 +159,9 @@ def test_levels_of_sessions_are_told_from_chance() -> None:
 
 
 def test_looking_up_gives_what_working_out_gives() -> None:
-    units = exact().units
-    assert units is not None
+    known = measured(known_policies(40, 3))
+    everything = np.ones(known.work.count, np.bool_)
+    units = learn(known.work, known.timed, known.latency_ms, everything, known.operations)
     choices = choices_of(ANATOMY, random_policies(200, 5))
     work = WORKER.work(choices)
 
@@ -312,8 +312,12 @@ def test_a_layer_is_found_under_the_names_that_optimisers_give_it(name: str, kin
     assert np.isnan(timed.kernels).sum() == len(ANATOMY.ops) - 1
 
 
-def test_a_node_of_nobody_is_a_stranger() -> None:
-    assert Matcher(ANATOMY).match({"somebody": ("Einsum", 0.5)}).strangers == {"Einsum": 0.5}
+def test_a_node_of_nobody_is_left_out() -> None:
+    timed = Matcher(ANATOMY).match({"somebody": ("Einsum", 0.5)})
+
+    assert np.isnan(timed.kernels).all()
+    assert np.isnan(timed.weights).all()
+    assert not any(timed.conversions.values())
 
 
 # Calibration

@@ -52,7 +52,7 @@ def calibrate_until_flat(
 ) -> Calibration:  # fmt: skip
     """Measure ``always`` and batches that ``draw`` gives, fitting after each, until two batches in a row no longer
     lower the held-out error by a twentieth, ``most`` policies are measured, or the next batch would pass ``seconds``.
-    Then all are timed a second time, in another order, and the lower latency counts.
+    Where that leaves the time, all are timed once more, in another order, and the lower latency counts.
 
     Raises MeasurementError.
     """
@@ -96,15 +96,17 @@ def calibrate_until_flat(
 
 
 def calibrate(
-    anatomy: Anatomy, policies: Sequence[Policy], target: Target, *, timer: Timer,
+    anatomy: Anatomy, policies: Sequence[Policy], target: Target, *, candidates: Sequence[Policy] = (), timer: Timer,
     progress: Callable[[str], None] | None = None,
 ) -> Profile:  # fmt: skip
-    """Measure these policies of the model's own space, each twice, and fit the predictor.
+    """Measure these policies of the model's own space, and those ``candidates`` that run kinds of kernels which none of
+    them does, each twice, and fit the predictor.
 
     Raises MeasurementError, ValueError.
     """
     start = time.perf_counter()
-    unique = {digest(policy): policy for policy in policies}
+    asked = covering(Worker(anatomy, target.runtime), policies, candidates) if candidates else policies
+    unique = {digest(policy): policy for policy in asked}
     if progress is not None:
         progress(f"measuring {len(unique)} policies")
     timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)

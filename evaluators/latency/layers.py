@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from ...spaces.anatomy import WEIGHTED, Anatomy
 from .measure import KERNEL_PASSES, Timer
-from .nodes import SUFFIX
+from .nodes import Matcher
 
 ROUND_MS = 150
 """Shares are shown, not seconds: less spread in time will do, and a night has many files to look at."""
@@ -31,36 +32,24 @@ class LayerCosts:
 
 def layer_costs(path: Path, anatomy: Anatomy, timer: Timer) -> LayerCosts:
     """Profile an exported file of the anatomy's model. Raises MeasurementError."""
-    owners = _owners(anatomy)
     found: dict[str, dict[str, float]] = {}
-    other_ms = 0.0
     timing = timer.time(
         {"model": path}, None, least_rounds=KERNEL_PASSES, most_rounds=KERNEL_PASSES, kernels=True, round_ms=ROUND_MS
     )
-    for name, kernel in timing["model"].kernels.items():
-        layer = owners.get(_PARAMETER.sub("", SUFFIX.sub("", name)))
-        if layer is None:
-            other_ms += kernel.ms
-        else:
-            costs = found.setdefault(layer, {"ms": 0.0})
-            costs["ms"] += kernel.ms
+    nodes = {name: (kernel.op_type, kernel.ms) for name, kernel in timing["model"].kernels.items()}
+    timed = Matcher(anatomy).match(nodes)
+    owners = {op.name: op.module for op in anatomy.ops if op.kind in WEIGHTED and op.module}
+    for op, own in zip(anatomy.ops, np.stack([timed.kernels, timed.weights], axis=1), strict=True):
+        if op.name in owners and not np.isnan(own).all():
+            costs = found.setdefault(owners[op.name], {"ms": 0.0})
+            costs["ms"] += float(np.nansum(own))
+    other_ms = sum(ms for _, ms in nodes.values()) - sum(costs["ms"] for costs in found.values())
     for name, size_bytes in _tensors(path):
         layer = owners.get(_PARAMETER.sub("", name))
         if layer is not None and _PARAMETER.search(name):
             costs = found.setdefault(layer, {})
             costs["bytes"] = costs.get("bytes", 0) + size_bytes
-    return LayerCosts(layers=found, other_ms=other_ms)
-
-
-def _owners(anatomy: Anatomy) -> dict[str, str]:
-    """Layer by the node that its kernel may be named after: its own, or an activation's that is fused into it."""
-    owners = {op.name: op.module for op in anatomy.ops if op.kind in WEIGHTED and op.module}
-    fused = {
-        op.name: owners[op.inputs[0]]
-        for op in anatomy.ops
-        if len(op.inputs) == 1 and op.inputs[0] in owners and op.kind not in WEIGHTED
-    }
-    return fused | owners
+    return LayerCosts(layers=found, other_ms=max(0.0, other_ms))
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, int]]:

@@ -20,7 +20,7 @@ CONVERSION_OF = {
     "ReorderInput": "block", "ReorderOutput": "unblock",
 }  # fmt: skip
 # What the runtime's optimisers append to a node's name when they rewrite it.
-SUFFIX = re.compile(
+_SUFFIX = re.compile(
     r"(_nchwc|_pre_q|_token_\d+|/duplicated|/QuickGeluFusion/|/WithoutBiases|/DequantizationMultiply)+$"
 )
 _WEIGHTS = (".weight", ".bias", ".weight.wide")
@@ -30,12 +30,11 @@ _FUSED_DEPTH = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
     """Milliseconds of each operation's kernels and of the kernels that prepare its weights, shape (operations,), NaN
-    where there are none; of each conversion in total; and of nodes that belong to nothing, by type."""
+    where there are none; and of each conversion in total."""
 
     kernels: Array
     weights: Array
     conversions: Mapping[str, float]
-    strangers: Mapping[str, float]
 
 
 class Matcher:
@@ -70,19 +69,19 @@ class Matcher:
         return found
 
     def match(self, nodes: NodeTimes) -> Timed:
+        """Without the nodes that belong to nothing."""
         kernels, weights = np.full(len(self._ops), np.nan), np.full(len(self._ops), np.nan)
         conversions = dict.fromkeys(CONVERSION_OF.values(), 0.0)
-        strangers: dict[str, float] = {}
         spare: dict[str, float] = {}
         for name, (kind, milliseconds) in nodes.items():
-            base = SUFFIX.sub("", name).removeprefix("fused ")
+            base = _SUFFIX.sub("", name).removeprefix("fused ")
             stem = next((base.removesuffix(end) for end in _WEIGHTS if base.endswith(end)), None)
             if stem in self._index:
                 _add(weights, self._index[stem], milliseconds)
             elif kind in CONVERSION_OF and self._converts(base):
                 conversions[CONVERSION_OF[kind]] += milliseconds
             elif (owner := self._owner(base)) is None:
-                strangers[kind] = strangers.get(kind, 0.0) + milliseconds
+                continue
             elif "Conv" in kind and self._ops[owner].kind != "conv":
                 spare[self._ops[owner].name] = milliseconds  # named after what was fused into it
             else:
@@ -94,7 +93,7 @@ class Matcher:
             _add(kernels, self._index[name], milliseconds)
         # To the digits that a profile keeps, so that one that is read again is fitted to the same numbers.
         rounded = {name: round(value, 5) for name, value in conversions.items()}
-        return Timed(kernels=kernels.round(5), weights=weights.round(5), conversions=rounded, strangers=strangers)
+        return Timed(kernels=kernels.round(5), weights=weights.round(5), conversions=rounded)
 
     def _converts(self, base: str) -> bool:
         """Whether a node with a converter's type is one, and not an operation of the model (a permutation)."""
@@ -135,7 +134,7 @@ def timed_from_dict(data: Mapping[str, Any], operations: int) -> Timed:
 
     conversions = dict.fromkeys(CONVERSION_OF.values(), 0.0)
     conversions |= {str(name): round(float(value) / 1000, 5) for name, value in data["conversions"].items()}
-    return Timed(kernels=read(data["kernels"]), weights=read(data["weights"]), conversions=conversions, strangers={})
+    return Timed(kernels=read(data["kernels"]), weights=read(data["weights"]), conversions=conversions)
 
 
 def _microseconds(milliseconds: float) -> float:

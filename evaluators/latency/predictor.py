@@ -88,8 +88,6 @@ class Predictor:
     out_of_fold: Array
     """Held-out prediction of each calibration point, in their order, in ms."""
     log_margin: float
-    units: InSitu | None
-    """What was learned of the units, whichever design won."""
     _model: Predict
     _unseen: Callable[[Choices], str]
 
@@ -152,7 +150,7 @@ def _fit(measured: Measured, seed: int) -> Predictor:
     return Predictor(
         design=design, heldout=held_out(held[design], as_measured, scores), candidates=errors,
         out_of_fold=held[design], log_margin=conformal_margin(scores) + _level_margin(measured.looks_apart),
-        units=units, _model=final[design](),
+        _model=final[design](),
         _unseen=_unseen_by(measured.worker, columns_of(work) if units is None else {*units.kinds, *units.conversions}),
     )  # fmt: skip
 

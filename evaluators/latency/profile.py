@@ -1,17 +1,19 @@
 """Calibration of a target for one model, and the profile file that keeps it. No pickle: the measured points are
 stored and the predictor is fitted again on loading."""
 
+import contextlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...spaces.anatomy import Anatomy
+from ...spaces.anatomy import WEIGHTED, Anatomy
 from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.plans import Choices, choices_of, chunks
@@ -79,8 +81,9 @@ class Profile:
 
     @property
     def seconds_each(self) -> float:
-        """What a policy took while the target was calibrated."""
-        return self.seconds / max(1, len(self.points))
+        """Seconds of this machine that measuring a policy takes, as it did during the calibration; 0 for a kit's
+        profile, whose device nothing here can measure."""
+        return 0.0 if self.remote else self.seconds / max(1, len(self.points))
 
     def predict(self, policies: Sequence[Policy] | Choices) -> NDArray[np.float64]:
         """Latency of each policy and the ends of its 90 % interval in ms, shape (n, 3).
@@ -105,14 +108,16 @@ class Profile:
         return payload_bytes(planned) + round(float(structure(planned) @ self.overheads))
 
     def with_points(self, points: Sequence[Point]) -> "Profile":
-        """Fitted again with more measurements; a policy that was measured before takes its new ones."""
+        """Fitted again with more measurements; a policy that was measured before takes its new ones. ``seconds`` are
+        what calibrating with all of them would take."""
         known = {digest(p.policy): p for p in self.points}
         for point in points:
             before = known.get(digest(point.policy))
             kept = point.timed if point.timed is not None or before is None else before.timed
             known[digest(point.policy)] = replace(point, timed=kept)
         every = tuple(known.values())
-        return replace(self, points=every, predictor=_fitted(self.worker, every))
+        seconds = self.seconds * len(every) / max(1, len(self.points))
+        return replace(self, points=every, predictor=_fitted(self.worker, every), seconds=seconds)
 
     def truth_repeat(self) -> dict[str, float]:
         """How well two independent measurements of the same policy agree: the error no predictor can beat."""
@@ -204,6 +209,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "heldout": asdict(profile.predictor.heldout),
         "truth_repeat": profile.truth_repeat(),
         "looks_apart": profile.looks_apart,
+        "operations": _operations(profile.worker.anatomy),
         "points": [
             {
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
@@ -225,23 +231,52 @@ def load_profile(
     ``as_recorded`` the one it was made on, for times there that are only read here.
 
     Raises InputError when the file is not a profile, or is one of another model, device or runtime; with ``force``
-    it is taken all the same and the differences are kept in it. A profile of a kit is meant to be used elsewhere.
+    it is taken all the same and the differences are kept in it, unless it is one of other layers. A profile of a kit
+    is meant to be used elsewhere.
     """
-    try:
-        data: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: a profile must be a readable JSON file, but: {error}.") from None
-    if not isinstance(data, dict) or data.get("version") != VERSION:
-        raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
-    try:
+    data = _read(path)
+    with _damage_told(path):
         recorded = as_recorded or bool(data.get("remote"))
         return _profile_from_dict(
             data, path, anatomy, fingerprint_from_dict(data["device"]) if recorded else here, force or as_recorded
         )
+
+
+def measured_elsewhere(path: Path, *, force: bool) -> str | None:
+    """In what this machine differs from the device of a profile, where its target is to be measured here; None where
+    it does not. Raises InputError when it does, unless ``force``, and when the file is not a profile."""
+    data = _read(path)
+    with _damage_told(path):
+        target, device = target_from_dict(data["target"]), fingerprint_from_dict(data["device"])
+        kit = f"a profile holds for one device; this one was made of a kit's results, on {device.cpu!r}"
+        found = (*((kit,) if data.get("remote") else ()), *differences_of("", device, "", fingerprint(target)))
+        _refuse(found, path, force)
+        return "; ".join(found) or None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data: Any = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: a profile must be a readable JSON file, but: {error}.") from None
+    if not isinstance(data, dict) or cast("dict[str, Any]", data).get("version") != VERSION:
+        raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
+    return cast("dict[str, Any]", data)
+
+
+@contextlib.contextmanager
+def _damage_told(path: Path) -> Generator[None]:
+    try:
+        yield
     except InputError:
         raise
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
+
+
+def _refuse(differences: Sequence[str], path: Path, force: bool) -> None:
+    if differences and not force:
+        raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
 
 
 def _profile_from_dict(
@@ -253,30 +288,59 @@ def _profile_from_dict(
         *data.get("forced", ()),
         *differences_of(data["model"], device, anatomy.digest, here or fingerprint(target)),
     ]
+    policies = [replace(policy_from_dict(p["policy"], str(path)), model=anatomy.digest) for p in data["points"]]
+    other = _other_layers(data, policies, anatomy)
+    if other is not None:
+        raise InputError(f"{path}: its layers are not those of the task's model ({other}): calibrate again.")
     differences = tuple(dict.fromkeys(found))
-    if differences and not force:
-        raise InputError(f"{path}: {differences[0]}: calibrate again, or use it all the same with --force.")
-    if data["model"] != anatomy.digest:
-        points_of = [{**p, "policy": {**p["policy"], "model": anatomy.digest}} for p in data["points"]]
-        data = {**data, "model": anatomy.digest, "points": points_of}
+    _refuse(differences, path, force)
     points = tuple(
         Point(
-            policy=policy_from_dict(p["policy"], str(path)), latency_ms=float(p["measured_ms"]),
+            policy=policy, latency_ms=float(p["measured_ms"]),
             halves_ms=(float(p["halves_ms"][0]), float(p["halves_ms"][1])),
             repeat_error=float(p["repeat_error"]), size_bytes=int(p["size_bytes"]), session=str(p.get("session", "")),
             timed=None if p["nodes_us"] is None else timed_from_dict(p["nodes_us"], len(anatomy.ops)),
         )
-        for p in data["points"]
+        for p, policy in zip(data["points"], policies, strict=True)
     )  # fmt: skip
     if not all(np.isfinite(p.latency_ms) and p.latency_ms > 0 for p in points):
         raise InputError(f"{path}: measured_ms must be positive numbers in every point.")
     worker = Worker(anatomy, target.runtime)
     return Profile(
-        model=data["model"], target=target, device=device, reference_ms=float(data["reference_ms"]),
+        model=anatomy.digest, target=target, device=device, reference_ms=float(data["reference_ms"]),
         reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
         date=str(data["date"]), predictor=_fitted(worker, points), worker=worker, overheads=_overheads(anatomy, points),
         remote=bool(data.get("remote", False)), forced=differences,
     )  # fmt: skip
+
+
+def _operations(anatomy: Anatomy) -> dict[str, list[int]]:
+    """What times of nodes and policies belong to: the shape of each operation, in order. The model's digest alone does
+    not tell it, since the same weights take examples of several sizes."""
+    return {op.name: list(op.shape) for op in anatomy.ops}
+
+
+def _other_layers(data: Mapping[str, Any], policies: Sequence[Policy], anatomy: Anatomy) -> str | None:
+    """The first operation or layer in which a profile's model differs from the anatomy's; None where none does."""
+    then: Mapping[str, list[int]] | None = data.get("operations")
+    if then is not None:
+        pairs = itertools.zip_longest(then.items(), _operations(anatomy).items())
+        different = next(((old, new) for old, new in pairs if old != new), None)
+        if different is not None:
+            was, here = ("none" if op is None else f"{op[0]} of shape {tuple(op[1])}" for op in different)
+            return f"an operation was {was}, here it is {here}"
+    known = {item.name for part in (anatomy.groups, anatomy.layers, anatomy.blocks) for item in part}
+    named = {name for p in policies for part in (p.prune, p.bits, p.sparsity, p.removed_blocks) for name in part}
+    if named - known:
+        return f"a policy names {min(named - known)}"
+    # A file that does not hold the operations has times by their position alone.
+    times = [p["nodes_us"] for p in data["points"] if p["nodes_us"] is not None]
+    layers = {str(i) for i, op in enumerate(anatomy.ops) if op.kind in WEIGHTED}
+    if any(set(found["weights"]) - layers for found in times):
+        return "weights were prepared where it has no layer"
+    if any(int(i) >= len(anatomy.ops) for found in times for i in found["kernels"]):
+        return f"more than {len(anatomy.ops)} operations were timed"
+    return None
 
 
 def differences_of(model: str, device: Fingerprint, model_now: str, device_now: Fingerprint) -> tuple[str, ...]:
@@ -286,7 +350,13 @@ def differences_of(model: str, device: Fingerprint, model_now: str, device_now: 
         found.append(f"a profile belongs to one model; this one is for {model}, the task's model is {model_now}")
     for field in fields(Fingerprint):
         then, now = getattr(device, field.name), getattr(device_now, field.name)
-        if then != now:
+        if then is None and field.name == "session_config":
+            if now:
+                found.append(
+                    "a profile holds for one device; this one does not record the session_config that it was made "
+                    f"with, here it is {now!r}"
+                )
+        elif then != now:
             found.append(
                 f"a profile holds for one device; {field.name} was {then!r} when it was made, here it is {now!r}"
             )

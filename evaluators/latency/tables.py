@@ -245,7 +245,7 @@ class _Table:
         self._known = np.zeros(int(starts[-1]), np.bool_)
 
     def look_up(self, codes: NDArray[np.int8], steps: NDArray[np.int32], price: Callable[[Mask], Array]) -> list[Array]:
-        """Prices of each operation and policy, four of shape (operations, n)."""
+        """Prices of each operation and policy, ``depth`` arrays of shape (operations, n)."""
         where = self._start + codes * self._each + steps[self._first] * self._width + steps[self._second]
         where = where.astype(np.int64)
         unknown = ~self._known.take(where) & self._kept[:, None] & (codes != self._nothing)

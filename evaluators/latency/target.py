@@ -54,8 +54,8 @@ class Fingerprint:
     cores: int
     runtime_version: str
     accelerator: str | None = None
-    session_config: tuple[tuple[str, str], ...] = ()
-    """What its sessions of ONNX Runtime are told: names and values."""
+    session_config: tuple[tuple[str, str], ...] | None = ()
+    """What its sessions of ONNX Runtime are told: names and values; None where a file does not record it."""
 
 
 def fingerprint(target: Target) -> Fingerprint:
@@ -68,14 +68,18 @@ def fingerprint(target: Target) -> Fingerprint:
 
 def fingerprint_from_dict(data: Mapping[str, Any]) -> Fingerprint:
     """A device as JSON has it. Raises KeyError or TypeError when something is missing or unknown."""
-    values: dict[str, Any] = {"session_config": {}, **data}
-    values |= {"flags": tuple(data["flags"]), "session_config": tuple(dict(values["session_config"]).items())}
+    values: dict[str, Any] = {"session_config": None, **data}
+    told = values["session_config"]
+    values |= {"flags": tuple(data["flags"]), "session_config": None if told is None else tuple(dict(told).items())}
     return Fingerprint(**values)
 
 
 def fingerprint_to_dict(device: Fingerprint) -> dict[str, Any]:
     """The inverse of :func:`fingerprint_from_dict`."""
-    return {**asdict(device), "flags": list(device.flags), "session_config": dict(device.session_config)}
+    told = device.session_config
+    return {
+        **asdict(device), "flags": list(device.flags), "session_config": None if told is None else dict(told)
+    }  # fmt: skip
 
 
 def missing_runtime(runtime: str) -> str | None:
