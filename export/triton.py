@@ -9,7 +9,6 @@ from onnx import TensorProto
 from ..evaluators.latency.timer import PROVIDERS
 from .origin import Origin
 
-CPU = "CPUExecutionProvider"
 MOST_ITEMS = 64
 """The batch up to which Triton may gather requests, where the target's is not larger."""
 _TYPES: dict[int, str] = {
@@ -63,7 +62,7 @@ def _tensor(value: onnx.ValueInfoProto) -> str:
 def _instances(origin: Origin) -> str:
     """Triton counts instances on GPUs by the GPU, on the CPU as a whole."""
     target = origin.target
-    if PROVIDERS.get(target.runtime, [CPU])[0] != CPU:
+    if not PROVIDERS.get(target.runtime, PROVIDERS["onnxruntime"])[0].startswith("CPU"):
         return "kind: KIND_GPU, count: 1"
     return f"kind: KIND_CPU, count: {max(1, origin.device.get('cores', 1) // target.threads)}"
 

@@ -46,6 +46,7 @@ def clock(run: RunRecord) -> Clock | None:
 
 def _signs(run: RunRecord) -> list[float]:
     """Moments at which the night recorded something, in seconds since the epoch."""
-    moments: list[Any] = [moment for trial in run.trials for moment in (trial.started, trial.finished)]
+    own = [trial for trial in run.trials if trial.driver in {None, run.state.get("driver")}]
+    moments: list[Any] = [moment for trial in own for moment in (trial.started, trial.finished)]
     moments += [entry.get("time") for entry in (*run.decisions, *(run.state.get("noise") or ()))]
     return [known for moment in moments if (known := seconds_since_epoch(moment)) is not None]

@@ -54,7 +54,7 @@ def size_long(session: Session) -> float:
 
 
 def train_rules(session: Session, end: float | None = None) -> None:
-    """The long fine-tune of the baselines, before any proposal: they get the same training as the finalists, or the
+    """The long fine-tune of the baselines, before most proposals: they get the same training as the finalists, or the
     comparison with them would be worth nothing, and the search learns from them what it will give."""
     _train(session, _rules(session), size_long(session) if end is None else end)
 
@@ -142,8 +142,8 @@ def _train_next(session: Session, end: float, most: int, *, more: int = 0, why: 
 
 
 def waits(session: Session, trial: TrialRecord) -> bool:
-    """Whether its long fine-tune is still to come: one that has failed by itself would only fail again."""
-    over = trial.number in session.state.get("long_failed", ()) or outcome_file(session, trial.number).is_file()
+    """Whether its long fine-tune is still to come."""
+    over = trial.number in session.long_failed or outcome_file(session, trial.number).is_file()
     return trial.struck_out is None and not over
 
 
@@ -180,7 +180,7 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
             if result.kind != WORKER_LOST and not is_full(result):
-                session.update(long_failed=[*session.state.get("long_failed", ()), number])
+                session.long_failed.add(number)
         else:
             # In this order: what is killed in between is trained once more, and nothing that it taught is missed.
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))

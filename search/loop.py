@@ -27,9 +27,9 @@ LOOK_SECONDS = 20.0
 
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
-    patience, since = (SOON if long_tuning.teachable(session) else 1.0), 0
+    patience, since, most = (SOON if long_tuning.teachable(session) else 1.0), 0, session.config.search.max_trials
     while True:
-        reason = _run(session, trials, partial(enough, session, trials, patience, since))
+        reason = _run(session, trials, partial(enough, session, trials, patience, since), most)
         if _over(session, trials) is not None:
             break
         if _learned(session, trials, reason):
@@ -50,24 +50,28 @@ def run_first(session: Session, trials: Trials) -> None:
     """What comes before the long fine-tunes of the rules, which may take a third of a short night: the seeds, which
     nothing could change that those teach, and proposals by what short fine-tunes tell. Who looks in, or has to end the
     night early, has a front at once."""
+    if session.state.get("first_trials_over"):  # a resumed night goes on with what came after them
+        return
     most, store = session.config.search.max_trials, session.store
     count = FIRST if most is None else min(FIRST, int(FIRST_SHARE * most))
-    _run(session, trials, lambda: _over(session, trials) or (None if store.waiting("seed") else "no seed waits"))
+    _run(session, trials, lambda: _over(session, trials) or (None if store.waiting("seed") else "no seed waits"), most)
     planning.plan_finalists(session)
     left = session.clock.left_before("finalists", *ENDING)
 
     def ended() -> str | None:
         if store.tally().begun >= count:
             return f"{count} trials have begun"
-        used = session.clock.left_before("finalists", *ENDING) <= (1 - FIRST_SHARE) * left
+        # Counted trials are the same on every machine; time is not.
+        used = most is None and session.clock.left_before("finalists", *ENDING) <= (1 - FIRST_SHARE) * left
         return "their time is used up" if used else _over(session, trials)
 
-    _run(session, trials, ended)
+    _run(session, trials, ended, count)
     trials.drain()
+    session.update(first_trials_over=True)
 
 
-def _run(session: Session, trials: Trials, ended: Callable[[], str | None]) -> str:
-    """Trials until they ``ended``; says why."""
+def _run(session: Session, trials: Trials, ended: Callable[[], str | None], most: int | None) -> str:
+    """Trials until they ``ended``, and until ``most`` have begun; says why."""
     looked = -math.inf
     planning.plan_finalists(session)  # first, or time that they cannot use ends a search before it begins
     while (reason := ended()) is None:
@@ -76,7 +80,6 @@ def _run(session: Session, trials: Trials, ended: Callable[[], str | None]) -> s
             planning.plan_finalists(session)
             trials.make_room()
             continue
-        most = session.config.search.max_trials
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
     return reason

@@ -1,6 +1,7 @@
 """Where evaluations run: how many at once, what each takes, and the runner that does it."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +31,12 @@ class Places:
     target_node: bool = False
     """Whether the target device is a node of the cluster; otherwise it is this machine, and all night long."""
 
-    def start(self, make: Factory, run: Path, ahead: WorkerProcess | None = None) -> Runner:
-        """The runner; ``run`` is the run's folder, ``ahead`` a worker of this machine that has been started."""
+    def start(self, make: Factory, run: Path, ahead: WorkerProcess | None, tick: Callable[[], None]) -> Runner:
+        """The runner; ``run`` is the run's folder, ``ahead`` a worker of this machine that has been started; ``tick``
+        is called while it waits."""
         if self.cluster is not None:
             share = int(MEMORY_SHARE * machine_bytes() / self.workers) if self.alone else None
-            return RayRunner(self.cluster, make, self.needs, self.most, run, self.needs.memory_bytes or share)
+            return RayRunner(self.cluster, make, self.needs, self.most, run, self.needs.memory_bytes or share, tick)
         return LocalRunner(make, self.workers, self.needs.memory_bytes, ahead)
 
     def timer(self, target: Target, listener: Listener) -> Timer:

@@ -95,7 +95,7 @@ def _jobs(session: Session, recipe: Recipe) -> Jobs:
     prepared = session.prepared
     epoch = prepared.train_items / recipe.batch_size
     return Jobs(
-        session.places.start(session.make, session.folder.path, session.ahead), recipe.batch_size,
+        session.places.start(session.make, session.folder.path, session.ahead, session.tick), recipe.batch_size,
         expected_seconds=lambda job: (job.steps + epoch) * prepared.step_ms / 1000,
         tell=lambda what, why: session.folder.decide(session.state["phase"], what, why),
     )  # fmt: skip

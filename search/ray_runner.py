@@ -1,7 +1,7 @@
 """Evaluations as Ray tasks, on this machine or on a cluster."""
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from .cluster import Cluster, Needs
 from .worker import OUT_OF_MEMORY, WORKER_LOST, Factory, Failure, Worker, settle
 
 PROBE_SECONDS = 60.0
+WAIT_SECONDS = 0.25
 
 
 class RayRunner:
@@ -20,14 +21,15 @@ class RayRunner:
     its evaluator keeps it. Nodes may come and go: Ray starts what waits where there is room.
 
     ``workers`` None takes all the room there is. ``run`` is the run's folder; every node must see it under this path.
-    ``memory_bytes`` caps each worker, by default at what it needs.
+    ``memory_bytes`` caps each worker, by default at what it needs. ``tick`` is called now and then while it waits.
     """
 
     def __init__(
         self, cluster: Cluster, make: Factory, needs: Needs, workers: int | None, run: Path,
-        memory_bytes: int | None = None,
+        memory_bytes: int | None = None, tick: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         ray = cluster.ray
+        self._tick = tick
         self._memory_bytes = memory_bytes or needs.memory_bytes
         self._cluster, self._needs, self._most = cluster, needs, workers
         self._run = str(run.absolute())
@@ -56,8 +58,10 @@ class RayRunner:
     def paused(self) -> AbstractContextManager[None]:
         """On one machine, once all that was submitted is over: Ray's workers cannot be stopped in between. A cluster
         times on a node of its own."""
-        if self._keys and len(self._cluster.nodes()) == 1:
-            self._cluster.ray.wait(list(self._keys), num_returns=len(self._keys))
+        rest = list(self._keys) if len(self._cluster.nodes()) == 1 else []
+        while rest:
+            self._tick()
+            rest = self._cluster.ray.wait(rest, num_returns=len(rest), timeout=WAIT_SECONDS)[1]
         return nullcontext()
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:

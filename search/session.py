@@ -79,6 +79,10 @@ class Session:
     stop: bool = False
     followers: tuple[str, ...] = ()
     """Phases whose time the running one must not touch, whatever it is busy with."""
+    long_failed: set[int] = field(default_factory=set[int])
+    """Trials whose long fine-tune failed under this driver: it would only fail again."""
+    unmeasurable: bool = False
+    """Whether a kind of kernel that was never measured could not be measured either: no further one is tried."""
     _told: float = 0.0  # of the minute line
     _written: float = 0.0  # of the state
     _parts: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -274,11 +278,15 @@ class Session:
 
     def costs_of(self, choices: Choices) -> NDArray[np.float64]:
         """The same for tens of thousands, shape (n, 2). A kind of kernel that was never measured is measured first;
-        where it cannot be, because the profile is of another device, the latency is NaN."""
+        where it cannot be, because the profile is of another device or the runtime refuses it, the latency is NaN."""
         found = self.profile.costs(choices)
-        measurable = not (self.profile.remote or self.profile.forced)
-        while measurable and (unseen := np.flatnonzero(np.isnan(found[:, 0]))).size:
-            self._predicted([policy_at(self.prepared.anatomy, choices, int(unseen[0]))])
+        self.unmeasurable |= bool(self.profile.remote or self.profile.forced)
+        while not self.unmeasurable and (unseen := np.flatnonzero(np.isnan(found[:, 0]))).size:
+            try:
+                self._predicted([policy_at(self.prepared.anatomy, choices, int(unseen[0]))])
+            except (MeasurementError, UnseenKernelError) as error:
+                self.unmeasurable = True
+                self.folder.decide("search", "policies of some kinds of kernels are not proposed", str(error))
             found = self.profile.costs(choices)
         return found
 
@@ -339,7 +347,7 @@ class Session:
         """A timer of the target device, while training is paused; its seconds are counted, and the noise that it hears
         is kept."""
         listener = partial(self.measured, phase=phase)
-        with self.measuring(), self.jobs.paused(), self.places.timer(self.config.target, listener) as timer:
+        with self.jobs.paused(), self.measuring(), self.places.timer(self.config.target, listener) as timer:
             yield timer
 
     def on_target(self, phase: str, measure: Callable[[Timer], T]) -> T:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
+from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import MeasurementError
 from ..evaluators.latency.profile import Point
 from ..spaces.errors import InputError
@@ -61,7 +62,8 @@ class Trials:
         self.judging = Judging(self.session)
         store = self.session.store  # an earlier driver knew more than what it left unfinished
         self._spared.update(store.noted("spared"))
-        again = {trial.number for trial in self.adopted}  # they are judged once more
+        first = rungs_of(self.session.state["rungs"])[0]
+        again = {t.number for t in self.adopted if t.quality is None or t.quality.rung == first}  # judged once more
         self._worths.extend(Worth(*w) for number, w in sorted(store.noted("worth").items()) if number not in again)
 
     @property
@@ -146,7 +148,9 @@ class Trials:
         self.repeats = 0
         try:
             predicted, size = session.predicted(policy), session.predict(policy)[3]
-        except (InputError, MeasurementError) as error:  # one of its kernels cannot be measured; others can
+        except (InputError, UnseenKernelError, MeasurementError) as error:  # its kernels cannot be measured; others can
+            if role == "baseline" and isinstance(error, MeasurementError):  # it is the target that was lost
+                raise
             self._finish(number, TrialState.FAILED, f"it has no price: {error}")
             return
         planned = plan(session.prepared.anatomy, policy)

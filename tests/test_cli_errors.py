@@ -220,12 +220,22 @@ def test_more_threads_than_cores(cli: Cli, place: tiny.Place, tmp_path: Path) ->
         ({"distill": {"alpha": 2}}, "distill.alpha must be a number in [0, 1], but got 2."),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["predict", "measure", "apply"])
 def test_a_policy_that_is_wrong(
-    cli: Cli, place: tiny.Place, tmp_path: Path, command: str, keys: dict[str, Any], message: str
+    cli: Cli, place: tiny.Place, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps({**json.loads(place.policy.read_text()), **keys}))
+
+    sentence = tiny.refused(cli("apply", path, place.task, "--out", tmp_path / "model.pt", "--json"))
+
+    assert sentence.startswith(f"{path}: {message}")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("command", ["predict", "measure", "apply"])
+def test_each_command_names_the_policy_that_is_wrong(cli: Cli, place: tiny.Place, tmp_path: Path, command: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps({**json.loads(place.policy.read_text()), "pruning": {}}))
     words = {
         "predict": ["predict", place.task, place.policy, path, "--target", place.profile],
         "measure": ["measure", place.task, place.policy, path],
@@ -234,7 +244,7 @@ def test_a_policy_that_is_wrong(
 
     sentence = tiny.refused(cli(*words, "--json"))
 
-    assert sentence.startswith(f"{path}: {message}")
+    assert sentence.startswith(f"{path}: unknown key pruning; did you mean prune.")
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -273,18 +283,20 @@ def test_weights_that_are_not_those_of_the_policy(cli: Cli, place: tiny.Place, t
         (lambda p: {key: p[key] for key in p if key != "points"}, "the profile is damaged: KeyError 'points'."),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["predict", "run"])
 def test_a_profile_that_does_not_fit(
-    cli: Cli, place: tiny.Place, tmp_path: Path, command: str,
-    change: Callable[[dict[str, Any]], dict[str, Any]], message: str,
-) -> None:  # fmt: skip
+    cli: Cli, place: tiny.Place, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], message: str
+) -> None:
     path = tmp_path / "profile.json"
     path.write_text(json.dumps(change(json.loads(place.profile.read_text()))))
-    words = {
-        "predict": ["predict", place.task, place.policy, "--target", path],
-        "run": ["run", tiny.config_for(place, tmp_path, target=str(path))],
-    }[command]
-    assert tiny.refused(cli(*words, "--json")).startswith(f"{path}: {message}")
+    sentence = tiny.refused(cli("predict", place.task, place.policy, "--target", path, "--json"))
+    assert sentence.startswith(f"{path}: {message}")
+
+
+def test_a_night_refuses_a_profile_that_does_not_fit(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({**json.loads(place.profile.read_text()), "model": "0" * 16}))
+    sentence = tiny.refused(cli("run", tiny.config_for(place, tmp_path, target=str(path)), "--json"))
+    assert sentence.startswith(f"{path}: a profile belongs to one model; this one is for {'0' * 16}, the task's")
 
 
 def test_a_profile_that_is_none(cli: Cli, place: tiny.Place, tmp_path: Path) -> None:

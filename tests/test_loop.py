@@ -81,16 +81,32 @@ def test_seeds_count_against_the_most_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("most", "first"), [(None, FIRST), (40, FIRST_SHARE * 40)])
+@pytest.mark.parametrize("workers", [1, 5])
 def test_seeds_and_the_first_proposals_come_before_the_long_fine_tunes(
-    tmp_path: Path, most: int | None, first: float
+    tmp_path: Path, most: int | None, first: float, workers: int
 ) -> None:
-    trials = with_seeds(night(tmp_path, most=most), 8)
+    trials = with_seeds(night(tmp_path, most=most, workers=workers), 8)
 
     run_first(trials.session, trials)
 
     roles = [trial.role for trial in trials.session.store.trials()]
     assert roles == ["seed"] * 8 + ["search"] * (int(first) - 8)
     assert "long" not in rungs_of(trials)
+
+
+def test_a_resumed_night_has_no_second_first_trials(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    before = night(one, most=8)
+    run_first(before.session, before)
+    resumed = night(two, most=40)
+    resumed.session.state |= {"first_trials_over": before.session.state["first_trials_over"]}
+
+    run_first(resumed.session, resumed)
+
+    assert asked(before)
+    assert not asked(resumed)
 
 
 def test_the_first_trials_leave_most_of_the_time_to_those_after_the_long_fine_tunes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
+from nightpress.evaluators.latency.insitu import UnseenKernelError
+from nightpress.evaluators.latency.measure import MeasurementError
 from nightpress.evaluators.quality import Score
 from nightpress.search.clock import Clock, Times
 from nightpress.search.config import Limits, RunConfig, SearchConfig
@@ -31,6 +34,7 @@ from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import Trials, enqueue
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
+from nightpress.spaces.plans import Choices, choices_of
 from nightpress.spaces.policy import FP32, INT8, Policy, digest
 from nightpress.spaces.space import Space
 from strategies import toy_anatomy
@@ -238,6 +242,38 @@ def test_a_policy_that_has_no_price_fails_alone(tmp_path: Path) -> None:
     assert found[0].reason == "it has no price: its kernel cannot be measured here"
     assert len(found) == 6
     assert TrialState.COMPLETE in {t.state for t in found[2:]}
+
+
+@dataclass
+class Refused:
+    """A profile to which every kernel is new, on a target that refuses them all."""
+
+    forced: tuple[str, ...] = ()
+    remote: bool = False
+    asked: int = 0
+
+    def costs(self, choices: Choices) -> np.ndarray[Any, Any]:
+        return np.full((len(choices), 2), np.nan)
+
+    def predict(self, policies: list[Policy]) -> np.ndarray[Any, Any]:
+        raise UnseenKernelError("conv int8")
+
+    def measure(self, *given: object) -> None:
+        self.asked += 1
+        raise MeasurementError("the runtime refuses it")
+
+
+def test_a_kernel_that_the_target_refuses_has_no_price_and_is_asked_for_once(tmp_path: Path) -> None:
+    session, profile = begun(tmp_path, PLANNED).session, Refused()
+    session.provide(profile=profile, measure_unseen=profile.measure)
+    choices = choices_of(SPACE.anatomy, [Policy(model=SPACE.anatomy.digest)])
+
+    for _ in range(2):
+        assert np.isnan(session.costs_of(choices)).all()
+
+    assert profile.asked == 1
+    session.update()
+    assert "the runtime refuses it" in [d["reason"] for d in read_run(tmp_path).decisions]
 
 
 def test_a_policy_beyond_a_limit_is_not_trained_and_says_so(tmp_path: Path) -> None:
