@@ -31,7 +31,9 @@ class Places:
     target_node: bool = False
     """Whether the target device is a node of the cluster; otherwise it is this machine, and all night long."""
 
-    def start(self, make: Factory, run: Path, ahead: WorkerProcess | None, tick: Callable[[], None]) -> Runner:
+    def start(
+        self, make: Factory, run: Path, ahead: WorkerProcess | None = None, tick: Callable[[], None] = lambda: None
+    ) -> Runner:
         """The runner; ``run`` is the run's folder, ``ahead`` a worker of this machine that has been started; ``tick``
         is called while it waits."""
         if self.cluster is not None:
