@@ -201,7 +201,7 @@ def night(world: World, name: str, seed: int, trials: int) -> tuple[list[float],
             sampler.options = Options(**({name: False} if name in ABLATIONS else {}))
         store = Store(open_storage(Path(folder), None), sampler)
         rules = list(baselines(space.anatomy, True).values())
-        for policy in [*rules, *walk_seeds(steps, SEEDS, world.costs)]:
+        for policy in [*rules, *walk_seeds(steps, SEEDS)]:
             params = space.params(policy) if space.contains(policy) else {}
             store.enqueue(params, "seed", None, policy_to_dict(policy))
         begun = len(rules)

@@ -263,7 +263,7 @@ def _enqueue_seeds(session: Session) -> None:
     rivals = greedy_rules(steps, prepare.rules_of(session), session.costs)
     _enqueue(session, "greedy", [(policy, name) for name, policy in rivals.items()])
     within = finalists.reachable(session, steps)
-    walk = [] if "seeds" in session.config.search.without else walk_seeds(within, SEEDS, session.costs)
+    walk = [] if "seeds" in session.config.search.without else walk_seeds(within, SEEDS)
     own = own_policies(session.config.seeds, prepared.space)
     seeds = [*own, *earlier_fronts(session), *(policy for policy in walk if policy not in rivals.values())]
     _enqueue(session, "seed", [(policy, None) for policy in seeds])

@@ -149,20 +149,19 @@ def greedy_walk(space: Space, sensitivity: Sensitivity, costs: ManyCosts, count:
             break
         walk.append(cuts[best])
         price_now = prices[best]
-    steps = walk[1:]
+    return spread_out(walk[1:], count)
+
+
+def spread_out(steps: Sequence[Policy], count: int) -> list[Policy]:
+    """At most ``count`` of the steps, evenly."""
     chosen = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)) if steps else []
     return [steps[i] for i in chosen]
 
 
-def walk_seeds(steps: Sequence[Policy], count: int, costs: Costs) -> list[Policy]:
-    """At most ``count`` steps of a greedy walk to begin a search with, evenly by the logarithm of their latency, the
-    harshest first: the rules have shown the gentle end, where a trial takes longest, and a night too short for all of
-    them should not end there."""
-    if not steps:
-        return []
-    levels = np.log([costs(policy)[0] for policy in steps])
-    wanted = np.linspace(levels[0], levels[-1], count)
-    return [steps[i] for i in sorted({int(np.abs(levels - level).argmin()) for level in wanted}, reverse=True)]
+def walk_seeds(steps: Sequence[Policy], count: int) -> list[Policy]:
+    """Steps of a greedy walk to begin a search with, the harshest first: the rules have shown the gentle end, and a
+    night too short for all of them should not end there."""
+    return spread_out(steps, count)[::-1]
 
 
 def own_policies(files: Sequence[str], space: Space) -> list[Policy]:

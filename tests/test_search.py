@@ -226,23 +226,13 @@ def test_a_search_begins_with_the_harshest_steps_of_the_greedy_walk(space: Space
     costs = costs_of(space.anatomy)
     walk = greedy_walk(space, Sensitivity(), batch_costs_of(space.anatomy), 1000)
 
-    seeds = walk_seeds(walk, 4, costs)
+    seeds = walk_seeds(walk, 4)
 
     assert seeds[0] == walk[-1]
     assert seeds[-1] == walk[0]
     products = [np.prod(costs(policy)) for policy in seeds]
     assert products == sorted(products)
     assert len(seeds) == 4
-
-
-def test_the_first_steps_lie_evenly_by_the_logarithm_of_their_latency() -> None:
-    walk = [Policy(model=str(100 - k)) for k in range(91)]  # each a hundredth faster than the one before
-
-    seeds = walk_seeds(walk, 3, lambda policy: (int(policy.model) / 100, 1))
-
-    assert [int(policy.model) for policy in seeds] == [10, 32, 100]
-    assert walk_seeds([], 3, lambda policy: (1.0, 1)) == []
-    assert walk_seeds(walk[:2], 3, lambda policy: (int(policy.model) / 100, 1)) == [walk[1], walk[0]]
 
 
 def test_the_greedy_walk_cuts_the_harmless_group_first(space: Space) -> None:
