@@ -33,10 +33,10 @@ class _Peers:
 class _Running:
     job: Job
     cap_seconds: float | None
-    since: float
-    pauses: int
-    """How often all work had been paused before it began."""
     lost: int = 0
+    since: float = 0.0
+    pauses: int = 0
+    """How often all work had been paused before it began."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Jobs:
 
     def submit(self, key: int, job: Job) -> None:
         """Start a job. Its result comes once, after whatever repetitions it needs."""
-        self._submit(key, _Running(job, self.cap_seconds(job), self.now(), self._pauses))
+        self._submit(key, _Running(job, self.cap_seconds(job)))
 
     @contextmanager
     def paused(self) -> Generator[None]:
@@ -90,7 +90,7 @@ class Jobs:
         return max(LEAST_CAP_SECONDS, PATIENCE * peers.slowest_seconds)
 
     def _submit(self, key: int, running: _Running) -> None:
-        self._running[key] = running
+        self._running[key] = replace(running, since=self.now(), pauses=self._pauses)
         self.runner.submit(key, running.job, running.cap_seconds)
 
     def _learn(self, job: Job, outcome: Outcome) -> None:
@@ -107,18 +107,17 @@ class Jobs:
 
     def _again(self, key: int, running: _Running, failure: Failure) -> _Running | None:
         """The job as it is to be repeated; None when the failure is final."""
-        job, now = running.job, self.now()
+        job = running.job
         name = f"trial {key}: rung {job.rung}" if job.rung in RUNGS else f"{job.rung} {key}"
         if failure.kind == HUNG and running.pauses < self._pauses:
             self.tell(f"{name} is run again", f"{failure.text}, in which it was paused for a measurement")
-            return replace(running, since=now, pauses=self._pauses)
+            return running
         if failure.kind == WORKER_LOST and running.lost < MOST_LOST:
             self.tell(f"{name} is run again", failure.text)
-            return replace(running, since=now, pauses=self._pauses, lost=running.lost + 1)
+            return replace(running, lost=running.lost + 1)
         smaller = (job.batch_size or self.batch_size) // 2
         if failure.kind == OUT_OF_MEMORY and job.batch_size is None and smaller >= LEAST_BATCH:
             self.tell(f"{name} is run again with batches of {smaller}", f"out of memory: {failure.text}")
             cap = 2 * running.cap_seconds if running.cap_seconds is not None else None
-            smaller_job = replace(job, batch_size=smaller)
-            return replace(running, job=smaller_job, since=now, pauses=self._pauses, cap_seconds=cap)
+            return replace(running, job=replace(job, batch_size=smaller), cap_seconds=cap)
         return None
