@@ -280,8 +280,8 @@ class Session:
         """The same for tens of thousands, shape (n, 2). A kind of kernel that was never measured is measured first;
         where it cannot be, because the profile is of another device or the runtime refuses it, the latency is NaN."""
         found = self.profile.costs(choices)
-        self.unmeasurable |= bool(self.profile.remote or self.profile.forced)
-        while not self.unmeasurable and (unseen := np.flatnonzero(np.isnan(found[:, 0]))).size:
+        elsewhere = self.profile.remote or self.profile.forced
+        while not (elsewhere or self.unmeasurable) and (unseen := np.flatnonzero(np.isnan(found[:, 0]))).size:
             try:
                 self._predicted([policy_at(self.prepared.anatomy, choices, int(unseen[0]))])
             except (MeasurementError, UnseenKernelError) as error:
