@@ -173,7 +173,7 @@ def predict(
     from ..spaces.policy import digest
 
     log_to_stderr()
-    _, anatomy, where = find_anatomy(task, str(target), runs_here=False)
+    _, anatomy, where = find_anatomy(task, str(target), runs_here=False, given=True)
     profile = load_profile(target, anatomy, force=force)
     rows: list[dict[str, Any]] = []
     for path, policy in _policies(policies, anatomy, where):
@@ -206,7 +206,7 @@ def measure(
     log_to_stderr()
     profile = parse_target(target, Path(), "--target")[1]
     caveat = measured_elsewhere(Path(profile), force=force) if profile is not None else None
-    _, anatomy, where = find_anatomy(task, target, threads=threads, batch=batch)
+    _, anatomy, where = find_anatomy(task, target, given=True, threads=threads, batch=batch)
     read = _policies(policies, anatomy, where)
     timings, sizes = measure_policies(anatomy, {str(path): policy for path, policy in read}, where)
     rows = [
@@ -237,7 +237,7 @@ def apply(
 
     log_to_stderr()
     check_file(out)
-    found, anatomy, where = find_anatomy(task, "onnxruntime")
+    found, anatomy, where = find_anatomy(task, "onnxruntime", given=True)
     [(_, chosen)] = _policies([policy], anatomy, where, any_bits=True)
     data = apply_to_file(found, anatomy, chosen, out, weights)
     if json:
@@ -247,25 +247,27 @@ def apply(
 
 
 def find_anatomy(
-    task: str, target: str, runs_here: bool = True, measured: bool = False, **settings: int | None
-) -> "tuple[Task, Anatomy, Target]":
+    task: str, target: str, runs_here: bool = True, measured: bool = False, given: bool = False,
+    **settings: int | None,
+) -> "tuple[Task, Anatomy, Target]":  # fmt: skip
     """Task, anatomy and target of a command; ``settings`` that are not None replace fields of the target, ``measured``
-    takes the steps that its kernels were measured to have. Raises InputError."""
+    takes the steps that its kernels were measured to have, ``given`` is for policies that are given: they are taken as
+    they are written, not moved to the steps of a target that would not have proposed them. Raises InputError."""
     from ..evaluators.inspect import inspect as look
     from ..evaluators.latency.capabilities import capabilities
-    from ..evaluators.latency.target import check_target
+    from ..evaluators.latency.target import Target, check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
 
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    where = replace(parse_target(target, Path(), "--target")[0], **given)
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    where = replace(parse_target(target, Path(), "--target")[0], **chosen)
     if runs_here:
         check_target(where)
     if measured:
         where = capabilities(where).applied(where)
     found = load_task(task, Path.cwd())
     check_task(found)
-    anatomy, _ = look(found, step_of=where.channel_step)
+    anatomy, _ = look(found, step_of=(Target() if given else where).channel_step)
     return found, anatomy, where
 
 

@@ -17,7 +17,7 @@ from nightpress.evaluators.latency.profile import profile_to_dict
 from nightpress.evaluators.latency.target import RUNTIMES, Target, missing_runtime
 from nightpress.search.config import RunConfig
 from nightpress.search.prepare import space_of
-from nightpress.spaces.policy import INT8, Policy, policy_to_json
+from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_json
 
 MANY = 4096
 """Threads, more than any machine here has cores."""
@@ -106,6 +106,22 @@ def test_times_of_this_machine_in_place_of_another_say_so(cli: tiny.Cli, place: 
     assert forced["forced"].startswith("a profile holds for one device; cpu was 'Cortex-A76' when it was made")
     assert own["forced"] is None
     assert all(row["latency_ms"] > 0 for row in (forced, own))
+
+
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_a_policy_is_taken_as_it_is_written_where_the_target_would_not_have_proposed_it(
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path, command: str
+) -> None:
+    """A width between the channel steps that a profile's device was measured to have."""
+    coarse = profile_with(place, tmp_path, lambda data: data["target"].update(channel_steps=[[0, 16], [64, 32]]))
+    policy = tmp_path / "between.json"
+    policy.write_text(policy_to_json(Policy(model=place.anatomy.digest, prune={place.anatomy.groups[0].name: 0.125})))
+
+    rows = [cli(command, place.task, policy, "--target", profile, "--json").json["policies"][0]
+            for profile in (place.profile, coarse)]  # fmt: skip
+
+    assert {row["digest"] for row in rows} == {digest(policy_from_json(policy.read_text(), str(policy)))}
+    assert rows[0]["size_bytes"] == rows[1]["size_bytes"]
 
 
 @pytest.mark.parametrize("command", ["calibrate", "measure"])
