@@ -334,7 +334,7 @@ def _doubtful_trials(run: RunRecord) -> list[str]:
         said.append(f"Struck out by verification: {_list(struck)}.")
     hopeless = [t for t in run.trials if t.verified is None and t.hopeless is not None]
     if hopeless:
-        said.append(f"Not trained long, since they were expected to end below min_accuracy: {_list(hopeless)}.")
+        said.append(f"Not trained long, since they could not come within the limits: {_list(hopeless)}.")
     if run.unreadable:
         said.append(f"{counted(len(run.unreadable), 'record')} could not be read: {', '.join(run.unreadable[:3])}.")
     return said

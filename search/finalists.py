@@ -80,7 +80,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best. A
     trial below ``min_accuracy`` is a candidate where that may still bring it there.
     """
-    trials = [t for t in complete(session, "search") if _cheap_enough(session, t)]
+    trials = [t for t in complete(session, "search") if beyond(session, t) is None]
     if not trials:
         return []
     surrogate, least = surrogate_of(session), search_limits(session).min_accuracy
@@ -139,7 +139,7 @@ def _likely_pick(
         (
             t.latency.latency_ms
             for t, accuracy in _trained(session, surrogate)
-            if t.latency and accuracy >= least and _cheap_enough(session, t)
+            if t.latency and accuracy >= least and beyond(session, t) is None
         ),
         default=session.state["reference"]["latency_ms"],
     )
@@ -178,18 +178,20 @@ def hopeful(session: Session, trial: TrialRecord) -> bool:
     return (
         quality is not None
         and (least is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= least)
-        and _cheap_enough(session, trial)
+        and beyond(session, trial) is None
     )
 
 
-def _cheap_enough(session: Session, trial: TrialRecord) -> bool:
-    limits, latency = session.config.limits, trial.latency
-    return (
-        latency is not None
-        and trial.size_bytes is not None
-        and (limits.max_latency_ms is None or latency.low_ms <= limits.max_latency_ms)
-        and (limits.max_size_bytes is None or trial.size_bytes <= limits.max_size_bytes)
-    )
+def beyond(session: Session, trial: TrialRecord) -> str | None:
+    """Which limit on what is free to know a trial is beyond, by the low end of its latency; None where it is within."""
+    limits, latency, size_bytes = session.config.limits, trial.latency, trial.size_bytes
+    if latency is None or size_bytes is None:
+        return "its latency and size are not known"
+    if limits.max_latency_ms is not None and latency.low_ms > limits.max_latency_ms:
+        return f"takes at least {latency.low_ms:.4g} ms, above max_latency_ms {limits.max_latency_ms:g}"
+    if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
+        return f"has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
+    return None
 
 
 def _losses(trial: TrialRecord, accuracy: float) -> tuple[float, float, float]:

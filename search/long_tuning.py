@@ -15,7 +15,7 @@ from ..evaluators.quality import Score
 from ..spaces.files import write_whole
 from .clock import ENDING
 from .disk import find_room, free_disk, is_full
-from .finalists import choose, complete, expected_accuracies, hopeful, surrogate_of
+from .finalists import beyond, choose, complete, expected_accuracies, hopeful, surrogate_of
 from .records import UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
 from .sampler import NightpressSampler
@@ -200,26 +200,38 @@ def _worthwhile(session: Session, waiting: dict[int, TrialRecord]) -> Iterator[t
 
 
 def _hopeless(session: Session, rule: TrialRecord) -> bool:
-    """Whether even an optimistic extrapolation leaves a rule below ``min_accuracy``, so that it cannot stand on the
-    front: then its long fine-tune would show nothing. That is recorded. Without such a limit every rule is trained, and
-    so is the uncompressed network, against which all are judged."""
-    least = search_limits(session).min_accuracy
-    if least is None or rule.role != "baseline" or rule.name == UNCOMPRESSED or hopeful(session, rule):
+    """Whether a rule cannot stand on the front, because it is slower or larger than the limits allow, or because even
+    an optimistic extrapolation leaves it below ``min_accuracy``: then its long fine-tune would show nothing. That is
+    recorded. The uncompressed network, against which all are judged, is trained in any case."""
+    if rule.role != "baseline" or rule.name == UNCOMPRESSED:
         return False
+    if (reason := beyond(session, rule)) is not None:
+        found, evidence = reason, dict[str, float]()
+    elif (expected := _expected(session, rule)) is not None:
+        found, evidence = expected
+    else:
+        return False
+    session.store.note_hopeless(rule.number, found)
+    session.folder.decide(
+        "search", f"no long fine-tune of {rule.name}", found, trial=rule.number, short=_accuracy(rule), **evidence
+    )
+    return True
+
+
+def _expected(session: Session, rule: TrialRecord) -> tuple[str, dict[str, float]] | None:
+    """That a rule is expected to end below ``min_accuracy``, with the figures; None while it may reach it."""
+    least = search_limits(session).min_accuracy
+    if least is None or hopeful(session, rule):
+        return None
     surrogate = surrogate_of(session)
     if RUNGS[surrogate.rung] != Rung.LONG:  # nobody knows yet what a long fine-tune gives
-        return False
+        return None
     row = surrogate.describer.encoder.row(policy_of(rule))
     expected, _, hope = (float(value[0]) for value in surrogate.accuracy(row[None]))
     if hope >= least:
-        return False
+        return None
     reason = f"expected to end below min_accuracy {least:.4g}: {expected:.3f} ± {hope - expected:.3f}"
-    session.store.note_hopeless(rule.number, reason)
-    session.folder.decide(
-        "search", f"no long fine-tune of {rule.name}", reason, trial=rule.number,
-        short=_accuracy(rule), expected=round(expected, 4), hope=round(hope, 4),
-    )  # fmt: skip
-    return True
+    return reason, {"expected": round(expected, 4), "hope": round(hope, 4)}
 
 
 class _Size(NamedTuple):
@@ -298,8 +310,12 @@ def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enou
 def within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], steps: int) -> bool:
     """Whether a rule may end within the limits, were its error to fall with the square root of the steps: a guess, for
     the plan alone. Measured on ResNet-20, errors fell by at most 1.5 with three times the steps."""
+    if rule.name == UNCOMPRESSED:
+        return True
+    if beyond(session, rule) is not None:
+        return False
     least = search_limits(session).min_accuracy
-    if least is None or rule.name == UNCOMPRESSED or hopeful(session, rule):
+    if least is None or hopeful(session, rule):
         return True
     top = max(session.state["given"]["search"]["accuracy"], *(_accuracy(t) for t in rules))
     return top - _accuracy(rule) <= max(top - least, 0.0) * math.sqrt(steps / session.state["rungs"]["short_steps"])

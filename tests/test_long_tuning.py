@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,12 +53,13 @@ def outcome(job: Job, pace: float) -> Outcome:
 
 def judged(
     folder: Path, *, hours: float = 2.0, least: float | None = 0.87, record: BaseStorage | None = None,
-    finetune: FineTuneConfig | None = None, pace: float = 1.0, untouched: float | None = None,
+    finetune: FineTuneConfig | None = None, pace: float = 1.0, untouched: float | None = None, **limits: Any,
 ) -> Session:  # fmt: skip
     """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of.
     ``untouched`` is the accuracy of rules that cut nothing before any fine-tune."""
-    limits, finetune = Limits(min_accuracy=least), finetune or FineTuneConfig()
-    config = RunConfig(task="t", base=None, out=folder, limits=limits, finetune=finetune)
+    kept: Any = {"min_accuracy": least, **limits}
+    finetune = finetune or FineTuneConfig()
+    config = RunConfig(task="t", base=None, out=folder, limits=Limits(**kept), finetune=finetune)
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text("{task: t}")
     clock = Clock(Times().wall() + 3600 * hours)
@@ -202,6 +204,29 @@ def test_a_rule_that_is_bound_to_end_below_the_limit_is_not_trained_long_and_say
         assert rule.quality.rung == "short"  # it stays on record with what it showed
     told = {d["decision"] for d in read_run(tmp_path).decisions}
     assert told >= {f"no long fine-tune of {t.name}" for t in gone}
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"max_latency_ms": 0.39}, "takes at least 0.4 ms, above max_latency_ms 0.39"),
+        ({"max_size_bytes": 79_999}, "has 80000 bytes, above max_size_bytes 79999"),
+    ],
+)
+def test_rules_that_are_slower_or_larger_than_allowed_leave_their_time_to_others(
+    tmp_path: Path, limits: dict[str, Any], reason: str
+) -> None:
+    """Each is accurate enough; the uncompressed network is what all are compared with."""
+    session = judged(tmp_path / "limited", least=None, hours=1.0, **limits)
+    free = judged(tmp_path / "free", least=None, hours=1.0, **{name: value + 1 for name, value in limits.items()})
+
+    train_rules(session)
+    train_rules(free)
+
+    assert trained(session) == ["uncompressed"]
+    assert {t.struck_out for t in session.store.trials() if t.name != "uncompressed"} == {reason}
+    assert set(trained(free)) == set(RULES)
+    assert session.state["rungs"]["long_steps"] > 1.2 * free.state["rungs"]["long_steps"]
 
 
 def test_rules_within_the_limits_are_trained_the_most_promising_first(tmp_path: Path) -> None:

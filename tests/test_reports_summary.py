@@ -221,7 +221,7 @@ def test_a_rule_that_was_not_worth_a_long_fine_tune_does_not_spoil_the_compariso
     assert "not all baselines got" not in said
     assert "not all baselines got" in " ".join(findings(left_out))
     assert any(
-        doubt.startswith("Not trained long, since they were expected to end below min_accuracy: uniform 25% INT8")
+        doubt.startswith("Not trained long, since they could not come within the limits: uniform 25% INT8")
         for doubt in doubts(known)
     )
     [row] = [row for row in summary_table(known) if row["name"] == "uniform 25% INT8"]
