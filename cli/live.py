@@ -1,4 +1,5 @@
-"""The live view of a night on a terminal: phase, time left, trials by state, best points, the current trial."""
+"""The live view of a night on a terminal: phase, time left, trials by state, the last warning, best points, the
+current trial."""
 
 import time
 from collections.abc import Callable, Generator
@@ -62,6 +63,11 @@ class View:
             "  ".join(f"{name.lower()} {count}" for name, count in self.counts.items() if count) or "no trial yet"
         )
         parts: list[RenderableType] = [head, counts]
+        warnings = self.state.get("warnings")
+        if warnings:  # the log, which says it too, is not on the terminal
+            last = warnings[-1]
+            moment = time.strftime("%H:%M", time.localtime(last["time"]))
+            parts.append(Text(f"{moment} {last['phase']}: {last['text']}", "yellow"))
         current = self.state.get("current")
         if current:
             row = Table.grid(padding=(0, 1))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..search import pareto
 from ..search.pareto import losses, non_dominated
 from ..search.records import RunRecord, TrialRecord, row
-from .front import Losses, Point, front, hypervolumes, point, reference
+from .front import Losses, Point, front, hypervolumes, point, reference, verified_any
 from .noise import hypervolume_error, hypervolume_errors
 from .text import plain
 
@@ -63,7 +63,8 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def in_common_box(runs: Sequence[RunRecord]) -> list[Covered | None]:
-    """Hypervolume of each run's whole front, baselines included, up to the worst of all runs' reference points.
+    """Hypervolume of each run's whole front, baselines included, up to the worst of all runs' reference points, each of
+    the split that its run's front stands on.
 
     None for a run without a front, and for all when no run has a reference point.
     """
@@ -80,7 +81,7 @@ def in_common_box(runs: Sequence[RunRecord]) -> list[Covered | None]:
 
 
 def _common_corner(runs: Sequence[RunRecord]) -> Losses | None:
-    corners = [known for run in runs if (known := reference(run)) is not None]
+    corners = [known for run in runs if (known := reference(run, verified=verified_any(run))) is not None]
     if not corners:
         return None
     accuracies, latencies, sizes = zip(*corners, strict=True)

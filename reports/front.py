@@ -226,10 +226,21 @@ def shrinkage(run: RunRecord, trial: TrialRecord) -> float | None:
     return origin_point.size_bytes / found.size_bytes if origin_point and found and found.size_bytes else None
 
 
-def reference(run: RunRecord) -> Losses | None:
-    """The hypervolume's reference point as losses; None when unknown or when it spans no volume."""
-    given: dict[str, Any] = dict(run.state.get("reference") or {})
-    values = [given.get(key) for key in ("accuracy", "latency_ms", "size_bytes")]
+def reference(run: RunRecord, *, verified: bool) -> Losses | None:
+    """The hypervolume's reference point as losses, for points as ``verified`` or else as the search saw them; None when
+    unknown or when it spans no volume.
+
+    Its accuracy is the user's ``min_accuracy``; without one, it lies as far below that of the given network on the test
+    split as the run's lies below it on the search split, which the network may know by heart. Runs of older versions
+    do not hold what the network was given with: theirs stays that of the search split.
+    """
+    known: dict[str, Any] = dict(run.state.get("reference") or {})
+    least, given = limits(run).min_accuracy, run.state.get("given")
+    if least is not None:
+        known["accuracy"] = least
+    elif verified and given and known.get("accuracy") is not None:
+        known["accuracy"] += given["test"]["accuracy"] - given["search"]["accuracy"]
+    values = [known.get(key) for key in ("accuracy", "latency_ms", "size_bytes")]
     if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values):
         return None
     corner = pareto.losses(*(float(value) for value in values if value is not None))
@@ -267,14 +278,14 @@ def sides(run: RunRecord) -> Sides:
 
 def hypervolumes(run: RunRecord) -> dict[str, float | None]:
     """Relative hypervolume of the feasible trials of the ``search`` and of the ``baselines``, by :func:`sides`."""
-    corner, allowed = reference(run), limits(run)
+    both, allowed = sides(run), limits(run)
+    corner = reference(run, verified=both.verified)
 
     def covered(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
         if corner is None or not pairs:
             return None
         return pareto.relative_hypervolume([p.losses for _, p in pairs if not breaches(allowed, p)], corner)
 
-    both = sides(run)
     return {"search": covered(both.search), "baselines": covered(both.baselines)}
 
 
@@ -283,7 +294,7 @@ def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:
 
     On the search split, since the test split is not touched before the end.
     """
-    corner, night, allowed = reference(run), clock(run), limits(run)
+    corner, night, allowed = reference(run, verified=False), clock(run), limits(run)
     if corner is None or night is None:
         return []
     steps: list[HypervolumeStep] = []
@@ -319,7 +330,7 @@ def _no_worse(one: Losses, other: Losses) -> bool:
 
 def baseline_level(run: RunRecord) -> float | None:
     """The baselines' relative hypervolume on the search split, to compare with the search's over time."""
-    corner, allowed = reference(run), limits(run)
+    corner, allowed = reference(run, verified=False), limits(run)
     found = [search_point(t) for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE]
     points = [p.losses for p in found if p is not None and not breaches(allowed, p)]
     return pareto.relative_hypervolume(points, corner) if corner is not None and points else None

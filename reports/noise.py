@@ -20,7 +20,8 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
     interval; sizes are exact. Only points that are not dominated now are drawn, so a hidden point that chance holds
     down is not counted: the error is a little too small.
     """
-    corner, allowed, both = reference(run), limits(run), sides(run)
+    both, allowed = sides(run), limits(run)
+    corner = reference(run, verified=both.verified)
 
     def error(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
         return hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner, both.verified)

@@ -6,6 +6,7 @@ from typing import Any
 from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .front import front, hypervolumes, picked, picks, point, shrinkage, speedup
 from .text import plain, title
+from .verdict import forced
 
 
 def summary(run: RunRecord) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def summary(run: RunRecord) -> dict[str, Any]:
         "baseline_hypervolume": covered["baselines"],
         "picks": {name: trial.number for name, trial in picks(run).items()},
         "seconds": dict(run.state.get("seconds") or {}),
+        "forced": forced(run),
     }
     return plain(data)
 

@@ -1,6 +1,7 @@
 """The night in plain sentences: what you get, whether the search was worth it, what to distrust."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from statistics import median
@@ -27,7 +28,7 @@ from .front import (
     verified_any,
 )
 from .noise import hypervolume_errors
-from .text import accuracy, counted, digits, milliseconds, percent, size, times, title
+from .text import accuracy, counted, cut, digits, milliseconds, percent, size, times, title
 
 FINISHED = frozenset({"done", "finished", "complete", "completed"})
 FEW_TRIALS = 20
@@ -42,6 +43,8 @@ STILL_GROWING = 0.01
 """Share of the hypervolume that the last quarter of the search may add, were it converged."""
 STILL_FALLING = 0.05
 """Share by which a converged fine-tune's loss may fall from its last tenth but one to its last."""
+MOST_WARNINGS = 3
+"""Kinds of warnings that are told; the rest stands in log.jsonl."""
 
 
 def finished(run: RunRecord) -> bool:
@@ -229,7 +232,9 @@ def doubts(run: RunRecord) -> list[str]:
     """What to distrust tonight; empty when nothing speaks against the figures."""
     return [
         *_unfinished(run),
+        *_forced(run),
         *_doubtful_latency(run),
+        *_warned(run),
         *_doubtful_accuracy(run),
         *_unconverged(run),
         *_doubtful_trials(run),
@@ -251,6 +256,36 @@ def _unfinished(run: RunRecord) -> list[str]:
         )
         said.append(f"No trial of the search was exported and re-measured; {basis}.")
     return said
+
+
+def forced(run: RunRecord) -> str | None:
+    """In what the latency profile differs from the run's model or device, where ``--force`` overrode it."""
+    own = "; ".join((run.target or {}).get("forced") or ())
+    carried = (t.latency.forced for t in run.trials if t.latency)
+    return "; ".join(dict.fromkeys(text for text in (own, *carried) if text)) or None
+
+
+def _forced(run: RunRecord) -> list[str]:
+    overridden = forced(run)
+    if overridden is None:
+        return []
+    return [f"The latency profile does not hold here and was used all the same (--force): {cut(overridden)}."]
+
+
+def _warned(run: RunRecord) -> list[str]:
+    """What the night warned of, the most frequent first. Warnings that differ in their figures alone are told once, in
+    the latest words."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for warning in run.state.get("warnings") or []:
+        kinds.setdefault(re.sub(r"[\d.,]+", "", warning["text"]), []).append(warning)
+    ranked = sorted(kinds.values(), key=lambda alike: -len(alike))
+    said = [
+        f"Warned {f'{len(alike)} times, last ' if len(alike) > 1 else ''}in phase {alike[-1]['phase']}: "
+        f"{cut(alike[-1]['text']).rstrip('.')}."
+        for alike in ranked[:MOST_WARNINGS]
+    ]
+    left = ranked[MOST_WARNINGS:]
+    return [*said, f"{counted(len(left), 'more kind')} of warnings: see log.jsonl."] if left else said
 
 
 def _doubtful_latency(run: RunRecord) -> list[str]:

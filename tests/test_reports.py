@@ -38,12 +38,14 @@ from nightpress.reports.front import (
     picked,
     picks,
     point,
+    reference,
     rule,
     search_point,
     shrinkage,
     speedup,
     uncompressed,
 )
+from nightpress.reports.noise import hypervolume_errors
 from nightpress.reports.verdict import findings
 from nightpress.search import pareto
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
@@ -300,8 +302,45 @@ def test_hypervolume_over_time_never_falls_and_ends_at_the_whole(record: RunReco
         if t.role != "baseline" and t.state is TrialState.COMPLETE
         if (p := search_point(t)) and not breaches(allowed, p)
     ]
-    whole = pareto.relative_hypervolume(points, pareto.losses(*REFERENCE.values()))
-    assert (values[-1] if values else 0.0) == pytest.approx(whole)
+    corner = reference(record, verified=False)
+    assert corner is not None
+    assert (values[-1] if values else 0.0) == pytest.approx(pareto.relative_hypervolume(points, corner))
+
+
+EASY = {"reference": {**REFERENCE, "accuracy": 0.9}, "given": {"search": {"accuracy": 1.0}, "test": {"accuracy": 0.85}}}
+"""A network that knows the search split by heart."""
+
+
+def test_verified_points_are_held_against_the_given_network_on_the_test_split() -> None:
+    rule, searched = original(0.85, role="baseline", number=1), trial(2, 0.8, 0.5, 600_000)
+    night = run([verify(rule), verify(searched, latency=measured(0.5))], state={**run().state, **EASY})
+    assert reference(night, verified=True) == pytest.approx((-0.75, 1.0, 1_200_000))
+    # A fifth of the way from 75 % to 100 %, half of the latency, half of the size.
+    assert hypervolumes(night)["search"] == pytest.approx(0.2 * 0.5 * 0.5)
+    assert (hypervolume_errors(night)["search"] or 0) > 0
+    # Where a rule was not verified both sides stand as the search saw them, and so does the corner.
+    partly = replace(night, trials=(*night.trials, trial(3, role="baseline")))
+    assert hypervolumes(partly)["search"] == 0
+    assert hypervolumes(replace(partly, trials=(trial(2, 0.95, 0.5, 600_000),)))["search"] == pytest.approx(0.125)
+    older = replace(night, state={**night.state, "given": None})
+    assert reference(older, verified=True) == reference(older, verified=False) == (-0.9, 1.0, 1_200_000)
+
+
+def test_progress_is_told_in_the_box_of_the_search_split() -> None:
+    records = [trial(0, 0.95, 0.5, 600_000, role="baseline"), verify(trial(1, 0.95, 0.5, 600_000))]
+    night = run(records, state={**run().state, **EASY})
+    assert baseline_level(night) == hypervolume_over_time(night)[-1].hypervolume == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("least", [0.3, 0.6])
+def test_the_users_least_accuracy_is_that_of_the_box(least: float) -> None:
+    at = (1 + least) / 2
+    searched = trial(1, at, 0.5, 600_000)
+    network = {"search": {"accuracy": 0.6}, "test": {"accuracy": 0.55}}
+    for record in (searched, verify(searched, latency=measured(0.5))):
+        night = replace(limited([record], min_accuracy=least), state={**run().state, "given": network})
+        assert hypervolumes(night)["search"] == pytest.approx(0.125)
+    assert hypervolume_over_time(night)[-1].hypervolume == pytest.approx(0.125)
 
 
 def test_a_picture_of_many_trials_keeps_the_front_and_what_was_verified() -> None:

@@ -78,6 +78,20 @@ def test_every_run_is_measured_in_the_same_box() -> None:
     assert in_common_box([empty_run(), empty_run()]) == [None, None]
 
 
+def test_verified_fronts_share_the_box_of_the_test_split() -> None:
+    """A network that has 100 % on its own training data leaves no verified front beside that."""
+    reference = {"accuracy": 0.9, "latency_ms": 1.0, "size_bytes": 1_200_000}
+    easy = {"reference": reference, "given": {"search": {"accuracy": 1.0}, "test": {"accuracy": 0.85}}}
+    accurate, fast = (
+        named(run([verify(trial(1, accuracy, ms, 600_000, predicted=None), latency=measured(ms))]), name, **easy)
+        for accuracy, ms, name in ((0.85, 0.6, "runs/accurate"), (0.8, 0.5, "runs/fast"))
+    )
+    shares = [covered.share for covered in in_common_box([accurate, fast]) if covered]
+    assert shares == pytest.approx([0.4 * 0.4 * 0.5, 0.2 * 0.5 * 0.5])
+    own = [entry["hypervolume"] for entry in compare_runs([accurate, fast])["runs"]]
+    assert own == pytest.approx(shares)
+
+
 def test_differences_say_what_they_are_of() -> None:
     other = replace(
         named(FAST, "runs/other", data="d1", code="c1", environment={"python": "3.12"}),

@@ -13,6 +13,7 @@ from fakes_run import (
     empty_run,
     full_run,
     limited,
+    measured,
     one_trial_run,
     original,
     quality,
@@ -49,6 +50,7 @@ def test_summary_has_the_keys_that_scripts_rely_on() -> None:
         "baseline_hypervolume",
         "picks",
         "seconds",
+        "forced",
     ]
     assert data["trials"] == {"COMPLETE": 59, "STOPPED": 2, "INFEASIBLE": 1, "FAILED": 1, "RUNNING": 0}
     assert set(data["picks"]) == {"best", "fastest", "knee", "accurate"}
@@ -288,6 +290,37 @@ def test_a_night_without_a_fault_raises_no_doubt() -> None:
 )
 def test_doubts(night: RunRecord, expected: str) -> None:
     assert expected in " ".join(doubts(night))
+
+
+def busy(cores: float, phase: str = "search") -> dict[str, Any]:
+    return {"time": 1.8e9, "phase": phase, "text": f"other processes used {cores:.1f} cores on average"}
+
+
+def test_warnings_of_the_night_are_told_once_a_kind_the_most_frequent_first() -> None:
+    unsettled = {"time": 1.8e9, "phase": "calibrate", "text": "the windows of 2 models never agreed"}
+    said = doubts(with_state(warnings=[unsettled, busy(1.2), busy(1.9), busy(1.3, "verify")]))
+    assert said == [
+        "Warned 3 times, last in phase verify: other processes used 1.3 cores on average.",
+        "Warned in phase calibrate: the windows of 2 models never agreed.",
+    ]
+    many = doubts(with_state(warnings=[{**unsettled, "text": letter * 999} for letter in "abcde"]))
+    assert many[3:] == ["2 more kinds of warnings: see log.jsonl."]
+    assert len(many[0]) < 450
+
+
+def test_what_a_run_was_forced_to_overlook_is_said() -> None:
+    cpu, threads = "cpu was 'A' when it was made, here it is 'B'", "threads was 1, here it is 2"
+    assert summary(with_state())["forced"] is None
+    plain = with_state()
+    night = replace(plain, target={**(plain.target or {}), "forced": [cpu, threads]})
+    carried = replace(measured(0.5), forced=f"{cpu}; {threads}")
+    lost = replace(plain, target=None, trials=(*plain.trials, trial(25, measured=carried)))
+    both = replace(lost, target=night.target)
+    for forced in (night, lost, both):
+        assert summary(forced)["forced"] == f"{cpu}; {threads}"
+        assert doubts(forced) == [
+            f"The latency profile does not hold here and was used all the same (--force): {cpu}; {threads}."
+        ]
 
 
 def test_a_latency_on_the_front_that_did_not_repeat_is_named() -> None:
