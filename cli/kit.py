@@ -1,5 +1,6 @@
 """Calibration of another device: a kit that goes there, and, over ssh, the whole way there and back."""
 
+import logging
 import shlex
 import subprocess
 from pathlib import Path
@@ -10,6 +11,8 @@ import typer
 from .options import Batch, Force, Json, TaskRef, Threads
 from .output import emit, log_to_stderr, say
 from .parts import find_anatomy
+
+log = logging.getLogger("nightpress")
 
 
 def kit(
@@ -60,23 +63,36 @@ def kit(
 
 
 def measure_over_ssh(folder: Path, host: str, python: str, name: str) -> None:
-    """Copy a kit to a host, measure it there and fetch the results. Raises RuntimeError with ssh's last line."""
+    """Copy a kit to a host, measure it there and fetch the results; what is said there is said here. Raises
+    RuntimeError with ssh's last line."""
     from ..evaluators.latency.kit import MEASURE
     from ..evaluators.latency.timer import RESULTS
 
     remove = f"rm -rf {shlex.quote(name)}"
+    keys = ("-o", "BatchMode=yes")  # a question for a password may meet nobody
     # A name that begins with a dash would be an option of ssh.
     for command in (
-        ["ssh", "--", host, remove],  # into what a broken copy has left the next one would be put
-        ["scp", "-q", "-r", "--", str(folder), f"{host}:{name}"],
-        ["ssh", "--", host, f"{shlex.quote(python)} {shlex.quote(f'{name}/{MEASURE}')}"],
-        ["scp", "-q", "--", f"{host}:{name}/{RESULTS}", str(folder / RESULTS)],
-        ["ssh", "--", host, remove],
+        ["ssh", *keys, "--", host, remove],  # into what a broken copy has left the next one would be put
+        ["scp", *keys, "-q", "-r", "--", str(folder), f"{host}:{name}"],
+        ["ssh", *keys, "--", host, f"{shlex.quote(python)} {shlex.quote(f'{name}/{MEASURE}')}"],
+        ["scp", *keys, "-q", "--", f"{host}:{name}/{RESULTS}", str(folder / RESULTS)],
+        ["ssh", *keys, "--", host, remove],
     ):
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise RuntimeError(f"--host needs the system's {command[0]}, which is not installed") from None
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
-            raise RuntimeError(f"{host}: {command[0]} failed: {reason}")
+        code, last = _run(command, host)
+        if code:
+            raise RuntimeError(f"{host}: {command[0]} failed: {last or f'code {code}'}")
+
+
+def _run(command: list[str], host: str) -> tuple[int, str]:
+    """Its exit code and the last line that it said, each of which is told as it comes: measuring takes minutes."""
+    last = ""
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as running:
+            for line in filter(str.strip, running.stderr or ()):
+                last = line.strip()
+                log.info("%s: %s", host, last)
+    except FileNotFoundError:
+        raise RuntimeError(f"--host needs the system's {command[0]}, which is not installed") from None
+    return running.returncode, last

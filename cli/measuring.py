@@ -17,7 +17,7 @@ from ..evaluators.apply import compressor
 from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
-from ..evaluators.inspect import network_of
+from ..evaluators.inspect import inspect, network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities, probes
 from ..evaluators.latency.kit import read_results, write_kit
@@ -38,13 +38,13 @@ from .output import write_file
 log = logging.getLogger("nightpress")
 
 
-def calibrate_to_file(
-    anatomy: Anatomy, target: Target, out: Path, count: int | None, seed: int, task: str
-) -> dict[str, Any]:
-    """Calibrate with ``count`` random policies, or as many as lower the error; write the profile and return the
-    command's JSON."""
-    draw, always = _drawing(anatomy, target, seed, task)
-    found = capabilities(target)
+def calibrate_to_file(task: Task, target: Target, out: Path, count: int | None, seed: int, ref: str) -> dict[str, Any]:
+    """Calibrate with ``count`` random policies, or as many as lower the error, on the steps that the target's kernels
+    are measured to have; write the profile and return the command's JSON. ``ref`` names the task."""
+    found = capabilities(target)  # once: where the windows do not settle, a second time would say something else
+    target = found.applied(target)
+    anatomy, _ = inspect(task, step_of=target.channel_step)
+    draw, always = _drawing(anatomy, target, seed, ref)
     with Timer(target, warn_of_noise) as timer:
         if count is not None:
             profile = calibrate(
@@ -61,6 +61,7 @@ def calibrate_to_file(
 def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[str, Any]:
     """Fit a profile to what a kit measured on another device, and write it; returns the command's JSON."""
     found = read_results(results, anatomy)
+    warn_of_noise(found.timings, elsewhere=True)
     # Its channel steps stay those that the kit's policies were drawn on.
     integers = found.capabilities is None or found.capabilities.integer_kernels
     profile = profile_of(
@@ -89,9 +90,10 @@ def _drawing(
     return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
 
 
-def warn_of_noise(timings: Mapping[str, Timing]) -> None:
-    """Say on stderr what disturbed a measurement."""
-    for text in noise_warnings(timings[REFERENCE], sum(not timing.settled for timing in timings.values())):
+def warn_of_noise(timings: Mapping[str, Timing], *, elsewhere: bool = False) -> None:
+    """Say on stderr what disturbed a measurement; that of a kit was made ``elsewhere``."""
+    apart = [timing.repeat_error for timing in timings.values() if not timing.settled]
+    for text in noise_warnings(timings[REFERENCE], len(apart), max(apart, default=None), elsewhere=elsewhere):
         log.warning("%s", text)
 
 

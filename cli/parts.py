@@ -147,8 +147,8 @@ def calibrate(
                 raise InputError(f"{name} belongs to what is measured here, but --from takes what the kit measured.")
         data = calibrate_from_results(find_anatomy(task, "onnxruntime", runs_here=False)[1], results, out)
     else:
-        _, anatomy, where = find_anatomy(task, target or "onnxruntime", measured=True, threads=threads, batch=batch)
-        data = calibrate_to_file(anatomy, where, out, count, seed or 0, task)
+        found, where = find_task(task, target or "onnxruntime", threads=threads, batch=batch)
+        data = calibrate_to_file(found, where, out, count, seed or 0, task)
     if json:
         emit(data)
         return
@@ -247,15 +247,22 @@ def apply(
 
 
 def find_anatomy(
-    task: str, target: str, runs_here: bool = True, measured: bool = False, given: bool = False,
-    **settings: int | None,
-) -> "tuple[Task, Anatomy, Target]":  # fmt: skip
-    """Task, anatomy and target of a command; ``settings`` that are not None replace fields of the target, ``measured``
-    takes the steps that its kernels were measured to have, ``given`` is for policies that are given: they are taken as
-    they are written, not moved to the steps of a target that would not have proposed them. Raises InputError."""
+    task: str, target: str, runs_here: bool = True, given: bool = False, **settings: int | None
+) -> "tuple[Task, Anatomy, Target]":
+    """Task, anatomy and target of a command, as :func:`find_task`; ``given`` is for policies that are given: they are
+    taken as they are written, not moved to the steps of a target that would not have proposed them. Raises
+    InputError."""
     from ..evaluators.inspect import inspect as look
-    from ..evaluators.latency.capabilities import capabilities
-    from ..evaluators.latency.target import Target, check_target
+    from ..evaluators.latency.target import Target
+
+    found, where = find_task(task, target, runs_here, **settings)
+    anatomy, _ = look(found, step_of=(Target() if given else where).channel_step)
+    return found, anatomy, where
+
+
+def find_task(task: str, target: str, runs_here: bool = True, **settings: int | None) -> "tuple[Task, Target]":
+    """Task and target of a command; ``settings`` that are not None replace fields of the target. Raises InputError."""
+    from ..evaluators.latency.target import check_target
     from ..evaluators.task import check_task, load_task
     from .config import parse_target
 
@@ -263,12 +270,9 @@ def find_anatomy(
     where = replace(parse_target(target, Path(), "--target")[0], **chosen)
     if runs_here:
         check_target(where)
-    if measured:
-        where = capabilities(where).applied(where)
     found = load_task(task, Path.cwd())
     check_task(found)
-    anatomy, _ = look(found, step_of=(Target() if given else where).channel_step)
-    return found, anatomy, where
+    return found, where
 
 
 def _policies(

@@ -71,6 +71,17 @@ class Latency:
     settled: bool = True
     forced: str | None = None
 
+    @classmethod
+    def of_windows(
+        cls, latency_ms: float, repeat_error: float, reference_ms: float | None, *, settled: bool,
+        forced: str | None = None,
+    ) -> "Latency":  # fmt: skip
+        """A measurement; the ends of its interval are its own repeat error."""
+        return cls(
+            latency_ms=latency_ms, low_ms=latency_ms / (1 + repeat_error), high_ms=latency_ms * (1 + repeat_error),
+            measured=True, repeat_error=repeat_error, reference_ms=reference_ms, settled=settled, forced=forced,
+        )  # fmt: skip
+
     @property
     def ratio(self) -> float | None:
         """How many times faster than the uncompressed model that was measured beside it."""

@@ -321,17 +321,24 @@ class Session:
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
         """Keep the reference's own figures, the noise of the night, and warn of what makes it."""
         if REFERENCE in timings:
-            self.note_noise(timings[REFERENCE], phase, sum(not timing.settled for timing in timings.values()))
+            unsettled = [timing.repeat_error for timing in timings.values() if not timing.settled]
+            self.note_noise(timings[REFERENCE], phase, unsettled)
 
-    def note_noise(self, reference: Timing, phase: str, unsettled: int) -> None:
-        """Keep one measurement of the reference; ``unsettled`` models never had two windows that agree."""
+    def note_noise(self, reference: Timing, phase: str, unsettled: Sequence[float]) -> None:
+        """Keep one measurement of the reference; ``unsettled`` are the repeat errors of the models that never had two
+        windows that agree."""
         entry = {
             "time": time.time(), "phase": phase, "reference_ms": reference.latency_ms,
-            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": unsettled,
+            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": len(unsettled),
         }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
-        for text in noise_warnings(reference, unsettled):
+        for text in noise_warnings(reference, len(unsettled), max(unsettled, default=None)):
             self.warn(phase, text)
+
+    @property
+    def timed_last(self) -> float:
+        """When the target was timed last, as seconds of the epoch; now where nothing was timed here."""
+        return self.state["noise"][-1]["time"] if self.state.get("noise") else time.time()
 
     def warn(self, phase: str, text: str) -> None:
         """Tell and keep what makes the numbers of the night less sure."""
@@ -369,16 +376,10 @@ def file_size(planned: Plan) -> int:
     return len(build_onnx(planned, random_tensors(planned), batch=None))
 
 
-def latency_of(timing: Timing) -> Latency:
-    """A measurement as a record; its ends are its own repeat error."""
-    return Latency(
-        latency_ms=timing.latency_ms,
-        low_ms=timing.latency_ms / (1 + timing.repeat_error),
-        high_ms=timing.latency_ms * (1 + timing.repeat_error),
-        measured=True,
-        repeat_error=timing.repeat_error,
-        reference_ms=timing.reference_ms,
-        settled=timing.settled,
+def latency_of(timing: Timing, forced: str | None = None) -> Latency:
+    """A measurement as a record; ``forced`` is what the run overlooks (see :attr:`Session.forced`)."""
+    return Latency.of_windows(
+        timing.latency_ms, timing.repeat_error, timing.reference_ms, settled=timing.settled, forced=forced
     )
 
 

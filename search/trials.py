@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import MeasurementError
+from ..evaluators.latency.measure import AGREE, MeasurementError
 from ..evaluators.latency.profile import Point
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
@@ -161,9 +161,12 @@ class Trials:
         )  # fmt: skip
         point = self._measured_points().get(digest(policy))
         if point is not None and not session.profile.forced:  # it was measured during calibration
+            settled, reference_ms = point.repeat_error <= AGREE, session.profile.reference_ms
             store.note(
                 number,
-                measured=_measured(point.latency_ms, point.repeat_error, session.profile.reference_ms),
+                measured=asdict(
+                    Latency.of_windows(point.latency_ms, point.repeat_error, reference_ms, settled=settled)
+                ),
             )
         excess = self.excess(predicted.low_ms, size)
         if excess:
@@ -265,7 +268,7 @@ class Trials:
         rungs, config = self.session.state["rungs"], self.session.config
         if record.quality is not None and record.quality.rung == Rung.SHORT:
             self._complete(record, record.quality.accuracy)
-        elif record.role != "search" or "rungs" in config.search.without or self._studied:
+        elif record.role != "search" or "rungs" in config.search.without or self._studied or self._compared:
             self._go_on(record)
         else:
             if record.quality is not None and record.quality.rung == rungs_of(rungs)[0]:
@@ -290,6 +293,11 @@ class Trials:
     def _studied(self) -> bool:
         """Whether trials are looked at for the study of the rungs, and therefore never stopped."""
         return not self.straight and studying(self.session.state["rungs"])
+
+    @property
+    def _compared(self) -> bool:
+        """Whether the sampler compares its proposals with each other, each by its short fine-tune."""
+        return self.session.config.search.sampler == "netadapt"
 
     def _note_worth(self, record: TrialRecord) -> None:
         [worth] = self.judging.worths([record])
@@ -385,10 +393,3 @@ def enqueue(session: Session, policy: Policy, role: str, name: str | None = None
 
 def _plain(latency: Latency | None) -> dict[str, object] | None:
     return asdict(latency) if latency is not None else None
-
-
-def _measured(latency_ms: float, repeat_error: float, reference_ms: float) -> dict[str, object]:
-    return {
-        "latency_ms": latency_ms, "low_ms": latency_ms / (1 + repeat_error), "high_ms": latency_ms * (1 + repeat_error),
-        "measured": True, "repeat_error": repeat_error, "reference_ms": reference_ms,
-    }  # fmt: skip

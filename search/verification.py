@@ -77,7 +77,7 @@ def _latencies(session: Session, trials: dict[int, TrialRecord]) -> tuple[dict[i
     if not session.profile.remote:
         files = {str(n): session.folder.artifacts(n) / "model.onnx" for n in trials}
         timings = session.time_files(files, _reference_file(session), "verify")
-        return {n: latency_of(timings[str(n)]) for n in trials}, timings[REFERENCE].latency_ms
+        return {n: latency_of(timings[str(n)], session.forced) for n in trials}, timings[REFERENCE].latency_ms
     session.folder.decide(
         "verify", "latencies are predictions",
         f"the profile is of another device ({session.profile.device.cpu}); verify.py of an export measures it there",

@@ -135,18 +135,44 @@ def test_threads_and_batch_are_the_target_s(cli: tiny.Cli, place: tiny.Place, tm
 # A calibration
 
 
+def without_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured of a target cannot be kept, as it is not where the windows do not settle."""
+    (folder / "cache").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+
+
+def told_of_capabilities(err: str) -> list[str]:
+    """A line for each time that they were measured without being kept."""
+    return [line for line in err.splitlines() if "/capabilities-" in line or "of the probes never agreed" in line]
+
+
+def test_a_task_that_is_wrong_is_told_before_the_target_is_measured(
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_cache(tmp_path, monkeypatch)
+
+    done = cli("calibrate", f"{place.task_file}:nothing", "--out", tmp_path / "here.json")
+
+    assert "nothing" in tiny.refused(done)
+    assert told_of_capabilities(done.err) == []
+
+
 @pytest.mark.slow
 def test_a_calibration_of_few_policies_knows_every_kernel_and_says_what_it_does(
-    cli: tiny.Cli, place: tiny.Place, tmp_path: Path
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its seed is one with a kind of kernel that the ten random policies and the rules do not run."""
     out, drawn = tmp_path / "here.json", tmp_path / "drawn"
+    without_cache(tmp_path, monkeypatch)
 
     done = cli("calibrate", place.task, "-n", 10, "--seed", 3, "--batch", 2, "--out", out, "--json")
 
     assert done.json["target"]["batch"] == 2
     measuring = [line for line in done.err.splitlines() if " measuring " in line]
     assert [line.endswith("a second time") for line in measuring] == [False, True]
+    assert len(told_of_capabilities(done.err)) == 1
+    written = json.loads(out.read_text())
+    assert written["target"]["channel_steps"] == written["capabilities"]["channel_steps"]["both"]
     words = ["sample", place.task, "-n", 210, "--seed", 3, "--target", out, "--out", drawn, "--json"]
     files = [entry["file"] for entry in cli(*words).json["policies"]]
     assert len(cli("predict", place.task, *files, "--target", out, "--json").json["policies"]) == 210

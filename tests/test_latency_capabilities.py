@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 
 from nightpress.evaluators.latency.capabilities import (
     COARSEST,
+    CONV,
     NARROW,
     WIDE,
+    Capabilities,
+    Stair,
+    Width,
     beside_profile,
     capabilities,
     capabilities_from_dict,
@@ -58,7 +62,7 @@ def test_a_target_is_measured_once_and_told_to_space_profile_and_report() -> Non
     found = capabilities(Target())
 
     assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
-        (32, 32): "fp32", (16, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
     }  # fmt: skip
     assert found.integer_kernels
     assert all(width.speedup > 0 for width in found.widths)
@@ -72,6 +76,22 @@ def test_a_target_is_measured_once_and_told_to_space_profile_and_report() -> Non
     assert target_from_dict(json.loads(json.dumps(target_to_dict(target)))) == target
     if found.settled:
         assert capabilities(Target()) == found  # read, not measured again: its seconds are the same
+
+
+def test_integers_alone_on_a_device_without_them_take_the_steps_of_fp32() -> None:
+    """Which is what their space offers."""
+    treaded = (
+        Stair(name=f"{CONV} {kind}", points=tuple(treads(of).items())) for kind, of in (("fp32", 8), ("INT8", 1))
+    )
+    found = Capabilities(
+        stairs=tuple(treaded), widths=(Width(weights=8, activations=8, kernel="fp32", speedup=0.5),), change_ms=0.0,
+        change_elements=1, settled=True, seconds=1.0,
+    )  # fmt: skip
+
+    target = found.applied(Target(), [INT8])
+
+    assert target.channel_steps == ((0, 8), (64, 8))
+    assert target.bit_choices((8,), (8,)) == (FP32,)
 
 
 def test_without_integer_kernels_the_space_offers_none() -> None:

@@ -1,7 +1,9 @@
 """Another device: a kit measured by numpy and ONNX Runtime alone, pinned to one core, and what comes back of it."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import tiny
 from nightpress.cli.kit import measure_over_ssh
@@ -83,7 +86,7 @@ def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Pa
     found = read_results(kit.folder / timer.RESULTS, ANATOMY).capabilities
     assert found is not None
     assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
-        (32, 32): "fp32", (16, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
     }  # fmt: skip
     assert all(ms > 0 for stair in found.stairs for _, ms in stair.points)
 
@@ -95,6 +98,20 @@ def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Pa
     target = load_profile(tmp_path / "there.json", ANATOMY).target
     # The kit's policies were drawn on the steps that it was written with.
     assert (target.integer_kernels, target.channel_steps) == (True, Target().channel_steps)
+
+
+@pytest.mark.slow
+def test_what_disturbed_another_device_is_said_here(kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def disturb(data: dict[str, Any]) -> None:
+        data["again"]["busy_cores"] = 7.5
+        data["windows_ms"][REFERENCE], data["again"]["windows_ms"][REFERENCE] = [0.001, 0.101], [0.2]
+
+    calibrate_from_results(ANATOMY, results_with(kit, tmp_path, disturb), tmp_path / "there.json")
+
+    assert any(text.startswith("other processes used 7.5 cores on average while latencies were measured: measure the ")
+               for text in caplog.messages)  # fmt: skip
+    [unsettled] = [text for text in caplog.messages if text.startswith("the device is so noisy that the windows of ")]
+    assert " (the two lowest lie up to 10000.0% apart): " in unsettled
 
 
 @pytest.mark.slow
@@ -111,7 +128,7 @@ def results_with(kit: Kit, folder: Path, change: Callable[[dict[str, Any]], obje
     data = json.loads((kit.folder / timer.RESULTS).read_text())
     change(data)
     path = folder / "results.json"
-    path.write_text(json.dumps(data))
+    path.write_text(json.dumps(data).replace('"1e999"', "1e999"))  # which Python reads as infinity
     return path
 
 
@@ -119,9 +136,14 @@ def set_window(value: object) -> Callable[[dict[str, Any]], object]:
     return lambda data: next(iter(data["windows_ms"].values())).__setitem__(0, value)
 
 
-def renamed_model(data: dict[str, Any]) -> None:
-    data["kit"]["model"] = "f" * 16
-    data["kit"]["id"] = kit_id(data["kit"])
+def kit_with(**keys: object) -> Callable[[dict[str, Any]], object]:
+    """As a kit with other keys would have been written."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["kit"].update(keys)
+        data["kit"]["id"] = kit_id(data["kit"])
+
+    return change
 
 
 @pytest.mark.slow
@@ -129,15 +151,27 @@ def renamed_model(data: dict[str, Any]) -> None:
     ("change", "sentence"),
     [
         (set_window(float("nan")), r"a kit's results must be a readable JSON file, but: NaN is not a time\.$"),
-        (set_window(-0.1), r"windows_ms of model \w+ must be positive numbers of milliseconds, but one is -0\.1\.$"),
-        (set_window(0), r"must be positive numbers of milliseconds, but one is 0\.$"),
-        (set_window("fast"), r"must be positive numbers of milliseconds, but one is 'fast'\.$"),
+        (set_window(-0.1), r"windows_ms of model \w+ must be positive numbers, but one is -0\.1\.$"),
+        (set_window(0), r"must be positive numbers, but one is 0\.$"),
+        (set_window("fast"), r"must be positive numbers, but one is 'fast'\.$"),
+        (set_window(10**400), r"these are not the whole results of a kit \(OverflowError: "),
+        (lambda d: d["again"]["reference_ms"].update(reference=0), r"reference_ms of the second look at model refer"),
+        (lambda d: d.update(seconds=0), r"json: seconds must be positive numbers, but one is 0\.$"),
+        (lambda d: d.update(seconds=-1.5), r"json: seconds must be positive numbers, but one is -1\.5\.$"),
+        (lambda d: d.update(seconds="1e999"), r"json: seconds must be positive numbers, but one is inf\.$"),
+        (lambda d: d["probes"].update(seconds="1e999"), r"seconds of the probes must be positive numbers, but"),
+        (lambda d: d["again"].update(busy_cores=-1), r"busy_cores must be numbers that are not negative, but"),
+        (lambda d: d.update(busy_cores="all"), r"json: busy_cores must be numbers that .*, but one is 'all'\.$"),
         (lambda d: d["windows_ms"].popitem(), r"windows_ms of model \w+ is missing: run measure\.py of the kit to its"),
         (lambda d: d["probes"]["windows_ms"].update({"mixed": [-1]}), r"windows_ms of probe mixed must be positi"),
         (lambda d: d.pop("probes"), r"these are not the whole results of a kit \(KeyError: 'probes'\); run measure"),
         (lambda d: d.pop("device"), r"these are not the whole results of a kit \(KeyError: 'device'\); run meas"),
         (lambda d: d["kit"]["target"].update(threads=2), r"the kit was changed after nightpress kit wrote it"),
-        (renamed_model, r"the results are of another kit: it was made for model f{16}, the task's model is 0011"),
+        (kit_with(model="f" * 16), r"another kit: it was made for model f{16}, the task's model is 0011"),
+        (kit_with(operations={"x": [1, 3, 64, 64]}),
+         r"made for other layers \(an operation was x of shape \(1, 3, 64, 64\), here it is x of shape .* 8, 8\)\)\.$"),
+        (kit_with(version=2),
+         r"results of a kit of version 3 were expected, but got 2: make the kit again with nightpress kit and measure"),
     ],
 )  # fmt: skip
 def test_results_that_cannot_be_trusted_are_refused(
@@ -182,17 +216,42 @@ def test_a_kit_that_the_device_cannot_measure_says_why(kit: Kit, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With programs named ssh and scp whose other machine is a folder."""
+def test_a_model_that_the_runtime_loads_and_cannot_run_ends_in_a_sentence(kit: Kit, tmp_path: Path) -> None:
+    """Its 192 numbers are to become seven."""
+    description = write_kit(ANATOMY, kit.policies[:1], Target(), tmp_path)
+    shape = numpy_helper.from_array(np.array([7]), "shape")
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])], "seven",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [7])], [shape],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    (tmp_path / "models" / "reference.onnx").write_bytes(model.SerializeToString())
+    description["models"][REFERENCE]["sha256"] = timer.digest(tmp_path / "models" / "reference.onnx")
+    (tmp_path / timer.KIT).write_text(json.dumps(description))
+
+    done = kit.measure(tmp_path)
+
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(r"measure: .* Reshape .*\.", done.stderr.splitlines()[-1])  # behind the runtime's own log
+
+
+@pytest.mark.slow
+def test_a_host_is_measured_over_ssh(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With programs named ssh and scp whose other machine is a folder, and which would ask for a password."""
+    caplog.set_level(logging.INFO, "nightpress")
     far, near = tmp_path / "far", tmp_path / "near"
     far.mkdir()
     shutil.copytree(kit.folder, near)
     (near / timer.RESULTS).unlink()
-    shims = {"ssh": f'shift; shift; cd {far}; exec sh -c "$*"',
+    shims = {"ssh": f'shift 4; cd {far}; exec sh -c "$*"',
              "scp": f'shift "$(($# - 2))"; cp -r "$(echo "$1" | sed s#^pi@board:#{far}/#)" '
                     f'"$(echo "$2" | sed s#^pi@board:#{far}/#)"'}  # fmt: skip
     for name, text in shims.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1 $2" = "-o BatchMode=yes" ] || exit 5\n{text}\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
@@ -201,6 +260,7 @@ def test_a_host_is_measured_over_ssh(kit: Kit, tmp_path: Path, monkeypatch: pyte
 
     assert read_results(near / timer.RESULTS, ANATOMY).policies
     assert list(far.iterdir()) == []  # nothing is left there
+    assert "pi@board: the same models a second time" in caplog.messages
     with pytest.raises(RuntimeError, match=r"^pi@board: ssh failed: .*no-python"):
         measure_over_ssh(near, "pi@board", "no-python", "nightpress-kit")
 

@@ -15,22 +15,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
+from torchvision import models
 
 import tiny as night
 from nightpress.evaluators import builtin
+from nightpress.evaluators.apply import Compressor
 from nightpress.evaluators.bake import bake
 from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.evaluate import Evaluator, Job, Recipe
 from nightpress.evaluators.latency import timer as script
-from nightpress.evaluators.latency.measure import (
-    AGREE,
-    REFERENCE,
-    MeasurementError,
-    Timer,
-    Timing,
-    noise_warnings,
-    write_random,
-)
+from nightpress.evaluators.latency.measure import REFERENCE, MeasurementError, Timer, write_random
 from nightpress.evaluators.latency.nodes import Matcher
 from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target, missing_runtime
 from nightpress.evaluators.latency.units import Worker
@@ -43,7 +37,7 @@ from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import choices_of
 from nightpress.spaces.policy import FP32, INT8, Policy
 from nightpress.spaces.space import uniform
-from strategies import compressor_of, images, seeded, space_of, task_of, tiny
+from strategies import CLASSES, compressor_of, images, seeded, space_of, task_of, tiny
 
 POLICIES = {
     "uncompressed": Policy(model=tiny().anatomy.digest),
@@ -225,15 +219,21 @@ def observe(module: fx.GraphModule, inputs: Tensor) -> None:
     end_observation(module)
 
 
-@pytest.mark.slow
-def test_a_clip_at_six_is_absorbed_in_the_timed_graph_as_in_the_export(tmp_path: Path) -> None:
-    module, planned = tiny().apply(POLICIES["half on integers"])
-    observe(module, images(32))
-    shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
+def shipped_and_timed(engine: Compressor, policy: Policy, inputs: Tensor, folder: Path) -> tuple[list[str], list[str]]:
+    """What the runtime executes of a policy's export, and of the graph that is timed for it."""
+    module, planned = engine.apply(policy)
+    observe(module, inputs)
+    shipped, timed = folder / "shipped.onnx", folder / "timed.onnx"
     shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
     write_random(planned, timed)
-    assert executed(shipped) == executed(timed)
-    assert not any("Clip" in node for node in executed(shipped))
+    return executed(shipped), executed(timed)
+
+
+@pytest.mark.slow
+def test_a_clip_at_six_is_absorbed_in_the_timed_graph_as_in_the_export(tmp_path: Path) -> None:
+    shipped, timed = shipped_and_timed(tiny(), POLICIES["half on integers"], images(32), tmp_path)
+    assert shipped == timed
+    assert not any("Clip" in node for node in shipped)
 
 
 @pytest.mark.slow
@@ -248,13 +248,28 @@ def test_the_runtime_makes_the_same_graph_of_random_weights_as_of_the_export(nam
         uniform(engine.anatomy, width=0.5, bits=INT8),
         Policy(model=engine.anatomy.digest, bits=mixed, prune={engine.anatomy.groups[0].name: 0.5}),
     ):
-        module, planned = engine.apply(policy)
-        observe(module, images(32, 1, 28))
-        shipped, timed = tmp_path / "shipped.onnx", tmp_path / "timed.onnx"
-        shipped.write_bytes(build_onnx(planned, bake(module, planned), batch=None))
-        write_random(planned, timed)
-        assert len(executed(shipped)) > 5
-        assert executed(shipped) == executed(timed)
+        shipped, timed = shipped_and_timed(engine, policy, images(32, 1, 28), tmp_path)
+        assert len(shipped) > 5
+        assert shipped == timed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "removes"), [("mobilenet_v3_small", True), ("squeezenet1_1", False), ("resnet18", True)]
+)
+def test_the_runtime_makes_the_same_graph_of_random_policies_of_torchvision_s_networks(
+    name: str, removes: bool, tmp_path: Path
+) -> None:
+    network = seeded(lambda: models.get_model(name, weights=None, num_classes=CLASSES))
+    engine = compressor_of(task_of(network, images(4, 3, 64)), step=8)
+    policies = [space_of(engine.anatomy).random(np.random.default_rng(seed)) for seed in range(2)]
+    assert any(policy.removed_blocks for policy in policies) == removes
+    for policy in policies:
+        assert policy.prune
+        assert policy.bits
+        shipped, timed = shipped_and_timed(engine, policy, images(4, 3, 64), tmp_path)
+        assert len(shipped) > 20
+        assert shipped == timed
 
 
 # A machine that does something else
@@ -322,14 +337,3 @@ def test_models_on_several_threads_share_them(tmp_path: Path) -> None:
         return int(done.stdout)
 
     assert threads(3) == threads(1) + 2  # three work: the one that calls and two of the pool
-
-
-def test_what_disturbed_a_measurement_is_said_with_its_figures() -> None:
-    quiet = Timing(windows_ms=(1.0, 1.0 + AGREE / 2), reference_ms=1.0, busy_cores=0.0)
-    noisy = Timing(windows_ms=(1.0, 1.3, 1.5), reference_ms=1.0, busy_cores=1.25)
-    assert (quiet.settled, noisy.settled) == (True, False)
-    assert noise_warnings(quiet, 0) == []
-    busy, unsettled = noise_warnings(noisy, 3)
-    assert busy.startswith("other processes used 1.2 cores on average while latencies were measured (load ")
-    assert "the windows of 3 models never agreed within 2%" in unsettled
-    assert "30.0% apart" in unsettled

@@ -31,7 +31,10 @@ SIZE, AROUND, LINEAR_AROUND = 14, 64, 512
 """Height and width of a probe's pictures, and the channels on both sides of the width in question."""
 NARROW, WIDE = tuple(range(16, 33)), tuple(range(64, 97, 2))
 LINEAR = tuple(range(16, 97, 8))
-PAIRS = (FP32, LayerBits(weights=16, activations=32), INT8, LayerBits(weights=4, activations=8))
+PAIRS = (
+    FP32, LayerBits(weights=16, activations=32), LayerBits(weights=8, activations=32), INT8,
+    LayerBits(weights=4, activations=8),
+)  # fmt: skip
 PRECISIONS = ("fp32", "INT8")
 CONV = "conv 3×3"
 CHAIN = 4
@@ -85,8 +88,9 @@ class Capabilities:
         return steps_of(kinds) if self.settled else CHANNEL_STEPS
 
     def applied(self, target: Target, bits: Sequence[LayerBits] = (FP32, INT8)) -> Target:
-        """The target with the bit widths that have kernels and the steps for those of them that are wanted."""
-        wanted = [p for p in bits if self.integer_kernels or p.activations > 8]
+        """The target with the bit widths that have kernels and the steps for those of them that are wanted, or for
+        fp32, which is offered in their place."""
+        wanted = [p for p in bits if self.integer_kernels or p.activations > 8] or [FP32]
         precisions = sorted({"INT8" if pair.activations <= 8 else "fp32" for pair in wanted})
         return replace(target, channel_steps=self.channel_steps(precisions), integer_kernels=self.integer_kernels)
 

@@ -6,7 +6,6 @@ and calibration reads them as if they had just been measured.
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +28,10 @@ from .measure import (
     timings_of,
     write_random,
 )
+from .recorded import check_numbers, first_difference, operations_of
 from .target import Fingerprint, Target, fingerprint_from_dict, target_from_dict, target_to_dict
 
-VERSION = 2
+VERSION = 3
 MEASURE = "measure.py"
 
 
@@ -52,6 +52,7 @@ def write_kit(
     kit: dict[str, Any] = {
         "version": VERSION,
         "model": anatomy.digest,
+        "operations": operations_of(anatomy),
         "target": for_script(target),
         "settings": target_to_dict(target),
         "request": dict(how or settings()),
@@ -109,7 +110,7 @@ def read_results(path: Path, anatomy: Anatomy) -> Results:
         return _results(cast("dict[str, Any]", data), path, anatomy)
     except InputError:
         raise
-    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{path}: these are not the whole results of a kit ({type(error).__name__}: {error}); "
             f"run {MEASURE} of the kit again."
@@ -123,11 +124,14 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
     for key in kit["models"]:
         if not windows.get(key):
             raise InputError(f"{path}: windows_ms of model {key} is missing: run {MEASURE} of the kit to its end.")
-        _check_times(f"windows_ms of model {key}", windows[key], path)
         kernels: Mapping[str, Any] = data["kernels"][key]
-        _check_times(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
-        _check_times(f"reference_ms of model {key}", [data["reference_ms"][key]], path)
-        _check_times(f"windows_ms of the second look at model {key}", data["again"]["windows_ms"][key], path)
+        check_numbers(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
+        for look, which in ((data, "model"), (data["again"], "the second look at model")):
+            check_numbers(f"windows_ms of {which} {key}", look["windows_ms"][key], path)
+            check_numbers(f"reference_ms of {which} {key}", [look["reference_ms"][key]], path)
+    check_numbers("seconds", [data["seconds"]], path)
+    busy = [cores for look in (data, data["again"]) if (cores := look["busy_cores"]) is not None]
+    check_numbers("busy_cores", busy, path, zero=True)
     target, again = target_from_dict(kit["settings"]), timings_of(data["again"])
     return Results(
         target=target,
@@ -143,13 +147,17 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
 
 def _capabilities(measured: Mapping[str, Any], probes: Mapping[str, Any], target: Target, path: Path) -> Capabilities:
     for key in probes:
-        _check_times(f"windows_ms of probe {key}", measured["windows_ms"][key], path)
+        check_numbers(f"windows_ms of probe {key}", measured["windows_ms"][key], path)
+    check_numbers("seconds of the probes", [measured["seconds"]], path)
     return capabilities_elsewhere(timings_of(measured), target, float(measured["seconds"]))
 
 
 def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:
     if kit["version"] != VERSION:
-        raise InputError(f"{path}: results of a kit of version {VERSION} were expected, but got {kit['version']!r}.")
+        raise InputError(
+            f"{path}: results of a kit of version {VERSION} were expected, but got {kit['version']!r}: make the kit "
+            "again with nightpress kit and measure that."
+        )
     if kit["id"] != kit_id(kit):
         raise InputError(f"{path}: the kit was changed after nightpress kit wrote it, so its times belong to nothing.")
     if kit["model"] != anatomy.digest:
@@ -157,15 +165,12 @@ def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:
             f"{path}: the results are of another kit: it was made for model {kit['model']}, the task's model is "
             f"{anatomy.digest}."
         )
+    different = first_difference(kit["operations"], anatomy)
+    if different is not None:
+        raise InputError(f"{path}: the results are of another kit: it was made for other layers ({different}).")
     beside = path.with_name(script.KIT)
     if beside.is_file() and (known := json.loads(beside.read_text()).get("id")) != kit["id"]:
         raise InputError(f"{path}: the results are of kit {kit['id']}, but the kit beside them is {known}.")
-
-
-def _check_times(what: str, times: Sequence[object], path: Path) -> None:
-    for value in times:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise InputError(f"{path}: {what} must be positive numbers of milliseconds, but one is {value!r}.")
 
 
 def _refuse_constant(text: str) -> float:

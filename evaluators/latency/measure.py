@@ -94,20 +94,25 @@ class Timing:
         return replace(low, again_ms=high.windows_ms, kernels=self.kernels, busy_cores=max(busy, default=None))
 
 
-def noise_warnings(reference: Timing, unsettled: int) -> list[str]:
-    """What a person should know of a measurement: other work on the cores, and windows that never agreed."""
+def noise_warnings(
+    reference: Timing, unsettled: int, apart: float | None = None, *, elsewhere: bool = False
+) -> list[str]:
+    """What a person should know of a measurement: other work on the cores, and windows that never agreed. ``apart`` is
+    the most by which the two lowest of the ``unsettled`` models differ, as a share; a kit is measured ``elsewhere``."""
     found: list[str] = []
     busy = reference.busy_cores
     if busy is not None and busy >= BUSY_CORES:
+        load = "" if elsewhere else f" (load {os.getloadavg()[0]:.1f} on {script.cores()})"
+        remedy = "measure the kit again without them" if elsewhere else "end them for the night"
         found.append(
-            f"other processes used {busy:.1f} cores on average while latencies were measured (load "
-            f"{os.getloadavg()[0]:.1f} on {script.cores()}): end them for the night, or the figures hold for a busy "
-            "machine"
+            f"other processes used {busy:.1f} cores on average while latencies were measured{load}: {remedy}, or the "
+            "figures hold for a busy machine"
         )
     if unsettled:
+        far = "" if apart is None else f" (the two lowest lie up to {apart:.1%} apart)"
         found.append(
-            f"this machine is so noisy that the windows of {unsettled} models never agreed within {AGREE:.0%} "
-            f"(the reference's two lowest lie {reference.repeat_error:.1%} apart): their latencies are marked"
+            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {unsettled} models never "
+            f"agreed within {AGREE:.0%}{far}: their latencies are marked"
         )
     return found
 
@@ -122,7 +127,7 @@ Listener = Callable[[Mapping[str, Timing]], None]
 class Timer:
     """A child process that times models. Training must pause while it works: that is its owner's promise.
 
-    ``listener`` is told of each answer.
+    ``listener`` is told of what :meth:`time` returns, with the worst timing of the reference.
     """
 
     def __init__(self, target: Target, listener: Listener | None = None) -> None:
@@ -171,14 +176,22 @@ class Timer:
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementError."""
         timings: dict[str, Timing] = {}
+        references: list[Timing] = []
         for chunk in _chunks(models):
             files = {REFERENCE: reference, **chunk} if reference is not None else chunk
             passes = KERNEL_PASSES if kernels else 0
             answer = self._ask(files, settings(least_rounds, most_rounds, passes, window_ms, round_ms))
-            # The reference was timed in each chunk: its figures are those of the last one.
             timings |= timings_of(answer)
+            references += [timings[REFERENCE]] if reference is not None else []
+        told = timings
+        if references:
+            # It was timed in each chunk. Its windows are those of the last one; what disturbed an earlier one is told.
+            busy = max((t.busy_cores for t in references if t.busy_cores is not None), default=None)
+            timings[REFERENCE] = replace(timings[REFERENCE], busy_cores=busy)
+            worst = max(references, key=lambda timing: timing.repeat_error)
+            told = {**timings, REFERENCE: replace(worst, busy_cores=busy)}
         if self._listener is not None:
-            self._listener(timings)
+            self._listener(told)
         return timings
 
     def _ask(self, models: Mapping[str, Path], how: Mapping[str, float]) -> dict[str, Any]:

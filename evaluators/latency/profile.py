@@ -2,7 +2,6 @@
 stored and the predictor is fitted again on loading."""
 
 import contextlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import LEAST_DRIFT, Measured, Predictor, fit
+from .recorded import check_numbers, first_difference, operations_of
 from .sizes import batch_bytes, payload_bytes, structure
 from .target import (
     Fingerprint,
@@ -209,7 +209,7 @@ def profile_to_dict(profile: Profile) -> dict[str, Any]:
         "heldout": asdict(profile.predictor.heldout),
         "truth_repeat": profile.truth_repeat(),
         "looks_apart": profile.looks_apart,
-        "operations": _operations(profile.worker.anatomy),
+        "operations": operations_of(profile.worker.anatomy),
         "points": [
             {
                 "policy": policy_to_dict(p.policy), "digest": digest(p.policy), "measured_ms": p.latency_ms,
@@ -270,7 +270,7 @@ def _damage_told(path: Path) -> Generator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
@@ -303,32 +303,29 @@ def _profile_from_dict(
         )
         for p, policy in zip(data["points"], policies, strict=True)
     )  # fmt: skip
-    if not all(np.isfinite(p.latency_ms) and p.latency_ms > 0 for p in points):
-        raise InputError(f"{path}: measured_ms must be positive numbers in every point.")
+    reference_ms, repeat_error, seconds = (
+        float(data[name]) for name in ("reference_ms", "reference_repeat_error", "seconds")
+    )
+    check_numbers("measured_ms", (p.latency_ms for p in points), path)
+    check_numbers("halves_ms", (ms for p in points for ms in p.halves_ms), path)
+    check_numbers("repeat_error", (p.repeat_error for p in points), path, zero=True)
+    check_numbers("reference_ms", [reference_ms], path)
+    check_numbers("reference_repeat_error", [repeat_error], path, zero=True)
+    check_numbers("seconds", [seconds], path, zero=True)
     worker = Worker(anatomy, target.runtime)
     return Profile(
-        model=anatomy.digest, target=target, device=device, reference_ms=float(data["reference_ms"]),
-        reference_repeat_error=float(data["reference_repeat_error"]), points=points, seconds=float(data["seconds"]),
-        date=str(data["date"]), predictor=_fitted(worker, points), worker=worker, overheads=_overheads(anatomy, points),
+        model=anatomy.digest, target=target, device=device, reference_ms=reference_ms,
+        reference_repeat_error=repeat_error, points=points, seconds=seconds, date=str(data["date"]),
+        predictor=_fitted(worker, points), worker=worker, overheads=_overheads(anatomy, points),
         remote=bool(data.get("remote", False)), forced=differences,
     )  # fmt: skip
-
-
-def _operations(anatomy: Anatomy) -> dict[str, list[int]]:
-    """What times of nodes and policies belong to: the shape of each operation, in order. The model's digest alone does
-    not tell it, since the same weights take examples of several sizes."""
-    return {op.name: list(op.shape) for op in anatomy.ops}
 
 
 def _other_layers(data: Mapping[str, Any], policies: Sequence[Policy], anatomy: Anatomy) -> str | None:
     """The first operation or layer in which a profile's model differs from the anatomy's; None where none does."""
     then: Mapping[str, list[int]] | None = data.get("operations")
-    if then is not None:
-        pairs = itertools.zip_longest(then.items(), _operations(anatomy).items())
-        different = next(((old, new) for old, new in pairs if old != new), None)
-        if different is not None:
-            was, here = ("none" if op is None else f"{op[0]} of shape {tuple(op[1])}" for op in different)
-            return f"an operation was {was}, here it is {here}"
+    if then is not None and (different := first_difference(then, anatomy)) is not None:
+        return different
     known = {item.name for part in (anatomy.groups, anatomy.layers, anatomy.blocks) for item in part}
     named = {name for p in policies for part in (p.prune, p.bits, p.sparsity, p.removed_blocks) for name in part}
     if named - known:

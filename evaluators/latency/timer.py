@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +55,8 @@ CALM, LEAST_CALM = 0.05, 2
 """A round is calm when the reference is so near to the lowest it ever took; a model is timed in so many of them."""
 KIT, RESULTS = "kit.json", "results.json"
 _KERNEL = "_kernel_time"
+IDLE = (3, 4)
+"""Which numbers of a line of ``/proc/stat`` are ticks of idleness, for whatever reason."""
 
 
 class OnnxRuntime:
@@ -326,15 +328,21 @@ def lowest(passes: list[Kernels]) -> Kernels:
 
 
 def busy_seconds() -> float | None:
-    """Core seconds that all processes but this one have used since the machine was started; what a hypervisor
-    took counts too. None where the system does not tell (it is Linux that does)."""
+    """Seconds that all processes but this one have used since the machine was started, of the cores that this one may
+    use; what a hypervisor took counts too. None where the system does not tell (it is Linux that does)."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     try:
-        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        ticks = busy_ticks(Path("/proc/stat").read_text(), cpus)
     except OSError:
         return None
-    user, nice, system, _, _, irq, softirq, steal = (int(t) for t in ticks)
-    own = sum(os.times()[:2])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
+def busy_ticks(stat: str, cpus: Collection[int]) -> int:
+    """Ticks of the text of ``/proc/stat`` in which these CPUs worked; in which any did where it does not list them."""
+    lines = {line.split()[0]: line.split()[1:9] for line in stat.splitlines() if line.startswith("cpu")}
+    listed = [lines[name] for name in map("cpu{}".format, cpus) if name in lines] or [lines["cpu"]]
+    return sum(int(t) for ticks in listed for kind, t in enumerate(ticks) if kind not in IDLE)
 
 
 def busy_cores(before: float | None, after: float | None, seconds: float) -> float | None:
@@ -481,8 +489,8 @@ def main() -> int:
         partial = folder / "results.partial"
         partial.write_text(json.dumps(results))
         partial.replace(folder / RESULTS)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        sys.stderr.write(f"measure: {' '.join(str(error).split())}.\n")
+    except Exception as error:  # noqa: BLE001  the runtimes raise types of their own that share no base
+        sys.stderr.write(f"measure: {' '.join(str(error).split()) or type(error).__name__}.\n")
         return 1
     sys.stderr.write(f"wrote {folder / RESULTS}: bring it back for nightpress calibrate TASK --from results.json\n")
     return 0
