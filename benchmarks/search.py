@@ -5,12 +5,14 @@
     python benchmarks/latency.py calibrate resnet56 --cache DIR
     python benchmarks/search.py overhead --cache DIR
     python benchmarks/search.py twice --trials 24
+    python benchmarks/search.py suggest RUN
 
 ``nights`` can be stopped and started again: a night whose row is in the file is not repeated, one that was cut off is
 resumed. All nights of a task share one calibration, which ``nights`` measures first, so that all samplers see the same
 device, and the length of the short fine-tune that the first of them chose. A row holds the verified points as shares of
 the uncompressed latency beside them, so rows of several days on CPUs of one kind (by name and by the flags that choose
 kernels) make one table.
+``suggest`` times the whole command on the folder of a run, start of the interpreter and all.
 ``twice`` runs a night on a tiny network two times with the same seed, one worker and lengths in steps, and compares
 what they tried.
 """
@@ -56,6 +58,8 @@ from nightpress.spaces.space import Space
 TASKS = ("mnist5k-resnet", "mnist5k-vgg", "resnet20")
 ABLATIONS = ("free_objectives", "rungs", "sensitivity")
 NETWORK, ASKED = "resnet56", 7
+MOST_SECONDS = 900
+"""For a line of the overhead's table: gp takes time in the cube of the trials."""
 
 
 def main() -> None:
@@ -76,10 +80,13 @@ def main() -> None:
     overhead = parts.add_parser("overhead")
     overhead.add_argument("--cache", type=Path, required=True, help="as of benchmarks/latency.py, with resnet56 in it")
     overhead.add_argument("--trials", default="100,500,2000")
-    overhead.add_argument("--samplers", default="nightpress,random,nsga2,nsga3,tpe")
+    overhead.add_argument("--samplers", default="nightpress,random,nsga2,nsga3,tpe,gp")
     twice = parts.add_parser("twice")
     twice.add_argument("--trials", type=int, default=24)
     twice.add_argument("--seed", type=int, default=0)
+    suggest = parts.add_parser("suggest")
+    suggest.add_argument("run", type=Path)
+    suggest.add_argument("--times", type=int, default=3)
     resume = parts.add_parser("resume", help="one line of overhead's table, as JSON")
     resume.add_argument("folder", type=Path)
     resume.add_argument("--sampler", required=True)
@@ -91,6 +98,8 @@ def main() -> None:
         print_table(arguments.rows)
     elif arguments.part == "twice":
         run_twice(arguments.trials, arguments.seed)
+    elif arguments.part == "suggest":
+        print_suggest(arguments.run, arguments.times)
     elif arguments.part == "resume":
         print_resume(arguments.folder, arguments.sampler, arguments.cache)
     else:
@@ -136,6 +145,19 @@ def _fixed(trial: TrialRecord) -> tuple[Any, ...]:
     return trial.digest, trial.role, str(trial.state), trial.reason, seen
 
 
+# Suggest
+
+
+def print_suggest(run: Path, times: int) -> None:
+    """Wall seconds of the command in a process of its own, and of what it says itself: from its imports on."""
+    words = [sys.executable, "-m", "nightpress.cli", "suggest", str(run), "--json"]
+    for _ in range(times):
+        start = time.perf_counter()
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        spent, found = time.perf_counter() - start, json.loads(done.stdout)
+        print(f"suggest {run}: {spent:.1f} s, {found['seconds']:.1f} s of them behind its imports", flush=True)
+
+
 # Overhead
 
 
@@ -156,7 +178,13 @@ def print_overhead(cache: Path, counts: list[int], samplers: list[str]) -> None:
             with tempfile.TemporaryDirectory() as copy:
                 filler.copy(Path(copy), count)
                 words = [__file__, "resume", copy, "--sampler", name, "--cache", str(cache)]
-                done = subprocess.run([sys.executable, *words], check=True, capture_output=True, text=True)
+                try:
+                    done = subprocess.run(
+                        [sys.executable, *words], check=True, capture_output=True, text=True, timeout=MOST_SECONDS
+                    )
+                except subprocess.TimeoutExpired:
+                    print(f"{name:12} {count:6d} not over after {MOST_SECONDS} s", flush=True)
+                    continue
             found = json.loads(done.stdout.splitlines()[-1])
             pairs = [f"{found['open_cpu']:.2f} ({found['open_wall']:.2f})"]
             pairs += [f"{found[f'{which}_cpu']:.0f} ({found[f'{which}_wall']:.0f})"

@@ -12,13 +12,18 @@ from typing import Any
 
 import yaml
 
+from nightpress.cli.config import parse_budget
 from nightpress.evaluators.latency.target import Fingerprint, Target, fingerprint, fingerprint_from_dict
-from nightpress.search.folder import read_run
+from nightpress.reports.clock import clock
+from nightpress.search.folder import STATE, read_run
 from nightpress.search.pareto import hypervolume
 from nightpress.search.records import RunRecord, TrialState
 
 CORNER_DROP = 0.10
 """The reference point: the given accuracy less this, the uncompressed latency. Fixed before any night."""
+LEFT_OUT = {"sensitivity": ["sensitivity", "seeds"]}
+"""What an ablation leaves out beside its name: the walk is built from the probes, so it would bring them back."""
+RIVALS = frozenset({"random", "nsga2", "nsga3", "tpe", "gp", "netadapt"})
 
 
 def run_nights(arguments: argparse.Namespace) -> None:
@@ -27,7 +32,9 @@ def run_nights(arguments: argparse.Namespace) -> None:
     task = _task_of(arguments, folder)
     profile = folder / "profile.json"
     plans = [(name, {"sampler": name}) for name in arguments.samplers.split(",") if name]
-    plans += [(f"without {part}", {"without": [part]}) for part in arguments.ablations.split(",") if part]
+    plans += [
+        (f"without {part}", {"without": LEFT_OUT.get(part, [part])}) for part in arguments.ablations.split(",") if part
+    ]
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name, search in plans:
             done = {(row["cpu"], row["task"], row["name"], row["seed"], row["budget"]) for row in _rows(arguments.rows)}
@@ -47,20 +54,22 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_of(run: RunRecord) -> dict[str, Any]:
-    """What the table needs of a night. ``seen``: of each trial that went to the top the seconds since the beginning,
+    """What the table needs of a night. ``seen``: of each trial that went to the top the seconds of work before its end,
     its accuracy on the search split and its latency as a share of the uncompressed one."""
     level = float((run.target or {})["reference_ms"])
-    begun = float(run.state["started"])
+    work, begun = clock(run), float(run.state["started"])
+    assert work is not None
     cpu = cpu_of(fingerprint_from_dict((run.target or {})["device"]))
     return {
         "date": time.strftime("%Y-%m-%d %H:%M", time.localtime(begun)), "commit": _commit(), "cpu": cpu,
+        "resumed": len(run.state.get("resumed", ())),
         "given": run.state["given"]["test"]["accuracy"],
         "given_search": run.state["given"]["search"]["accuracy"],
         "points": _verified(run, "search"), "rules": _verified(run, "baseline"),
         "trials": sum(t.role != "baseline" for t in run.trials),
         "long_steps": (run.state.get("rungs") or {}).get("long_steps", 0),
         "seen": [
-            (round(t.finished - begun, 1), t.quality.accuracy, t.latency.latency_ms / level) for t in run.trials
+            (round(work.worked(t.finished), 1), t.quality.accuracy, t.latency.latency_ms / level) for t in run.trials
             if t.state is TrialState.COMPLETE and t.finished and t.quality and t.latency
         ],
     }  # fmt: skip
@@ -82,7 +91,7 @@ def _night(
 ) -> RunRecord | None:  # fmt: skip
     """None where it did not come to its end."""
     out = folder / f"{name.replace(' ', '-')}-{seed}"
-    state = json.loads((out / "state.json").read_text()) if (out / "state.json").is_file() else {}
+    state = json.loads((out / STATE).read_text()) if (out / STATE).is_file() else {}
     if state.get("state") == "done":
         return read_run(out)
     config = out.with_suffix(".yaml")
@@ -92,12 +101,12 @@ def _night(
     lengths = folder / f"short_steps-{budget}.json"
     if lengths.is_file():
         keys["finetune"] = {"short_steps": json.loads(lengths.read_text())}
-    if name in {"random", "nsga2", "nsga3", "tpe", "gp"}:
+    if name in RIVALS:
         settings["without"] = ["seeds"]  # a rival begins as it does elsewhere: with the rules, without our walk
     if not state:  # one that is resumed keeps what it began with
         config.write_text(yaml.safe_dump(keys))
-    nightpress("run", config, "--out", out, "--budget", budget, *(["--resume"] if state else []))
-    if not (out / "state.json").is_file():  # refused before it began
+    nightpress("run", config, "--out", out, "--budget", *([_left(out, budget), "--resume"] if state else [budget]))
+    if not (out / STATE).is_file():  # refused before it began
         return None
     run = read_run(out)
     if run.state.get("state") != "done":
@@ -105,6 +114,14 @@ def _night(
     if not lengths.is_file():
         lengths.write_text(json.dumps(run.state["rungs"]["short_steps"]))
     return run
+
+
+def _left(out: Path, budget: str) -> str:
+    """Of a night's budget, beside what it has worked: until it last wrote its state, which it does every ten seconds
+    whatever it is busy with."""
+    work = clock(read_run(out))
+    worked = work.worked((out / STATE).stat().st_mtime) if work is not None else 0.0
+    return f"{max(1.0, parse_budget(budget, '--budget') - worked):.1f}s"
 
 
 def _task_of(arguments: argparse.Namespace, folder: Path) -> str:

@@ -195,7 +195,8 @@ def night(world: World, name: str, seed: int, trials: int) -> tuple[list[float],
         sampler = make_sampler("nightpress" if name in ABLATIONS else name, seed, 0, space, world.profile.costs)
         steps: list[Policy] = []
         if isinstance(sampler, NightpressSampler):
-            steps = greedy_walk(space, world.sensitivity(), world.profile.costs, WALK)
+            if name != "sensitivity":  # the walk is built from the probes, and would bring them back
+                steps = greedy_walk(space, world.sensitivity(), world.profile.costs, WALK)
             sampler.sensitivity = world.sensitivity()
             sampler.reference = (world.corner[0], world.corner[1], world.corner[2])
             sampler.options = Options(**({name: False} if name in ABLATIONS else {}))
