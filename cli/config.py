@@ -226,7 +226,7 @@ def _check_values(file: FileConfig, where: str) -> None:
         ("search.runner", file.search.runner, file.search.runner in RUNNERS, f"one of {', '.join(RUNNERS)}"),
         *_about_workers(file.search),
         ("device", file.device, file.device in DEVICES, f"one of {', '.join(DEVICES)}"),
-        ("seed", file.seed, file.seed >= 0, "at least 0"),
+        ("seed", file.seed, 0 <= file.seed < 2**32, "at least 0 and of at most 32 bits"),
         ("calibration_policies", count, count is None or 10 <= count <= 500, "between 10 and 500"),
         ("finetune.batch_size", file.finetune.batch_size, file.finetune.batch_size >= 2, "at least 2"),
     ]

@@ -12,7 +12,7 @@ from .output import emit, log_to_stderr, say, table
 def suggest(
     folder: RunDir,
     max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", metavar="X")] = None,
-    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="Y", help="In [0, 1].")] = None,
+    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="Y", help="At most 1.")] = None,
     max_size_bytes: Annotated[int | None, typer.Option("--max-size-bytes", metavar="B")] = None,
     json: Json = False,
 ) -> None:
@@ -24,9 +24,14 @@ def suggest(
     from ..spaces.errors import InputError
 
     log_to_stderr()
-    for name, value in (("--max-latency-ms", max_latency_ms), ("--max-size-bytes", max_size_bytes)):
-        if value is not None and value <= 0:
-            raise InputError(f"{name} must be above 0, but got {value}.")
+    given = {
+        "--max-latency-ms": max_latency_ms, "--min-accuracy": min_accuracy, "--max-size-bytes": max_size_bytes,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{name} must be above 0, but got {value:g}.")
+    if min_accuracy is not None and min_accuracy > 1:
+        raise InputError(f"--min-accuracy must be at most 1, but got {min_accuracy:g}.")
     start = time.monotonic()
     limits = Limits(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, max_size_bytes=max_size_bytes)
     found: dict[str, Any] = {**ask(read_run(folder), limits), "seconds": round(time.monotonic() - start, 2)}

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..evaluators.latency.calibrate import CANDIDATES, SECONDS, calibrate, calibrate_until_flat, stages_to_list
 from ..evaluators.latency.insitu import UnseenKernelError
-from ..evaluators.latency.measure import REFERENCE, Timing, measure_policies
+from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timing, measure_policies
 from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_DRIFT, LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, drift, point_of
@@ -76,7 +76,10 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         reason = f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration"
         if has_time(session.clock, profile.seconds):
             session.folder.decide("search", "calibrate the target again", reason, **evidence)
-            profile = measure_target(session, [p.policy for p in profile.points])
+            try:
+                profile = measure_target(session, [p.policy for p in profile.points])
+            except MeasurementError as error:  # what was measured before it is worth having all the same
+                session.folder.decide("search", "the calibration before is kept", f"the new one was lost: {error}")
         else:
             reason += f"; another one would take {profile.seconds:.0f} s of the long fine-tunes'"
             session.folder.decide("search", "did not calibrate the target again", reason, **evidence)

@@ -28,19 +28,23 @@ class NetAdaptSampler(PolicySampler):
         return self._next(study) or self.space.random(np.random.default_rng((self.seed, number)))
 
     def _next(self, study: Study) -> Policy | None:
-        """The next policy of the current round; None when no group can be cut further."""
-        seen = {
-            t.user_attrs["digest"]: t.user_attrs.get("qualities", [])
-            for t in study.get_trials(deepcopy=False)
-            if "digest" in t.user_attrs
-        }
+        """The next policy of the current round; None when no group can be cut further, or while the last ones of a
+        round are still with other workers."""
+        tried = {t.user_attrs["digest"]: t for t in study.get_trials(deepcopy=False) if "digest" in t.user_attrs}
+
+        def accuracy(cut: Policy) -> float:
+            qualities = tried[digest(cut)].user_attrs.get("qualities", [])
+            return max((q["accuracy"] for q in qualities[-1:]), default=-np.inf)
+
         bits = INT8 if INT8 in self.space.bit_choices else self.space.bit_choices[0]
         policy = uniform(self.space.anatomy, width=1, bits=bits)
         while cuts := self.cuts(policy):
-            untried = next((cut for cut in cuts if digest(cut) not in seen), None)
+            untried = next((cut for cut in cuts if digest(cut) not in tried), None)
             if untried is not None:
                 return untried
-            policy = max(cuts, key=lambda cut: max((q["accuracy"] for q in seen[digest(cut)][-1:]), default=-np.inf))
+            if not all(tried[digest(cut)].state.is_finished() for cut in cuts):
+                return None
+            policy = max(cuts, key=accuracy)
         return None
 
     def cuts(self, policy: Policy) -> list[Policy]:

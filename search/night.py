@@ -124,8 +124,9 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         _check_storage(session.config)
         prepare.prepare(session)
         prepare.size_rungs(session)
-        own_policies(session.config.seeds, session.prepared.space)  # what is wrong with them is said before training
-        _runs_before(session)
+        if not session.state.get("seeds_enqueued"):  # what is wrong with them is said before training
+            own_policies(session.config.seeds, session.prepared.space)
+            _runs_before(session)
         session.update(workers=session.workers)
         planning.check_budget(session)
     with session.phase("calibrate"):

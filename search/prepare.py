@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..evaluators import dryrun
@@ -29,9 +28,9 @@ from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import INT8, Distill, LayerBits, Policy
-from ..spaces.space import Offer, Space, canonical, uniform
-from . import study
+from ..spaces.policy import Distill, LayerBits, Policy
+from ..spaces.space import Offer, Space
+from . import limits, study
 from .config import RunConfig
 from .feedback import measure_target, measure_unseen
 from .folder import SENSITIVITY as SENSITIVITY_FILE
@@ -151,10 +150,15 @@ def space_of(anatomy: Anatomy, config: RunConfig) -> Space:
         **{offered.name: getattr(config.space, offered.name) for offered in fields(Offer)},
     )
     structural = (
-        len(space.bit_choices) > 1 or (prune is not None and anatomy.groups) or (space.blocks and anatomy.blocks)
+        len(space.bit_choices) > 1
+        or any(least < most for least, most in map(space.step_range, anatomy.groups))
+        or (space.blocks and anatomy.blocks)
     )
     if not structural:
-        raise InputError("space: there is nothing to search: no prunable group, one bit choice and no removable block.")
+        raise InputError(
+            "space: there is nothing to search: no group that prune.max_ratio lets have fewer channels, one bit choice "
+            "and no removable block."
+        )
     return space
 
 
@@ -261,7 +265,8 @@ def calibrate_target(session: Session) -> None:
     """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
     config, anatomy = session.config, session.prepared.anatomy
     own = session.folder.path / TARGET
-    if own.is_file():
+    begun = own.is_file()
+    if begun:
         forced = config.force or bool(session.state.get("forced"))
         profile = load_profile(own, anatomy, here=session.places.fingerprint(config.target), force=forced)
     elif config.target_profile is not None:
@@ -275,7 +280,8 @@ def calibrate_target(session: Session) -> None:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
     session.update(forced=session.forced)
-    _check_limits(session)
+    if not begun:  # what was met once stays so, also by a predictor that was fitted again since
+        limits.check_costs(session)
 
 
 def _beside_profile(session: Session) -> dict[str, Any]:
@@ -285,41 +291,6 @@ def _beside_profile(session: Session) -> dict[str, Any]:
         return beside_profile(capabilities_from_dict(known)) if known is not None else {}
     data = json.loads(Path(session.config.target_profile).read_text())
     return {key: data[key] for key in MEASURED_BESIDE if key in data}
-
-
-def _check_limits(session: Session) -> None:
-    """Refuse limits on latency and size that no policy of the space can meet, with the nearest reachable value."""
-    limits, prepared = session.config.limits, session.prepared
-    if limits.max_latency_ms is None and limits.max_size_bytes is None:
-        return
-    space, generator = prepared.space, np.random.default_rng(session.config.seed)
-    smallest = INT8 if INT8 in space.bit_choices else space.bit_choices[-1]
-    harsh = [
-        uniform(prepared.anatomy, width=1 - space.max_ratio, bits=bits) for bits in {smallest, space.bit_choices[0]}
-    ]
-    if space.blocks:
-        blocks = tuple(b.name for b in prepared.anatomy.blocks)
-        harsh += [canonical(replace(policy, removed_blocks=blocks), prepared.anatomy) for policy in harsh]
-    tried = [p for p in (*harsh, *(space.random(generator) for _ in range(100))) if space.contains(p)]
-    predicted = [session.predict(policy) for policy in tried]
-    fastest, least = min(low for _, low, _, _ in predicted), min(size for *_, size in predicted)
-    if limits.max_latency_ms is not None and fastest > limits.max_latency_ms:
-        raise InputError(
-            f"limits.max_latency_ms is {limits.max_latency_ms}, but no policy of this space is predicted to be faster "
-            f"than {fastest:.3g} ms on this target."
-        )
-    if limits.max_size_bytes is not None and least > limits.max_size_bytes:
-        raise InputError(
-            f"limits.max_size_bytes is {limits.max_size_bytes}, but the smallest file of this space has {least} bytes."
-        )
-    together = [
-        size for low, size in ((low, size) for _, low, _, size in predicted) if low <= (limits.max_latency_ms or low)
-    ]
-    if limits.max_size_bytes is not None and min(together) > limits.max_size_bytes:
-        raise InputError(
-            f"limits.max_latency_ms {limits.max_latency_ms} and limits.max_size_bytes {limits.max_size_bytes} "
-            f"contradict each other: the smallest file that is fast enough has {min(together)} bytes."
-        )
 
 
 def judge_given(session: Session) -> None:
@@ -343,6 +314,7 @@ def judge_given(session: Session) -> None:
             "size_bytes": session.predict(Policy(model=prepared.anatomy.digest))[3],
         }
         session.update(given=given, reference=reference)
+    limits.check_accuracy(session)
 
 
 def probe_sensitivity(session: Session) -> None:

@@ -39,9 +39,9 @@ class Worth(NamedTuple):
 
 def corner_of(reference: Mapping[str, float], limits: Limits) -> tuple[float, float, float]:
     """Accuracy, latency in ms and size in bytes beyond which a policy is worth nothing: the reference point, or a limit
-    that is stricter."""
+    that is stricter. What the user says of the accuracy counts also where it is less strict."""
     return (
-        max(reference["accuracy"], limits.min_accuracy or reference["accuracy"]),
+        reference["accuracy"] if limits.min_accuracy is None else limits.min_accuracy,
         min(reference["latency_ms"], limits.max_latency_ms or math.inf),
         min(reference["size_bytes"], limits.max_size_bytes or math.inf),
     )

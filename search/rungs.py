@@ -92,7 +92,7 @@ def judge_rungs(session: Session) -> None:
 def judge_stopping(session: Session) -> None:
     """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
     trials = session.store.trials()
-    stopped, finished, wrong = wrongly(trials, session.store.noted("spared"))
+    stopped, finished, wrong = wrongly(trials, session.store.noted("spared"), session.config.limits.min_accuracy)
     waiting = sum(t.reason == NOT_CONTINUED for t in trials)
     if waiting:
         session.folder.decide(

@@ -47,12 +47,14 @@ Array = NDArray[np.float64]
 
 
 def make_sampler(name: str, seed: int, trials: int, space: Space, costs: ManyCosts) -> optuna.samplers.BaseSampler:
-    """A sampler by its name in the config. ``trials`` (finished so far) moves the seed, because a resumed
-    sampler with the same seed would repeat its draws."""
+    """A sampler by its name in the config. ``trials`` (begun so far) moves the seed, because a resumed sampler with the
+    same seed would repeat its draws. Both are mixed: by their sum the draws of one seed would be those of the next one,
+    a trial later, and Optuna takes no seed of more than 32 bits."""
     with warnings.catch_warnings():
         # Optuna calls these interfaces experimental; the tests of this project hold them.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return _sampler(name, seed + trials, space, costs)
+        mixed = int(np.random.SeedSequence((seed, trials)).generate_state(1)[0])
+        return _sampler(name, mixed, space, costs)
 
 
 def _sampler(name: str, seed: int, space: Space, costs: ManyCosts) -> optuna.samplers.BaseSampler:

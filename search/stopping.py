@@ -128,14 +128,17 @@ def spared(digest: str) -> bool:
     return int(digest, 16) % SPARED == 0
 
 
-def wrongly(trials: Sequence[TrialRecord], kept: Collection[int]) -> tuple[int, int, int]:
+def wrongly(
+    trials: Sequence[TrialRecord], kept: Collection[int], min_accuracy: float | None = None
+) -> tuple[int, int, int]:
     """(stopped, finished all the same, of these on the front), the rule's own record. ``kept``: numbers of the trials
-    that were spared."""
+    that were spared. The front is of what reached ``min_accuracy``, by which the judge stopped as well."""
     stopped = sum(t.state is TrialState.STOPPED and t.reason != NOT_CONTINUED for t in trials)
-    ended = [t for t in trials if t.number in kept and t.state is TrialState.COMPLETE]
-    front = np.array([point for t in trials if t.state is TrialState.COMPLETE and (point := t.losses)])
-    wrong = sum((point := t.losses) is not None and not dominated_by(point, front) for t in ended)
-    return stopped, len(ended), wrong
+    ended = [t for t in trials if t.state is TrialState.COMPLETE]
+    within = {t.number: point for t in ended if (point := t.losses) and -point[0] >= (min_accuracy or -math.inf)}
+    front = np.array(list(within.values()))
+    wrong = sum(number in kept and not dominated_by(point, front) for number, point in within.items())
+    return stopped, sum(t.number in kept for t in ended), wrong
 
 
 def upper_bound(wrong: int, of: int) -> float:

@@ -19,15 +19,19 @@ from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
+from .attributes import quality_from
 from .breeding import POPULATION, breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from .encoding import Encoder
 from .experience import Experience
-from .folder import TARGET
+from .folder import TARGET, study_place
 from .gain import expected_gain
 from .gain import target as aim_at
 from .proposals import sensitivity_of
-from .records import RunRecord, TrialRecord, row
+from .records import Quality, RunRecord, TrialRecord, row
+from .salvage import read_journal
+from .storages import JOURNAL, close
+from .store import LONG, open_reading
 from .surrogate import Describer, Surrogate
 
 Array = NDArray[np.float64]
@@ -45,12 +49,9 @@ class Known:
     anatomy: Anatomy
 
     def costs(self, rows: Array) -> Array:
-        """Predicted latency in ms and file size in bytes of rows, shape (n, 2). A policy with a kind of kernel that was
-        never measured is taken to be no faster than the uncompressed model: it could be anything, so it is not
-        suggested."""
-        found = self.profile.costs(self.surrogate.describer.encoder.choices(rows))
-        found[np.isnan(found[:, 0]), 0] = self.profile.reference_ms
-        return found
+        """Predicted latency in ms and file size in bytes of rows, shape (n, 2). The latency of a policy with a kind of
+        kernel that was never measured is NaN: it could be anything, so it is not suggested."""
+        return self.profile.costs(self.surrogate.describer.encoder.choices(rows))
 
 
 def known_of(run: RunRecord) -> Known:
@@ -65,7 +66,7 @@ def known_of(run: RunRecord) -> Known:
         )
     encoder = Encoder(space_of_run(run, anatomy, target))
     experience = Experience(encoder)
-    experience.take(run.trials)
+    experience.take(run.trials, _longs(run))
     observations = experience.observations()
     if not observations:
         raise InputError(f"{run.path}: nothing can be suggested before the run's first trial is complete.")
@@ -75,6 +76,22 @@ def known_of(run: RunRecord) -> Known:
         surrogate = Surrogate(Describer(encoder, sensitivity), observations)
     profile = load_profile(run.path / TARGET, anatomy, as_recorded=True)  # a report is read on other machines too
     return Known(surrogate=surrogate, experience=experience, profile=profile, anatomy=anatomy)
+
+
+def _longs(run: RunRecord) -> dict[int, Quality]:
+    """What the study knows of long fine-tunes, by trial. Trials are verified at the end only, and not all of them."""
+    if not run.trials:
+        return {}
+    url, study = study_place(run.config)
+    if url is None:
+        attrs = read_journal(run.path / JOURNAL).study
+    else:
+        storage = open_reading(run.path, url, study)
+        try:
+            attrs = storage.get_study_user_attrs(storage.get_study_id_from_name(study))
+        finally:
+            close(storage)
+    return {int(key.removeprefix(LONG)): quality_from(data) for key, data in attrs.items() if key.startswith(LONG)}
 
 
 def _target(run: RunRecord) -> Target:
@@ -145,7 +162,9 @@ def _untried(
         mean, spread = surrogate.predict(rows)
         gains = expected_gain(mean, spread, surrogate.scale, costs, aim)
         beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
-        return np.where(gains > 1e-12, gains, -beyond - 1e-3 * np.maximum(corner[0] - surrogate.scale.down(mean), 0))
+        short = np.maximum(corner[0] - surrogate.scale.down(mean), 0)
+        found = np.where(gains > 1e-12, gains, -beyond - 1e-3 * short)
+        return np.where(np.isnan(costs[:, 0]), -np.inf, found)
 
     def spread_out(rows: Array) -> Array:
         found = worth(rows)
@@ -164,7 +183,7 @@ def _untried(
     costs = known.costs(found)
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
-    eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)
+    eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)  # NaN is not
     while len(chosen) < MOST_SUGGESTED:
         gains = np.where(eligible, worth(found), -np.inf)
         gains[chosen] = -np.inf

@@ -24,13 +24,18 @@ Limits:
 - A trial goes from its first rung to the top: it does not pause for others that promise more, and is not judged on the
   way.
 - The search ends when no further trial fits before the finalists; those that run then are waited for.
+- What has to be timed during the search (a kind of kernel that was never measured) waits on one machine for the rungs
+  that run, and Tune hears nothing meanwhile. An actor that is being started then loads its libraries beside the timing.
 """
 
+import fcntl
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -44,11 +49,13 @@ from .config import RAY, RunConfig
 from .loop import enough
 from .night import run_night
 from .records import Rung, TrialState
-from .session import Session
+from .session import TICK_SECONDS, Session
 from .trials import Trials
 from .worker import WORKER_LOST, Factory, Failure, Worker
 
 _QUIET = "TUNE_DISABLE_SIGINT_HANDLER"  # the night ends gracefully on Ctrl-C, Tune included
+LOCK = "tune.lock"
+"""File in the run folder: shared by the rungs that run, taken by whoever times something."""
 
 
 def run_tune_night(
@@ -69,7 +76,9 @@ def run_tune_night(
 
 
 def _search(tuner: "Callable[[TuneSearch], tune.Tuner]", session: Session, trials: Trials) -> None:
-    handed, trials.straight = _Handed(session.workers), True
+    cluster, lock = session.places.cluster, session.folder.path.absolute() / LOCK
+    alone = cluster is not None and len(cluster.nodes()) == 1  # a cluster times on a node of its own
+    handed, trials.straight = Handed(session.workers, lock if alone else None, session.tick), True
     runner, session.jobs.runner = session.jobs.runner, handed
     ours = _QUIET not in os.environ
     os.environ.setdefault(_QUIET, "1")
@@ -85,22 +94,47 @@ def _search(tuner: "Callable[[TuneSearch], tune.Tuner]", session: Session, trial
             del os.environ[_QUIET]
 
 
+@contextmanager
+def held(lock: Path | None, how: int, tick: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Hold a lock file, ``how`` as flock takes it; ``tick`` is called now and then while it is somebody else's. None
+    is free for all."""
+    if lock is None:
+        yield
+        return
+    with lock.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, how | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                tick()
+                time.sleep(TICK_SECONDS)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # by name: a process that was forked meanwhile has the file open, too
+
+
 @dataclass(slots=True)
-class _Handed:
+class Handed:
     """A runner that keeps jobs until Tune asks for them."""
 
     workers: int
+    lock: Path | None = None
+    """Where the workers are on this machine: see :data:`LOCK`."""
+    tick: Callable[[], None] = lambda: None
     progress: float = 0.0
     jobs: dict[int, Job] = field(default_factory=dict[int, Job])
 
     def submit(self, key: int, job: Job, cap_seconds: float | None = None) -> None:
-        self.jobs[key] = job
+        self.jobs[key] = replace(job, folder=job.folder.absolute())  # Tune's actors work in folders of their own
 
     def as_completed(self, timeout_seconds: float) -> Iterator[tuple[int, Outcome | Failure]]:
         yield from ()
 
     def paused(self) -> AbstractContextManager[None]:
-        return nullcontext()
+        """On one machine, once the rungs that run are over; none begins until it ends."""
+        return held(self.lock, fcntl.LOCK_EX, self.tick)
 
     def close(self) -> None:
         self.jobs.clear()
@@ -109,7 +143,7 @@ class _Handed:
 class TuneSearch:
     """What a Tuner needs: :meth:`trainable` and :meth:`tune_config`, or the parts of the latter."""
 
-    def __init__(self, session: Session, trials: Trials, handed: _Handed) -> None:
+    def __init__(self, session: Session, trials: Trials, handed: Handed) -> None:
         self.session = session
         self.reason: str | None = None
         """Why no further trial is proposed."""
@@ -126,7 +160,7 @@ class TuneSearch:
         """The evaluator as a Tune trainable, a rung a step, with the config's resources."""
         needs = self.session.places.needs
         resources: dict[str, float] = {"cpu": needs.cpu, "gpu": needs.gpu, "memory": needs.memory_bytes or 0}
-        made = tune.with_parameters(NightpressTrainable, make=self.session.make)
+        made = tune.with_parameters(NightpressTrainable, make=self.session.make, lock=self._handed.lock)
         return tune.with_resources(made, {name: value for name, value in resources.items() if value})
 
     def tune_config(self, **settings: Any) -> tune.TuneConfig:
@@ -186,10 +220,10 @@ class TuneSearch:
 class NightpressTrainable(tune.Trainable):
     """One rung a step. The actor is kept from trial to trial, and its evaluator with it."""
 
-    def setup(self, config: dict[str, Any], make: Factory | None = None) -> None:
+    def setup(self, config: dict[str, Any], make: Factory | None = None, lock: Path | None = None) -> None:
         if make is None:
             raise ValueError("the trainable is made by TuneSearch.trainable")
-        self._worker = Worker(make)
+        self._worker, self._lock = Worker(make), lock
         self._jobs: list[Job] = list(config["jobs"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -198,7 +232,8 @@ class NightpressTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         job = self._jobs.pop(0)
-        found = self._worker(job, None)
+        with held(self._lock, fcntl.LOCK_SH):  # what is being timed is not disturbed
+            found = self._worker(job, None)
         shown = {"accuracy": found.search.accuracy} if isinstance(found, Outcome) else {"failure": found.text}
         return {"rung": job.rung, "result": found, **shown, "done": not self._jobs or isinstance(found, Failure)}
 

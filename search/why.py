@@ -1,5 +1,6 @@
 """Why a finalist is as it is: what each of its choices saves, and what it probably costs."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ from threadpoolctl import threadpool_limits
 from ..evaluators.latency.measure import MeasurementError, measure_policies
 from ..spaces.anatomy import Anatomy
 from ..spaces.plans import choices_of
-from ..spaces.policy import Policy
+from ..spaces.policy import FP32, Policy
 from ..spaces.space import bits_name, canonical
 from .costs import ManyCosts
 from .finalists import surrogate_of
@@ -70,13 +71,33 @@ def _undone(policy: Policy, anatomy: Anatomy) -> list[tuple[dict[str, Any], Poli
     for name, ratio in policy.prune.items():
         rest = {other: r for other, r in policy.prune.items() if other != name}
         found.append(({"kind": "group", "name": name, "choice": ratio}, replace(policy, prune=rest)))
-    for name in policy.removed_blocks:
-        kept = tuple(other for other in policy.removed_blocks if other != name)
-        found.append(({"kind": "block", "name": name, "choice": "removed"}, replace(policy, removed_blocks=kept)))
+    found += [
+        ({"kind": "block", "name": name, "choice": "removed"}, _with_block(policy, name, anatomy))
+        for name in policy.removed_blocks
+    ]
     for name, pair in policy.bits.items():
         wide = {other: p for other, p in policy.bits.items() if other != name}
         found.append(({"kind": "layer", "name": name, "choice": bits_name(pair)}, replace(policy, bits=wide)))
     return [(what, canonical(other, anatomy)) for what, other in found]
+
+
+def _with_block(policy: Policy, name: str, anatomy: Anatomy) -> Policy:
+    """The policy with a removed block back in full width, at the bits that most of its layers of the same kind have; of
+    as many, those that more of all its layers have. A policy says nothing of what it removes, and in fp32 among
+    integers the block would look dearer than it is."""
+    kept = tuple(other for other in policy.removed_blocks if other != name)
+    gone, still = (
+        {layer for block in anatomy.blocks if block.name in names for layer in block.layers}
+        for names in (policy.removed_blocks, kept)
+    )
+    there = [(layer.kind, policy.bits.get(layer.name, FP32)) for layer in anatomy.layers if layer.name not in gone]
+    of_kind, of_all = Counter(there), Counter(pair for _, pair in there)
+    back = {
+        layer.name: max(of_all, key=lambda pair: (of_kind[layer.kind, pair], of_all[pair]), default=FP32)
+        for layer in anatomy.layers
+        if layer.name in gone - still
+    }
+    return replace(policy, removed_blocks=kept, bits={**policy.bits, **back})
 
 
 def _damage(what: Mapping[str, Any], sensitivity: Sensitivity) -> float | None:

@@ -462,9 +462,21 @@ def test_a_night_says_why_its_finalists_are_as_they_are(night: tiny.Night) -> No
     verified = [t for t in night.result.json["front"] if t["role"] != "baseline"]
 
     assert {str(trial["trial"]) for trial in verified} <= set(why)
-    for entries in why.values():
+    policies = {str(t.number): t.policy for t in read_run(night.run).trials}
+    for number, entries in why.items():
+        made = {("group", name): ratio for name, ratio in policies[number]["prune"].items()}
+        made |= {("block", name): "removed" for name in policies[number]["removed_blocks"]}
+        made |= {("layer", name): f"{b['weights']}/{b['activations']}" for name, b in policies[number]["bits"].items()}
+        assert entries
+        assert {(entry["kind"], entry["name"]): entry["choice"] for entry in entries}.items() <= made.items()
         for entry in entries:
-            assert entry["kind"] in {"group", "block", "layer"}
-            assert entry.keys() >= {"name", "choice", "sensitivity", "saved_ms", "accuracy_cost", "measured"}
+            assert entry.keys() == {
+                "kind", "name", "choice", "sensitivity", "saved_ms", "accuracy_cost", "measured",
+            }  # fmt: skip
+            assert np.isfinite(entry["saved_ms"])
+            assert -1 <= entry["accuracy_cost"] <= 1
+        assert sum(entry["measured"] for entry in entries) == min(3, len(entries))
         rest = [entry["saved_ms"] for entry in entries if not entry["measured"]]
         assert rest == sorted(rest, reverse=True)
+    for trial in verified:  # faster than the original by what was chosen
+        assert max(entry["saved_ms"] for entry in why[str(trial["trial"])]) > 0

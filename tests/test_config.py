@@ -252,7 +252,8 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("task: a\nseed: -1", "seed must be at least 0, but got -1"),
+        ("task: a\nseed: -1", "seed must be at least 0 and of at most 32 bits, but got -1"),
+        ("task: a\nseed: 4294967296", "seed must be at least 0 and of at most 32 bits, but got 4294967296"),
         ("task: a\ndevice: gpu", "device must be one of auto, cpu, cuda, but got 'gpu'"),
         ("task: a\ncalibration_policies: 5", "calibration_policies must be between 10 and 500, but got 5"),
         ("task: a\nsearch: {runner: slurm}", "search.runner must be one of local, ray, but got 'slurm'"),

@@ -8,6 +8,7 @@ import numpy as np
 import optuna
 import pytest
 from numpy.typing import NDArray
+from optuna.storages import InMemoryStorage
 
 from nightpress.evaluators.latency.units import NO_LAYER, Worker
 from nightpress.search.costs import ManyCosts
@@ -128,6 +129,30 @@ def test_the_same_seed_gives_the_same_trials(tmp_path: Path, space: Space) -> No
         digests.append([t.digest for t in store.trials()])
 
     assert digests[0] == digests[1]
+
+
+def proposed(space: Space, name: str, seed: int, count: int = 12) -> list[str]:
+    """Digests of what a sampler proposes that is made anew for each trial, as a night does with Optuna's."""
+    costs, found = batch_costs_of(space.anatomy), list[str]()
+    store = Store(InMemoryStorage(), sampler_at=lambda trials: make_sampler(name, seed, trials, space, costs))
+    for _ in range(count):
+        trial = store.ask()
+        found.append(digest(space.sample(TrialSuggest(trial))))
+        store.drop(trial)
+    return found
+
+
+@pytest.mark.parametrize("name", ["random", "nsga2", "nsga3", "tpe"])
+def test_neighbouring_seeds_share_no_proposal(space: Space, name: str) -> None:
+    assert not set(proposed(space, name, 0)) & set(proposed(space, name, 1))
+
+
+@pytest.mark.parametrize("name", ["nightpress", "netadapt", "random", "tpe"])
+def test_a_seed_may_have_as_many_bits_as_optuna_takes(space: Space, name: str) -> None:
+    found = proposed(space, name, 2**32 - 1, 3)
+
+    assert found == proposed(space, name, 2**32 - 1, 3)
+    assert found != proposed(space, name, 2**32 - 2, 3) or name == "netadapt"  # its first round is the same for all
 
 
 def test_our_sampler_covers_more_than_random_choice_at_equal_trials(tmp_path: Path, space: Space) -> None:

@@ -292,6 +292,20 @@ def test_netadapt_cuts_the_most_accurate_policy_of_the_last_round(tmp_path: Path
     assert next_one.latency.latency_ms < best.latency.latency_ms
 
 
+def test_netadapt_decides_no_round_while_another_worker_still_tries_a_part_of_it(tmp_path: Path, space: Space) -> None:
+    sampler = NetAdaptSampler(space, batch_costs_of(space.anatomy), 0)
+    store = Store(open_storage(tmp_path, None), sampler)
+    cuts = {digest(cut) for cut in sampler.cuts(baselines(space.anatomy, True)["uniform INT8"])}
+    run_trials(store, space, len(cuts) - 1)
+    last = store.study.ask()
+    assert digest(space.sample(TrialSuggest(last))) in cuts
+    store.begin(last, space.sample(TrialSuggest(last)), 0.0)
+
+    beside = space.sample(TrialSuggest(store.study.ask()))
+
+    assert beside == space.random(np.random.default_rng((0, len(cuts))))
+
+
 # The stopping rule
 
 

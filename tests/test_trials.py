@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import MeasurementError
+from nightpress.evaluators.latency.profile import Point
 from nightpress.evaluators.quality import Score
 from nightpress.search.clock import Clock, Times
 from nightpress.search.config import Limits, RunConfig, SearchConfig
@@ -136,6 +137,31 @@ def test_no_rung_is_trained_twice_and_each_goes_on_from_the_one_before(tmp_path:
     assert ends.keys() == {TrialState.COMPLETE, TrialState.STOPPED}
     order = [number for number, _ in asked(trials)]
     assert order != sorted(order), "nothing was paused"
+
+
+def test_a_greedy_search_judges_each_step_by_its_short_fine_tune(tmp_path: Path) -> None:
+    """Its rounds compare accuracies, which must be of one rung: no trial waits while others begin."""
+    trials, others = begun(tmp_path, PLANNED, most=40), begun(tmp_path, PLANNED, most=40)
+    search = replace(trials.session.config.search, sampler="netadapt")
+    trials.session.config = replace(trials.session.config, search=search)
+    orders = [[number for number, _ in asked(night)] for night in (trials, others) if run(night)]
+    assert [order == sorted(order) for order in orders] == [True, False]
+
+
+@pytest.mark.parametrize(("repeat_error", "settled"), [(0.001, True), (0.2, False)])
+def test_what_calibration_measured_is_on_record_with_whether_its_windows_agreed(
+    tmp_path: Path, repeat_error: float, settled: bool
+) -> None:
+    trials = begun(tmp_path, PLANNED, most=1)
+    policy = SPACE.random(np.random.default_rng(0))
+    point = Point(policy=policy, latency_ms=0.1, halves_ms=(0.1, 0.1), repeat_error=repeat_error, size_bytes=1)
+    known = SimpleNamespace(points=(point,), forced=(), caveat=None, seconds_each=0, remote=False, reference_ms=1.0)
+    trials.session.provide(profile=known)
+    enqueue(trials.session, policy, "seed")
+    run(trials)
+    [latency] = [t.measured for t in trials.session.store.trials() if t.digest == digest(policy)]
+    assert latency is not None
+    assert (latency.latency_ms, latency.settled) == (0.1, settled)
 
 
 def test_the_same_seed_gives_the_same_trials(tmp_path: Path) -> None:

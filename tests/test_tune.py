@@ -1,30 +1,44 @@
 """A night with Ray Tune in place of its search phase leaves the same run folder."""
 
+import fcntl
 import os
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import tiny
 from nightpress.cli.config import load_config
+from nightpress.evaluators.evaluate import Job, Outcome
+from nightpress.evaluators.quality import Score
 from nightpress.search.config import RAY
 from nightpress.search.folder import read_run
 from nightpress.search.records import TrialState
 from nightpress.spaces.errors import InputError
+from nightpress.spaces.policy import Policy
 from ray_nodes import LOOPBACK, listening
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what ray.tune imports
     from ray import tune
 
-    from nightpress.search.tune import TuneSearch, run_tune_night
+    from nightpress.search.tune import Handed, NightpressTrainable, TuneSearch, held, run_tune_night
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(180),
     pytest.mark.filterwarnings("ignore"),  # Tune uses what Python and its own packages have deprecated
 ]
+
+
+class RefusedError(Exception):
+    """The lock is somebody else's."""
+
+
+def refuse() -> None:
+    raise RefusedError("the lock is held")
 
 
 def tuner(search: TuneSearch, storage: Path) -> tune.Tuner:
@@ -68,3 +82,41 @@ def test_a_night_with_tune_needs_the_runner_ray(tmp_path: Path) -> None:
     config = load_config(tiny.write_config(tmp_path))
     with pytest.raises(InputError, match=r"search.runner must be ray for a night with Tune, but got 'local'"):
         run_tune_night(config, None, lambda search: tuner(search, tmp_path))
+
+
+def test_a_measurement_waits_for_the_rungs_that_run(tmp_path: Path) -> None:
+    ticks: list[bool] = []
+    with ExitStack() as rungs:
+        for _ in range(2):  # beside each other
+            rungs.enter_context(held(tmp_path / "lock", fcntl.LOCK_SH))
+
+        def tick() -> None:
+            ticks.append(True)
+            rungs.close()
+
+        with Handed(2, tmp_path / "lock", tick).paused():
+            assert ticks == [True]
+
+
+def test_no_rung_begins_while_something_is_timed(tmp_path: Path) -> None:
+    def evaluate(job: Job, progress: Callable[[float], None] | None) -> Outcome:
+        with pytest.raises(RefusedError, match="held"), Handed(1, tmp_path / "lock", refuse).paused():
+            pass
+        return Outcome(search=Score(accuracy=0.5, accuracy_se=None, samples=1, seconds=0.0))
+
+    rung = NightpressTrainable.__new__(NightpressTrainable)
+    job = Job(policy=Policy(model="m"), rung="bn", seed=0, steps=0, folder=tmp_path)
+    rung.setup({"jobs": [job]}, make=lambda: evaluate, lock=tmp_path / "lock")
+
+    assert isinstance(rung.step()["result"], Outcome)
+
+
+def test_a_job_names_its_folder_for_processes_that_work_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    handed = Handed(1)
+
+    handed.submit(3, Job(policy=Policy(model="m"), rung="bn", seed=0, steps=0, folder=Path("runs/a/artifacts/3")))
+
+    assert handed.jobs[3].folder == tmp_path / "runs/a/artifacts/3"
