@@ -141,7 +141,7 @@ def read_truth(path: Path) -> Truth:
 def files_of(name: str, target: Target, cache: Path) -> tuple[Path, Path]:
     """Where the truth and the calibration are kept."""
     key = f"{name}.{'' if target.runtime == 'onnxruntime' else target.runtime + '.'}{target.threads}"
-    return cache / f"{key}.truth.json", cache / f"{key}.profile.json"
+    return cache / f"{key}.truth{TRUTH_SEED}.json", cache / f"{key}.profile.json"
 
 
 def pass_truth(name: str, target: Target, cache: Path) -> None:

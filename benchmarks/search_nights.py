@@ -121,7 +121,7 @@ def _left(out: Path, budget: str) -> str:
     whatever it is busy with."""
     work = clock(read_run(out))
     worked = work.worked((out / STATE).stat().st_mtime) if work is not None else 0.0
-    return f"{max(1.0, parse_budget(budget, '--budget') - worked):.1f}s"
+    return f"{max(60.0, parse_budget(budget, '--budget') - worked):.1f}s"
 
 
 def _task_of(arguments: argparse.Namespace, folder: Path) -> str:

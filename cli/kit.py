@@ -69,7 +69,8 @@ def measure_over_ssh(folder: Path, host: str, python: str, name: str) -> None:
     from ..evaluators.latency.timer import RESULTS
 
     remove = f"rm -rf {shlex.quote(name)}"
-    keys = ("-o", "BatchMode=yes")  # a question for a password may meet nobody
+    # A question may meet nobody; and what is left in the background, for the next connection, would keep stderr open.
+    keys = ("-o", "BatchMode=yes", "-o", "ControlMaster=no")
     # A name that begins with a dash would be an option of ssh.
     for command in (
         ["ssh", *keys, "--", host, remove],  # into what a broken copy has left the next one would be put

@@ -21,7 +21,7 @@ from ..evaluators.inspect import inspect, network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate, calibrate_until_flat, covering, stages_to_list
 from ..evaluators.latency.capabilities import beside_profile, capabilities, probes
 from ..evaluators.latency.kit import read_results, write_kit
-from ..evaluators.latency.measure import AGREE, REFERENCE, Timer, Timing, noise_warnings
+from ..evaluators.latency.measure import AGREE, Timer, Timing, noise_warnings
 from ..evaluators.latency.profile import Profile, profile_of, profile_to_dict
 from ..evaluators.latency.target import Target
 from ..evaluators.latency.timer import PROVIDERS
@@ -92,8 +92,7 @@ def _drawing(
 
 def warn_of_noise(timings: Mapping[str, Timing], *, elsewhere: bool = False) -> None:
     """Say on stderr what disturbed a measurement; that of a kit was made ``elsewhere``."""
-    apart = [timing.repeat_error for timing in timings.values() if not timing.settled]
-    for text in noise_warnings(timings[REFERENCE], len(apart), max(apart, default=None), elsewhere=elsewhere):
+    for text in noise_warnings(timings, elsewhere=elsewhere):
         log.warning("%s", text)
 
 

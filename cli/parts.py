@@ -237,7 +237,7 @@ def apply(
 
     log_to_stderr()
     check_file(out)
-    found, anatomy, where = find_anatomy(task, "onnxruntime", given=True)
+    found, anatomy, where = find_anatomy(task, "onnxruntime")
     [(_, chosen)] = _policies([policy], anatomy, where, any_bits=True)
     data = apply_to_file(found, anatomy, chosen, out, weights)
     if json:

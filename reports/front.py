@@ -231,8 +231,7 @@ def reference(run: RunRecord, *, verified: bool) -> Losses | None:
     unknown or when it spans no volume.
 
     Its accuracy is the user's ``min_accuracy``; without one, it lies as far below that of the given network on the test
-    split as the run's lies below it on the search split, which the network may know by heart. Runs of older versions
-    do not hold what the network was given with: theirs stays that of the search split.
+    split as the run's lies below it on the search split, which the network may know by heart.
     """
     known: dict[str, Any] = dict(run.state.get("reference") or {})
     least, given = limits(run).min_accuracy, run.state.get("given")

@@ -43,8 +43,6 @@ STILL_GROWING = 0.01
 """Share of the hypervolume that the last quarter of the search may add, were it converged."""
 STILL_FALLING = 0.05
 """Share by which a converged fine-tune's loss may fall from its last tenth but one to its last."""
-MOST_WARNINGS = 3
-"""Kinds of warnings that are told; the rest stands in log.jsonl."""
 
 
 def finished(run: RunRecord) -> bool:
@@ -278,14 +276,11 @@ def _warned(run: RunRecord) -> list[str]:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for warning in run.state.get("warnings") or []:
         kinds.setdefault(re.sub(r"[\d.,]+", "", warning["text"]), []).append(warning)
-    ranked = sorted(kinds.values(), key=lambda alike: -len(alike))
-    said = [
+    return [
         f"Warned {f'{len(alike)} times, last ' if len(alike) > 1 else ''}in phase {alike[-1]['phase']}: "
         f"{cut(alike[-1]['text']).rstrip('.')}."
-        for alike in ranked[:MOST_WARNINGS]
+        for alike in sorted(kinds.values(), key=lambda alike: -len(alike))
     ]
-    left = ranked[MOST_WARNINGS:]
-    return [*said, f"{counted(len(left), 'more kind')} of warnings: see log.jsonl."] if left else said
 
 
 def _doubtful_latency(run: RunRecord) -> list[str]:
@@ -305,7 +300,7 @@ def _doubtful_latency(run: RunRecord) -> list[str]:
             f"{milliseconds(max(levels))} over the night, so trust ratios more than milliseconds."
         )
     apart = (run.target or {}).get("looks_apart") or 0.0
-    if apart > NOISY:
+    if apart > NOISY and run.config.get("target_profile") is not None:  # of its own calibration the night has warned
         said.append(
             f"The device changed its speed while it was calibrated: two looks at the same models differ by "
             f"{percent(apart)} as a whole, so the intervals are wider."

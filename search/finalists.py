@@ -13,6 +13,7 @@ from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
+from .promotion import least_accuracy
 from .records import TrialRecord, TrialState
 from .session import Session, latency_of
 from .split_gap import search_limits
@@ -50,7 +51,7 @@ def remeasure_front(session: Session) -> None:
         timings, sizes = session.on_target(
             "search", lambda timer: measure_policies(anatomy, policies, target, timer, kernels=True)
         )
-    except MeasurementError as error:
+    except (MeasurementError, OSError) as error:  # lost, or no room for the files
         session.trouble(f"the front is not measured, its latencies are predictions: {error}")
         session.folder.decide("search", "the front was not re-measured", str(error))
         return
@@ -97,7 +98,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     if not front:
         return []
     reference = session.state["reference"]
-    floor = reference["accuracy"] if least is None else least
+    floor = least_accuracy(reference, search_limits(session))
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])

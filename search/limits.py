@@ -45,13 +45,14 @@ def check_costs(session: Session, population: int = POPULATION) -> None:
         )
 
 
-def check_accuracy(session: Session) -> None:
-    """Once the given network is judged: refuse a ``min_accuracy`` that lies more than half of its error above it, and
-    warn of one above it. A fine-tune may bring a network further than it was given, but hardly so far.
+def check_accuracy(session: Session, given: float) -> None:
+    """Once it is known how accurate the network is on the test split as it was given: refuse a ``min_accuracy`` that
+    lies more than half of its error above that, and warn of one above it. A fine-tune may bring a network further than
+    it was given, but hardly so far.
 
     Raises InputError.
     """
-    least, given = session.config.limits.min_accuracy, session.state["given"]["test"]["accuracy"]
+    least = session.config.limits.min_accuracy
     if least is None or least <= given:
         return
     above = f"limits.min_accuracy is {least:g}, but the given network has {given:.4g} on the test split"
@@ -63,12 +64,12 @@ def check_accuracy(session: Session) -> None:
 def _cheapest(session: Session, population: int, loss: Callable[[Array, Array], Array]) -> tuple[float, int] | None:
     """Low end of the latency in ms and exact file size in bytes of the policy with the least ``loss`` of both, each of
     shape (n,), that a short evolution from random policies and the harshest ends of the space finds; None where the
-    profile has a price for none. Nothing is measured for it."""
+    profile has a price for none."""
     encoder, generator = Encoder(session.prepared.space), np.random.default_rng(session.config.seed)
     rows = np.vstack([*map(encoder.row, _harshest(session.prepared.space)), encoder.random(population, generator)])
-    margin = math.exp(session.profile.predictor.log_margin)
     for generation in range(GENERATIONS + 1):
-        costs = session.profile.costs(encoder.choices(rows))
+        costs = session.costs_of(encoder.choices(rows))
+        margin = math.exp(session.profile.predictor.log_margin)
         losses = np.where(np.isnan(costs[:, 0]), np.inf, loss(costs[:, 0] / margin, costs[:, 1]))
         rows = rows[np.argsort(losses, kind="stable")[:PARENTS]]
         if not np.isfinite(losses).any():
@@ -80,12 +81,12 @@ def _cheapest(session: Session, population: int, loss: Callable[[Array, Array], 
 
 
 def _harshest(space: Space) -> list[Policy]:
-    """Every group as narrow as it may be, with each choice of bits, with and without the blocks that may go."""
+    """Every group as narrow as it may be, with each choice of bits, with and without the blocks that may go; what the
+    space does not offer beside that, an encoder takes to the nearest."""
     narrow = {g.name: ratio_of(g, space.step_range(g)[0]) for g in space.anatomy.groups}
     found = [
         Policy(model=space.anatomy.digest, prune=narrow, bits={layer.name: bits for layer in space.anatomy.layers})
         for bits in space.bit_choices
     ]
     blocks = tuple(b.name for b in space.anatomy.blocks) if space.blocks else ()
-    found += [replace(policy, removed_blocks=blocks) for policy in found if blocks]
-    return [policy for policy in found if space.contains(policy)]
+    return found + [replace(policy, removed_blocks=blocks) for policy in found if blocks]

@@ -9,6 +9,7 @@ from . import finalists, long_tuning, planning
 from .clock import ENDING
 from .pareto import losses
 from .plateau import LEAST_TRIALS, stalled
+from .promotion import least_accuracy
 from .rungs import judge_stopping
 from .session import TICK_SECONDS, Session
 from .split_gap import search_limits
@@ -24,9 +25,6 @@ FIRST, FIRST_SHARE = 24, 0.25
 ``max_trials``, beside the seeds."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
-TARGET_SECONDS = 3600.0
-"""How often a long night times what is near its front: a target that is another by day is seen, and true latencies
-steer the search. A search of counted trials does not, since it shall do the same twice."""
 
 
 def search(session: Session, trials: Trials) -> None:
@@ -83,8 +81,6 @@ def _run(session: Session, trials: Trials, ended: Callable[[], str | None], most
             looked = time.monotonic()
             planning.plan_finalists(session)
             trials.make_room()
-            if most is None and time.time() - session.timed_last > TARGET_SECONDS:
-                finalists.remeasure_front(session)
             continue
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
@@ -116,8 +112,9 @@ def enough(session: Session, trials: Trials, patience: float = 1.0, since: int =
     trials.judged = trials.finished
     if since and trials.finished - since < patience * LEAST_TRIALS:
         return None
-    reference, least = session.state["reference"], search_limits(session).min_accuracy
-    floor = min(reference["accuracy"], reference["accuracy"] if least is None else least)
+    reference = session.state["reference"]
+    # A stricter limit is asked of long fine-tunes; what grows below it after the short ones may end within it.
+    floor = min(reference["accuracy"], least_accuracy(reference, search_limits(session)))
     corner = losses(floor, reference["latency_ms"], reference["size_bytes"])
     return stalled([t for t in session.store.trials() if t.role != "baseline"], corner, patience)
 

@@ -25,9 +25,9 @@ class NetAdaptSampler(PolicySampler):
         self._rounds: dict[str, list[Policy]] = {}
 
     def propose(self, study: Study, number: int) -> Policy:
-        return self._next(study) or self.space.random(np.random.default_rng((self.seed, number)))
+        return self._next(study, number) or self.space.random(np.random.default_rng((self.seed, number)))
 
-    def _next(self, study: Study) -> Policy | None:
+    def _next(self, study: Study, number: int) -> Policy | None:
         """The next policy of the current round; None when no group can be cut further, or while the last ones of a
         round are still with other workers."""
         tried = {t.user_attrs["digest"]: t for t in study.get_trials(deepcopy=False) if "digest" in t.user_attrs}
@@ -42,7 +42,9 @@ class NetAdaptSampler(PolicySampler):
             untried = next((cut for cut in cuts if digest(cut) not in tried), None)
             if untried is not None:
                 return untried
-            if not all(tried[digest(cut)].state.is_finished() for cut in cuts):
+            begun = [tried[digest(cut)] for cut in cuts]
+            # Who waits tries random policies, but not for ever: another driver may have died with one of the round.
+            if not all(t.state.is_finished() for t in begun) and number - max(t.number for t in begun) <= len(cuts):
                 return None
             policy = max(cuts, key=accuracy)
         return None

@@ -275,13 +275,14 @@ def calibrate_target(session: Session) -> None:
     else:
         profile = measure_target(session)
     session.provide(measure_unseen=measure_unseen, beside_profile=_beside_profile(session))
-    session.keep_profile(profile)
+    session.use_profile(profile)
+    if not begun:  # what was met once stays so, also by a predictor that was fitted again since
+        limits.check_costs(session)
+    session.keep_profile(session.profile)
     for difference in profile.forced:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
     session.update(forced=session.forced)
-    if not begun:  # what was met once stays so, also by a predictor that was fitted again since
-        limits.check_costs(session)
 
 
 def _beside_profile(session: Session) -> dict[str, Any]:
@@ -313,8 +314,8 @@ def judge_given(session: Session) -> None:
             "latency_ms": session.profile.reference_ms,
             "size_bytes": session.predict(Policy(model=prepared.anatomy.digest))[3],
         }
+        limits.check_accuracy(session, given["test"]["accuracy"])
         session.update(given=given, reference=reference)
-    limits.check_accuracy(session)
 
 
 def probe_sensitivity(session: Session) -> None:

@@ -37,11 +37,17 @@ class Worth(NamedTuple):
         return self.gain / max(self.rest, 1e-9)
 
 
+def least_accuracy(reference: Mapping[str, float], limits: Limits) -> float:
+    """Where policies begin to be worth something: at the user's limit, also where it is less strict than the
+    reference point."""
+    return reference["accuracy"] if limits.min_accuracy is None else limits.min_accuracy
+
+
 def corner_of(reference: Mapping[str, float], limits: Limits) -> tuple[float, float, float]:
     """Accuracy, latency in ms and size in bytes beyond which a policy is worth nothing: the reference point, or a limit
-    that is stricter. What the user says of the accuracy counts also where it is less strict."""
+    that is stricter."""
     return (
-        reference["accuracy"] if limits.min_accuracy is None else limits.min_accuracy,
+        least_accuracy(reference, limits),
         min(reference["latency_ms"], limits.max_latency_ms or math.inf),
         min(reference["size_bytes"], limits.max_size_bytes or math.inf),
     )

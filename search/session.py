@@ -320,25 +320,17 @@ class Session:
 
     def measured(self, timings: Mapping[str, Timing], phase: str) -> None:
         """Keep the reference's own figures, the noise of the night, and warn of what makes it."""
-        if REFERENCE in timings:
-            unsettled = [timing.repeat_error for timing in timings.values() if not timing.settled]
-            self.note_noise(timings[REFERENCE], phase, unsettled)
-
-    def note_noise(self, reference: Timing, phase: str, unsettled: Sequence[float]) -> None:
-        """Keep one measurement of the reference; ``unsettled`` are the repeat errors of the models that never had two
-        windows that agree."""
+        if REFERENCE not in timings:
+            return
+        reference = timings[REFERENCE]
         entry = {
             "time": time.time(), "phase": phase, "reference_ms": reference.latency_ms,
-            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores, "unsettled": len(unsettled),
+            "repeat_error": reference.repeat_error, "busy_cores": reference.busy_cores,
+            "unsettled": sum(not timing.settled for timing in timings.values()),
         }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
-        for text in noise_warnings(reference, len(unsettled), max(unsettled, default=None)):
+        for text in noise_warnings(timings):
             self.warn(phase, text)
-
-    @property
-    def timed_last(self) -> float:
-        """When the target was timed last, as seconds of the epoch; now where nothing was timed here."""
-        return self.state["noise"][-1]["time"] if self.state.get("noise") else time.time()
 
     def warn(self, phase: str, text: str) -> None:
         """Tell and keep what makes the numbers of the night less sure."""

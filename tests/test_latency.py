@@ -282,7 +282,7 @@ def test_a_device_that_changes_its_speed_is_said_and_makes_the_interval_wider() 
 
     assert quiet == []
     assert wider == pytest.approx(usual + math.log(1.21) / 2)
-    assert warning.startswith("two looks at the same policies, minutes apart, differ by 21% as a whole")
+    assert warning.startswith("two looks at the same policies differ by 21% as a whole")
 
 
 def test_the_size_of_a_file_is_predicted() -> None:
@@ -363,6 +363,10 @@ def test_a_profile_of_another_device_is_refused_with_the_difference(tmp_path: Pa
         (lambda data: data["points"][3].update(measured_ms=10**400), r"the profile is damaged: OverflowError "),
         (lambda data: data["points"][3].update(halves_ms=[1, 0]), r"halves_ms must be positive numbers, but one is 0"),
         (lambda data: data["points"][3].update(repeat_error=-1), r"repeat_error must be numbers that are not negative"),
+        (lambda data: data["points"][3].update(size_bytes=-1), r"size_bytes must be positive numbers, but one is -1"),
+        (lambda data: data["points"][3].update(nodes_us={"kernels": {"1": -3}, "weights": {}, "conversions": {}}),
+         r"nodes_us must be numbers that are not negative, but one is -0\.003\.$"),
+        (lambda data: data.update(operations=[]), r"the profile is damaged: AttributeError "),
         (lambda data: data.update(reference_ms=0), r"json: reference_ms must be positive numbers, but one is 0\.0\.$"),
         (lambda data: data.update(reference_ms=float("inf")), r"reference_ms must be positive numbers, but one is inf"),
         (lambda data: data.update(reference_repeat_error=-1), r"reference_repeat_error must be numbers that are not n"),

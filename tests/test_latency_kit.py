@@ -247,7 +247,7 @@ def test_a_host_is_measured_over_ssh(
     far.mkdir()
     shutil.copytree(kit.folder, near)
     (near / timer.RESULTS).unlink()
-    shims = {"ssh": f'shift 4; cd {far}; exec sh -c "$*"',
+    shims = {"ssh": f'shift 6; cd {far}; exec sh -c "$*"',
              "scp": f'shift "$(($# - 2))"; cp -r "$(echo "$1" | sed s#^pi@board:#{far}/#)" '
                     f'"$(echo "$2" | sed s#^pi@board:#{far}/#)"'}  # fmt: skip
     for name, text in shims.items():

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.latency.timer import busy_seconds, busy_ticks
 
 QUIET = Timing(windows_ms=(1.0, 1.0 + AGREE / 2), reference_ms=1.0, busy_cores=0.0)
-BUSY = Timing(windows_ms=(1.0, 1.3, 1.5), reference_ms=1.0, busy_cores=1.25)
+FAR = [Timing(windows_ms=(1.0, 1.0 + apart), reference_ms=1.0) for apart in (0.05, 0.125, 0.1)]
+DISTURBED = {REFERENCE: replace(QUIET, busy_cores=1.25), **dict(zip("abc", FAR, strict=True))}
 
 
 class ToldTimer(Timer):
@@ -51,21 +53,18 @@ def test_load_beside_any_of_many_models_is_told(
 
 
 def test_what_disturbed_a_measurement_is_said_with_its_figures() -> None:
-    assert (QUIET.settled, BUSY.settled) == (True, False)
-    assert noise_warnings(QUIET, 0) == []
-    busy, unsettled = noise_warnings(BUSY, 3, 0.125)
+    assert [QUIET.settled, *(timing.settled for timing in FAR)] == [True, False, False, False]
+    assert noise_warnings({REFERENCE: QUIET}) == []
+    busy, unsettled = noise_warnings(DISTURBED)
     assert busy.startswith("other processes used 1.2 cores on average while latencies were measured (load ")
     assert unsettled == (
         "this machine is so noisy that the windows of 3 models never agreed within 2% (the two lowest lie up to 12.5% "
         "apart): their latencies are marked"
     )
-    assert noise_warnings(QUIET, 1) == [
-        "this machine is so noisy that the windows of 1 models never agreed within 2%: their latencies are marked"
-    ]
 
 
 def test_what_disturbed_another_device_is_said_without_the_load_of_this_one() -> None:
-    busy, unsettled = noise_warnings(BUSY, 3, 0.125, elsewhere=True)
+    busy, unsettled = noise_warnings(DISTURBED, elsewhere=True)
     assert busy == (
         "other processes used 1.2 cores on average while latencies were measured: measure the kit again without them, "
         "or the figures hold for a busy machine"

@@ -1,7 +1,7 @@
 """Limits that nothing meets are found before anything is trained, and none that something meets is refused."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,7 +53,12 @@ class Formula:
     opposed: bool = False
     blind: bool = False
     predictor = SimpleNamespace(log_margin=0.0)
+    forced = ()
     reference_ms = 1.0
+
+    @property
+    def remote(self) -> bool:
+        return self.blind
 
     def costs(self, choices: Choices) -> NDArray[np.float64]:
         found = [costs_of(policy_at(SPACE.anatomy, choices, i), opposed=self.opposed) for i in range(len(choices))]
@@ -66,15 +71,14 @@ class Priced(Session):
         return latency_ms, latency_ms, latency_ms, size
 
 
-def night(folder: Path, profile: Formula | None = None, *, given: float = 0.9, **given_limits: float) -> Session:
+def night(folder: Path, profile: Formula | None = None, *, space: Space = SPACE, **given_limits: float) -> Session:
     config = RunConfig(task="t", base=None, out=folder, limits=Limits(**given_limits))  # type: ignore[arg-type]
     (folder / "config.yaml").write_text("{task: t}")
     session = Priced(
         config=config, folder=RunFolder(folder), clock=Clock(Times().wall() + 3600), watch=lambda session: None
     )
-    prepared = Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=64, step_ms=1)
+    prepared = Prepared(task=TASK, anatomy=SPACE.anatomy, space=space, train_items=64, step_ms=1)
     session.provide(prepared=prepared, profile=profile or Formula())
-    session.state["given"] = {"test": {"accuracy": given}}
     return session
 
 
@@ -95,6 +99,8 @@ def test_limits_that_the_narrowest_policy_meets_are_not_refused(tmp_path: Path) 
     check_costs(night(tmp_path, max_latency_ms=latency_ms))
     check_costs(night(tmp_path, max_size_bytes=size))
     check_costs(night(tmp_path, max_latency_ms=latency_ms, max_size_bytes=size))
+    others = replace(SPACE, distill=(), importance=("taylor",), stages=(2,))
+    check_costs(night(tmp_path, space=others, max_latency_ms=latency_ms, max_size_bytes=size))
 
 
 def test_limits_that_no_policy_meets_are_refused_with_the_nearest_value(tmp_path: Path) -> None:
@@ -125,7 +131,7 @@ def test_where_no_policy_has_a_price_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_an_accuracy_far_above_the_given_network_s_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^limits.min_accuracy is 0.96, but the given network has 0.9 on the test"):
-        check_accuracy(night(tmp_path, min_accuracy=0.96))
+        check_accuracy(night(tmp_path, min_accuracy=0.96), 0.9)
 
 
 @pytest.mark.parametrize(("least", "warned"), [(0.92, True), (0.9, False), (None, False)])
@@ -133,7 +139,7 @@ def test_an_accuracy_a_little_above_the_given_network_s_is_warned_of(
     tmp_path: Path, least: float, warned: bool
 ) -> None:
     session = night(tmp_path, min_accuracy=least)
-    check_accuracy(session)
+    check_accuracy(session, 0.9)
     assert bool(session.state.get("warnings")) == warned
 
 

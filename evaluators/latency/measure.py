@@ -94,13 +94,11 @@ class Timing:
         return replace(low, again_ms=high.windows_ms, kernels=self.kernels, busy_cores=max(busy, default=None))
 
 
-def noise_warnings(
-    reference: Timing, unsettled: int, apart: float | None = None, *, elsewhere: bool = False
-) -> list[str]:
-    """What a person should know of a measurement: other work on the cores, and windows that never agreed. ``apart`` is
-    the most by which the two lowest of the ``unsettled`` models differ, as a share; a kit is measured ``elsewhere``."""
+def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False) -> list[str]:
+    """What a person should know of a measurement with the reference in it: other work on the cores, and windows that
+    never agreed. A kit is measured ``elsewhere``."""
     found: list[str] = []
-    busy = reference.busy_cores
+    busy, apart = timings[REFERENCE].busy_cores, [t.repeat_error for t in timings.values() if not t.settled]
     if busy is not None and busy >= BUSY_CORES:
         load = "" if elsewhere else f" (load {os.getloadavg()[0]:.1f} on {script.cores()})"
         remedy = "measure the kit again without them" if elsewhere else "end them for the night"
@@ -108,11 +106,11 @@ def noise_warnings(
             f"other processes used {busy:.1f} cores on average while latencies were measured{load}: {remedy}, or the "
             "figures hold for a busy machine"
         )
-    if unsettled:
-        far = "" if apart is None else f" (the two lowest lie up to {apart:.1%} apart)"
+    if apart:
         found.append(
-            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {unsettled} models never "
-            f"agreed within {AGREE:.0%}{far}: their latencies are marked"
+            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {len(apart)} models "
+            f"never agreed within {AGREE:.0%} (the two lowest lie up to {max(apart):.1%} apart): their latencies are "
+            "marked"
         )
     return found
 

@@ -62,8 +62,8 @@ class HeldOut:
 class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
     None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn;
-    -1 where that tells nothing. ``looks_apart``: how far two looks at the same policies, minutes apart, differ as a
-    whole, as a share."""
+    -1 where that tells nothing. ``looks_apart``: how far two looks at the same policies differ as a whole, as a
+    share."""
 
     worker: Worker
     work: Work

@@ -127,7 +127,7 @@ class Profile:
 
     @property
     def looks_apart(self) -> float:
-        """By how much two looks at the same policies, minutes apart, differ as a whole, as a share."""
+        """By how much two looks at the same policies, one after the other, differ as a whole, as a share."""
         return _looks_apart(self.points)
 
     def noise_warnings(self) -> list[str]:
@@ -135,7 +135,7 @@ class Profile:
         if self.looks_apart <= LEAST_DRIFT:
             return []
         text = (
-            f"two looks at the same policies, minutes apart, differ by {self.looks_apart:.0%} as a whole: this device "
+            f"two looks at the same policies differ by {self.looks_apart:.0%} as a whole: this device "
             "changes its speed by itself (heat, power saving, other machines on the same hardware), so the intervals "
             "are wider; trust ratios to the uncompressed model, or calibrate in a quieter hour"
         )
@@ -270,7 +270,7 @@ def _damage_told(path: Path) -> Generator[None]:
         yield
     except InputError:
         raise
-    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError) as error:
         raise InputError(f"{path}: the profile is damaged: {type(error).__name__} {error}.") from None
 
 
@@ -308,6 +308,11 @@ def _profile_from_dict(
     )
     check_numbers("measured_ms", (p.latency_ms for p in points), path)
     check_numbers("halves_ms", (ms for p in points for ms in p.halves_ms), path)
+    timed = [p.timed for p in points if p.timed is not None]
+    times = [found[np.isfinite(found)] for t in timed for found in (t.kernels, t.weights)]
+    conversions = [ms for t in timed for ms in t.conversions.values()]
+    check_numbers("nodes_us", [*np.concatenate([*times, np.empty(0)]).tolist(), *conversions], path, zero=True)
+    check_numbers("size_bytes", (p.size_bytes for p in points), path)
     check_numbers("repeat_error", (p.repeat_error for p in points), path, zero=True)
     check_numbers("reference_ms", [reference_ms], path)
     check_numbers("reference_repeat_error", [repeat_error], path, zero=True)
