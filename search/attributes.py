@@ -27,6 +27,7 @@ def record_of(number: int, attrs: Mapping[str, Any], extra: Mapping[str, Any]) -
         reused_from=attrs.get("reused_from"),
         started=attrs.get("started"),
         finished=attrs.get("finished"),
+        long=quality_from(extra[f"long:{number}"]) if f"long:{number}" in extra else None,
         verified=_verified(extra.get(f"verified:{number}")),
         hopeless=(extra.get(f"hopeless:{number}") or {}).get("reason"),
         driver=attrs.get("driver"),

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 
 from ..spaces.policy import policy_from_dict
 from .encoding import Encoder
-from .records import Quality, TrialRecord, TrialState
+from .records import TrialRecord, TrialState
 from .store import LONG, MEASURED
 from .surrogate import RUNGS, Observation
 
@@ -63,17 +63,15 @@ class Experience:
             entries.append(_with_later(known, trial.number, extra) if str(trial.number) in later else known)
         self._keep([entry for entry in entries if entry.costs is not None])
 
-    def take(self, trials: Sequence[TrialRecord], longs: Mapping[int, Quality]) -> None:
-        """Bring up to date with the records of a run instead. ``longs``: what long fine-tunes gave on the search split,
-        by trial; of those that are not verified yet the record says nothing."""
+    def take(self, trials: Sequence[TrialRecord]) -> None:
+        """Bring up to date with the records of a run instead."""
         entries: list[_Entry] = []
         for trial in trials:
             self.digests.add(trial.digest)
             done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} and trial.reused_from is None
             if not done or trial.latency is None or trial.size_bytes is None:
                 continue
-            long = longs.get(trial.number) or (trial.verified.search_quality if trial.verified else None)
-            seen = [*trial.qualities, *([long] if long else [])]
+            seen = [*trial.qualities, *([trial.long] if trial.long else [])]
             row = self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}"))
             entries.append(
                 _Entry(

@@ -128,6 +128,8 @@ class TrialRecord:
     reused_from: int | None = None
     started: float | None = None
     finished: float | None = None
+    long: Quality | None = None
+    """What its long fine-tune gave on the search split; it is verified later, if at all."""
     verified: Verified | None = None
     hopeless: str | None = None
     """Why a rule got no long fine-tune although there was time: it could not have come within the limits."""

@@ -35,7 +35,7 @@ LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 MEASURED = "measured:"
 """Study attribute with a trial's latency as it was measured after the trial had ended."""
-_LATER = (MEASURED, "verified:", "hopeless:")
+_LATER = (LONG, MEASURED, "verified:", "hopeless:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
 

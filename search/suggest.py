@@ -19,19 +19,15 @@ from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
-from .attributes import quality_from
 from .breeding import POPULATION, breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from .encoding import Encoder
 from .experience import Experience
-from .folder import TARGET, study_place
+from .folder import TARGET
 from .gain import expected_gain
 from .gain import target as aim_at
 from .proposals import sensitivity_of
-from .records import Quality, RunRecord, TrialRecord, row
-from .salvage import read_journal
-from .storages import JOURNAL, close
-from .store import LONG, open_reading
+from .records import RunRecord, TrialRecord, row
 from .surrogate import Describer, Surrogate
 
 Array = NDArray[np.float64]
@@ -66,7 +62,7 @@ def known_of(run: RunRecord) -> Known:
         )
     encoder = Encoder(space_of_run(run, anatomy, target))
     experience = Experience(encoder)
-    experience.take(run.trials, _longs(run))
+    experience.take(run.trials)
     observations = experience.observations()
     if not observations:
         raise InputError(f"{run.path}: nothing can be suggested before the run's first trial is complete.")
@@ -76,22 +72,6 @@ def known_of(run: RunRecord) -> Known:
         surrogate = Surrogate(Describer(encoder, sensitivity), observations)
     profile = load_profile(run.path / TARGET, anatomy, as_recorded=True)  # a report is read on other machines too
     return Known(surrogate=surrogate, experience=experience, profile=profile, anatomy=anatomy)
-
-
-def _longs(run: RunRecord) -> dict[int, Quality]:
-    """What the study knows of long fine-tunes, by trial. Trials are verified at the end only, and not all of them."""
-    if not run.trials:
-        return {}
-    url, study = study_place(run.config)
-    if url is None:
-        attrs = read_journal(run.path / JOURNAL).study
-    else:
-        storage = open_reading(run.path, url, study)
-        try:
-            attrs = storage.get_study_user_attrs(storage.get_study_id_from_name(study))
-        finally:
-            close(storage)
-    return {int(key.removeprefix(LONG)): quality_from(data) for key, data in attrs.items() if key.startswith(LONG)}
 
 
 def _target(run: RunRecord) -> Target:
