@@ -46,7 +46,7 @@ def kit(
     _, anatomy, where = find_anatomy(task, target, runs_here=False, threads=threads, batch=batch)
     try:
         with staged(out, force=force or out.is_dir()) as folder:
-            made = write_kit_of(anatomy, where, folder, count, seed, task)
+            made = write_kit_of(anatomy, where, folder, count, seed)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
     if host is not None:

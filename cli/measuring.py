@@ -38,13 +38,13 @@ from .output import write_file
 log = logging.getLogger("nightpress")
 
 
-def calibrate_to_file(task: Task, target: Target, out: Path, count: int | None, seed: int, ref: str) -> dict[str, Any]:
+def calibrate_to_file(task: Task, target: Target, out: Path, count: int | None, seed: int) -> dict[str, Any]:
     """Calibrate with ``count`` random policies, or as many as lower the error, on the steps that the target's kernels
-    are measured to have; write the profile and return the command's JSON. ``ref`` names the task."""
+    are measured to have; write the profile and return the command's JSON."""
     found = capabilities(target)  # once: where the windows do not settle, a second time would say something else
     target = found.applied(target)
     anatomy, _ = inspect(task, step_of=target.channel_step)
-    draw, always = _drawing(anatomy, target, seed, ref)
+    draw, always = _drawing(anatomy, target, seed)
     with Timer(target, warn_of_noise) as timer:
         if count is not None:
             profile = calibrate(
@@ -73,19 +73,17 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
     return {**told, "stages": [], "stopped": "all that the kit held"}
 
 
-def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int, task: str) -> dict[str, Any]:
+def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int) -> dict[str, Any]:
     """Random policies, the baselines, and what else it takes to meet each kind of kernel, as a kit; with the probes of
     what the device can do, where the runtime's times of nodes tell the kernels. Raises InputError, OSError."""
-    draw, always = _drawing(anatomy, target, seed, task)
+    draw, always = _drawing(anatomy, target, seed)
     policies = covering(Worker(anatomy, target.runtime), [*always, *draw(count)], draw(CANDIDATES))
     return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
 
 
-def _drawing(
-    anatomy: Anatomy, target: Target, seed: int, task: str
-) -> tuple[Callable[[int], list[Policy]], list[Policy]]:
+def _drawing(anatomy: Anatomy, target: Target, seed: int) -> tuple[Callable[[int], list[Policy]], list[Policy]]:
     """Draws random policies of the space; and those that every calibration measures."""
-    space = space_of(anatomy, RunConfig(task=task, base=None, out=Path(), target=target))
+    space = space_of(anatomy, RunConfig(task="", base=None, out=Path(), target=target))
     generator = np.random.default_rng(seed)
     return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
 

@@ -148,7 +148,7 @@ def calibrate(
         data = calibrate_from_results(find_anatomy(task, "onnxruntime", runs_here=False)[1], results, out)
     else:
         found, where = find_task(task, target or "onnxruntime", threads=threads, batch=batch)
-        data = calibrate_to_file(found, where, out, count, seed or 0, task)
+        data = calibrate_to_file(found, where, out, count, seed or 0)
     if json:
         emit(data)
         return
