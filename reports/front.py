@@ -147,6 +147,13 @@ def uncompressed(run: RunRecord) -> TrialRecord | None:
     return max(found)[2] if found else None
 
 
+def origin_of(run: RunRecord, trial: TrialRecord) -> TrialRecord | None:
+    """What a trial is compared with: :func:`uncompressed`, or, where the limits strike that out, as any do that ask for
+    a faster or smaller network, what was verified of it, for a trial that was verified as well."""
+    struck = (t for t in run.trials if t.role == "baseline" and compresses_nothing(t) and t.verified)
+    return uncompressed(run) or (next(struck, None) if trial.verified else None)
+
+
 def compresses_nothing(trial: TrialRecord) -> bool:
     """Whether the trial's policy keeps every channel, bit and block."""
     policy = trial.policy
@@ -215,13 +222,13 @@ def speedup(run: RunRecord, trial: TrialRecord) -> float | None:
         return None
     if trial.latency.ratio is not None:
         return trial.latency.ratio
-    origin = uncompressed(run)
+    origin = origin_of(run, trial)
     return origin.latency.latency_ms / trial.latency.latency_ms if origin and origin.latency else None
 
 
 def shrinkage(run: RunRecord, trial: TrialRecord) -> float | None:
     """How many times smaller than the uncompressed model's exported file."""
-    origin, found = uncompressed(run), point(trial)
+    origin, found = origin_of(run, trial), point(trial)
     origin_point = point(origin) if origin else None
     return origin_point.size_bytes / found.size_bytes if origin_point and found and found.size_bytes else None
 

@@ -18,13 +18,13 @@ from .front import (
     hypervolumes,
     late_gain,
     limits,
+    origin_of,
     picked,
     picks,
     point,
     rule,
     shrinkage,
     speedup,
-    uncompressed,
     verified_any,
 )
 from .noise import hypervolume_errors
@@ -135,7 +135,7 @@ def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str
     found = point(trial)
     if found is None:
         return f"{title(trial)} is not fully known."
-    itself = uncompressed(run) is trial
+    itself = origin_of(run, trial) is trial
     faster, smaller = (None, None) if itself else (speedup(run, trial), shrinkage(run, trial))
     compared = f" ({times(faster)} as fast as the original)" if faster else ""
     shrunk = f" ({times(smaller)} smaller)" if smaller else ""
@@ -149,7 +149,7 @@ def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str
 
 def drop_points(run: RunRecord, trial: TrialRecord) -> float | None:
     """Points of accuracy above the uncompressed model's (below: negative); None for itself and the unknown."""
-    origin = uncompressed(run)
+    origin = origin_of(run, trial)
     before, after = point(origin) if origin else None, point(trial)
     if origin is None or before is None or after is None or origin is trial:
         return None

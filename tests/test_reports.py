@@ -46,7 +46,7 @@ from nightpress.reports.front import (
     uncompressed,
 )
 from nightpress.reports.noise import hypervolume_errors
-from nightpress.reports.verdict import findings
+from nightpress.reports.verdict import drop_points, findings
 from nightpress.search import pareto
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 
@@ -234,6 +234,13 @@ def test_ratio_is_the_interleaved_one_where_there_is_one() -> None:
     night = run([verify(original(latency_ms=1.0)), verified])
     assert speedup(night, verified) == pytest.approx(0.87 / (0.5 * 1.02))
     assert shrinkage(night, verified) == 2.0
+
+
+def test_a_point_is_compared_with_the_original_also_where_the_limits_strike_that_out() -> None:
+    night = run([verify(original(0.9, latency_ms=1.0), struck_out="slower than allowed"), verify(trial(1, 0.895, 0.4))])
+    beside = run([verify(original(0.9, latency_ms=1.0)), verify(trial(1, 0.895, 0.4))])
+    assert shrinkage(night, night.trials[1]) == shrinkage(beside, beside.trials[1]) is not None
+    assert drop_points(night, night.trials[1]) == drop_points(beside, beside.trials[1]) is not None
 
 
 def test_ratio_of_a_prediction_is_against_the_uncompressed_baseline() -> None:
