@@ -65,7 +65,7 @@ class Job:
 
     The rung ``part`` is the short fine-tune up to its step ``stop``; the short one goes on from there. ``looks`` are
     steps of a short fine-tune at which it is judged on its way, ascending. An ``untrained`` policy is exported as the
-    lowest rung left it.
+    lowest rung left it. ``rate`` multiplies the policy's learning rate.
 
     ``rung`` is one of :data:`RUNGS`, ``given`` (the given weights on both splits) or ``sensitivity``
     (how far batch-norm re-estimation alone leaves the outputs from the uncompressed model's). ``batch_size`` takes the
@@ -81,6 +81,7 @@ class Job:
     stop: int | None = None
     looks: tuple[int, ...] = ()
     untrained: bool = False
+    rate: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,8 +274,10 @@ class Evaluator:
         """The steps of the present stage up to ``stop`` of the whole fine-tune."""
         (begin, end), span = course.ends(job.steps), course.span
         told = None if progress is None else lambda done: progress(span[0] + (span[1] - span[0]) * done)
+        policy = course.stages[course.number]
+        finetune = replace(policy.finetune, learning_rate=policy.finetune.learning_rate * job.rate)
         return self.trainer.fit(
-            course.module, course.stages[course.number], steps=end - begin, seed=job.seed + begin,
+            course.module, replace(policy, finetune=finetune), steps=end - begin, seed=job.seed + begin,
             simulate=job.rung == "long", span=span, progress=told, place=course.place, stop=min(stop, end) - begin,
         )  # fmt: skip
 

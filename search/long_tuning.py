@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.quality import Score
 from ..spaces.files import write_whole
+from ..spaces.space import LEARNING_RATE
 from .clock import ENDING
 from .disk import find_room, free_disk, is_full
 from .finalists import beyond, choose, complete, expected_accuracies, hopeful, surrogate_of
@@ -363,8 +364,20 @@ def _job(session: Session, trial: TrialRecord) -> Job:
     return Job(
         policy=policy_of(trial), rung=Rung.LONG.value, seed=session.config.seed + 1,
         steps=0 if kept else session.state["rungs"]["long_steps"], untrained=kept,
-        folder=session.folder.artifacts(trial.number),
+        folder=session.folder.artifacts(trial.number), rate=_rate(session, trial),
     )  # fmt: skip
+
+
+def _rate(session: Session, trial: TrialRecord) -> float:
+    """What the long fine-tune multiplies a policy's learning rate by: the square root of how many times as long as the
+    short one it is, up to the highest rate that the space offers.
+
+    The search finds the rate by short fine-tunes, in which a low one is best; the more steps a fine-tune has, the
+    higher a rate does it good (Zimmer, Spiegel and Pokutta 2023, "How I Learned to Stop Worrying and Love Retraining",
+    who scale it linearly).
+    """
+    rungs, own = session.state["rungs"], float(trial.policy["finetune"]["learning_rate"])
+    return max(1.0, min(math.sqrt(rungs["long_steps"] / rungs["short_steps"]), LEARNING_RATE[1] / max(own, 1e-9)))
 
 
 def outcome_file(session: Session, number: int) -> Path:
