@@ -293,6 +293,7 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
         f"{size.rules} baselines that may come within the limits and {size.finalists} finalists, at what the short "
         f"ones took, fit into the time for it; {enough} steps are wanted",
         affordable=size.steps, least=rungs["short_steps"], wanted=enough, most=most,
+        learning_rate_times=round(math.sqrt(steps / rungs["short_steps"]), 2),
     )  # fmt: skip
     session.update(rungs={**rungs, "long_steps": steps, "finalists": size.finalists, "long_sized": True})
 

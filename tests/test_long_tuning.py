@@ -28,7 +28,7 @@ from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import enqueue
 from nightpress.search.worker import Failure
-from nightpress.spaces.policy import FP32, INT8, Policy
+from nightpress.spaces.policy import FP32, INT8, FineTune, Policy
 from nightpress.spaces.space import Space, uniform
 from strategies import toy_anatomy
 from test_planning import TASK
@@ -157,6 +157,26 @@ def test_steps_of_the_walk_that_no_fine_tune_would_bring_within_the_limit_are_no
 
     assert reachable(judged(tmp_path / "limited"), steps) == steps[:1]
     assert reachable(judged(tmp_path / "free", least=None), steps) == steps
+
+
+@pytest.mark.parametrize(("own", "steps", "rate"), [(0.02, 4 * SHORT, 2.0), (0.08, 4 * SHORT, 1.25), (0.02, SHORT, 1),
+                                                    (0.4, 4 * SHORT, 1)])  # fmt: skip
+def test_a_longer_fine_tune_learns_at_a_higher_rate_up_to_the_highest_of_the_space(
+    tmp_path: Path, own: float, steps: int, rate: float
+) -> None:
+    session = judged(tmp_path, least=None)
+    session.state["rungs"] |= {"long_steps": steps, "finalists": 1, "long_sized": True}
+    policy = Policy(model=SPACE.anatomy.digest, prune={SPACE.anatomy.groups[0].name: 0.5},
+                    finetune=FineTune(learning_rate=own))  # fmt: skip
+    finish(session, policy, "search", None, latency_ms=0.1)
+    train_long(session)
+
+    runner = session.runner
+    assert isinstance(runner, Instant)
+    [job] = [
+        job for _, job in runner.asked if job.policy.finetune.learning_rate == own and job.policy.prune == policy.prune
+    ]
+    assert job.rate == pytest.approx(rate)
 
 
 def test_a_trial_that_a_rule_dominates_is_no_finalist(tmp_path: Path) -> None:

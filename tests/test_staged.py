@@ -174,3 +174,19 @@ def test_a_policy_is_exported_as_no_fine_tune_has_touched_it(tmp_path: Path) -> 
 
     assert all(torch.equal(states["bn"][name], value) for name, value in states["long"].items())
     assert not torch.equal(states["short"]["stem.0.weight"], states["long"]["stem.0.weight"])
+
+
+def test_a_rate_multiplies_the_policys_learning_rate_and_leaves_the_policy_alone(tmp_path: Path) -> None:
+    judge = evaluator()
+    found = [
+        judge.train(Job(policy=policy, rung="long", seed=0, steps=6, folder=tmp_path / str(rate), rate=rate))[0]
+        for rate, policy in (
+            (4.0, replace(HARSH, finetune=FineTune(learning_rate=0.01))),
+            (1.0, replace(HARSH, finetune=FineTune(learning_rate=0.04))),
+            (1.0, replace(HARSH, finetune=FineTune(learning_rate=0.01))),
+        )
+    ]
+
+    raised, high, low = (weight(module, "head") for module in found)
+    assert torch.equal(raised, high)
+    assert not torch.equal(raised, low)
