@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..search.pareto import MAX_DROP
-from ..search.records import RunRecord, TrialRecord, TrialState, row
+from ..search.records import UNCOMPRESSED, RunRecord, TrialRecord, TrialState, row
 from .front import (
     all_baselines_verified,
     candidates,
@@ -359,7 +359,8 @@ def _doubtful_trials(run: RunRecord) -> list[str]:
         reason, count = Counter(t.reason or "no reason recorded" for t in failed).most_common(1)[0]
         often = f"; most often ({count} times): {reason}" if count > 1 else f": {reason}"
         said.append(f"{counted(len(failed), 'trial')} of {len(run.trials)} failed{often.rstrip('.')}.")
-    struck = [t for t in run.trials if t.verified and t.verified.struck_out]
+    # That the original is beyond the limits is why there was a night.
+    struck = [t for t in run.trials if t.verified and t.verified.struck_out and t.name != UNCOMPRESSED]
     if struck:
         said.append(f"Struck out by verification: {_list(struck)}.")
     hopeless = [t for t in run.trials if t.verified is None and t.hopeless is not None]

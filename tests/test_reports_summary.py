@@ -292,6 +292,11 @@ def test_doubts(night: RunRecord, expected: str) -> None:
     assert expected in " ".join(doubts(night))
 
 
+def test_an_original_beyond_the_limits_is_no_doubt() -> None:
+    night = run([verify(original(), struck_out="measured 1.000 ms, above max_latency_ms 0.5"), verify(trial(1))])
+    assert "Struck out" not in " ".join(doubts(night))
+
+
 def busy(cores: float, phase: str = "search") -> dict[str, Any]:
     return {"time": 1.8e9, "phase": phase, "text": f"other processes used {cores:.1f} cores on average"}
 
