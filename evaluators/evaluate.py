@@ -29,7 +29,7 @@ from .importance import SAMPLES
 from .inspect import network_of
 from .onnx_graph import build_onnx
 from .pausing import Place, read_place, read_weights
-from .quality import Score, judge, outputs_of, score
+from .quality import Score, answers, judge, outputs_of, score
 from .runtime import check_bits, check_grids, open_session
 from .sparsity import sparsify
 from .staged import cut_further, widened
@@ -88,7 +88,7 @@ class Job:
 class Outcome:
     """What came of a job. ``looks`` are pairs of a step and the accuracy there. ``divergence`` is the mean KL
     divergence from the uncompressed model in nats (sensitivity only); what follows it are the finalists' own: test
-    split, export and parity."""
+    split, export and parity. ``answers`` are the exported file's, by :func:`answers`."""
 
     search: Score
     losses: tuple[float, ...] = ()
@@ -101,6 +101,7 @@ class Outcome:
     max_abs_diff: float | None = None
     bits_used: dict[str, str] | None = None
     size_bytes: int | None = None
+    answers: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -325,6 +326,7 @@ class Evaluator:
             max_abs_diff=float((simulated - exported).abs().max()),
             bits_used=used,
             size_bytes=path.stat().st_size,
+            answers=answers(exported, self.test, self.task),
         )
 
 

@@ -1,15 +1,20 @@
 """Judging a module: its outputs over a split, the metric and its standard error."""
 
+import base64
 import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .compute import Compute
 from .data import Arrays
 from .task import Task
+
+MOST_ITEMS = 200_000
+"""Splits of more items leave no answers behind: they would be too long for a record."""
 
 
 class DivergedError(RuntimeError):
@@ -56,6 +61,16 @@ def score(outputs: Tensor, arrays: Arrays, task: Task, seconds: float = 0.0) -> 
         value = float((outputs.argmax(dim=1) == arrays.targets).float().mean())
         error = math.sqrt(value * (1 - value) / len(arrays.targets))
     return Score(accuracy=value, accuracy_se=error, samples=len(arrays.targets), seconds=seconds)
+
+
+def answers(outputs: Tensor, arrays: Arrays, task: Task) -> str | None:
+    """Which items of a split were answered rightly: a bit each, in order, the highest first, as base64.
+
+    None under a metric of the task's own, where an item has several answers, and beyond :data:`MOST_ITEMS`.
+    """
+    if task.metric is not None or outputs.dim() != 2 or arrays.targets.dim() != 1 or len(outputs) > MOST_ITEMS:
+        return None
+    return base64.b64encode(np.packbits((outputs.argmax(dim=1) == arrays.targets).numpy()).tobytes()).decode()
 
 
 def judge(module: nn.Module, arrays: Arrays, task: Task, compute: Compute) -> Score:

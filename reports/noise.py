@@ -1,14 +1,18 @@
 """How much of a hypervolume is chance: the same front drawn again with the errors of its own measurements."""
 
+import base64
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..search import pareto
-from ..search.records import RunRecord, TrialRecord
+from ..search.records import RunRecord, TrialRecord, Verified
 from .front import Losses, Point, breaches, limits, reference, sides
 
 DRAWS = 64
+GAIN_DRAWS = 200
 INTERVAL = 2 * 1.645
 """Standard deviations between the ends of a 90 % interval of a normal error."""
 
@@ -18,7 +22,8 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
 
     Accuracies move by their standard error, measured latencies by their repeat error, predicted ones by their
     interval; sizes are exact. Only points that are not dominated now are drawn, so a hidden point that chance holds
-    down is not counted: the error is a little too small.
+    down is not counted: the error is a little too small. It is that of one side alone; points that are judged on the
+    same items err together, so that their difference errs by less than both (:func:`gain_error`).
     """
     both, allowed = sides(run), limits(run)
     corner = reference(run, verified=both.verified)
@@ -27,6 +32,53 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
         return hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner, both.verified)
 
     return {"search": error(both.search), "baselines": error(both.baselines)}
+
+
+def gain_error(run: RunRecord) -> float | None:
+    """Standard error of the search's relative hypervolume less the baselines'; None without a reference.
+
+    All verified points answered the same test items: the items are drawn with replacement, the same for every point
+    (non-parametric bootstrap), and each measured latency moves by its own error. Where some point's answers are not
+    known, both sides err apart (:func:`hypervolume_errors`), which is too much for points that err alike.
+    """
+    both, allowed = sides(run), limits(run)
+    corner = reference(run, verified=both.verified)
+    if corner is None:
+        return None
+    search, rules = ([p for p in side if not breaches(allowed, p[1])] for side in (both.search, both.baselines))
+    correct = _answers([trial.verified for trial, _ in (*search, *rules)]) if both.verified else None
+    if correct is None:
+        apart = (hypervolume_error(side, corner, both.verified) for side in (search, rules))
+        return math.hypot(*(error or 0.0 for error in apart))
+    losses = pareto.as_losses([found.losses for _, found in (*search, *rules)])
+    latency_errors = np.array([_spread(trial, verified=True)[1] for trial, _ in (*search, *rules)])
+    accuracy, items, rng = correct.mean(axis=1), correct.shape[1], np.random.default_rng(0)
+    gains: list[float] = []
+    for _ in range(GAIN_DRAWS):
+        times_drawn = np.bincount(rng.integers(items, size=items), minlength=items).astype(np.float32)
+        drawn = losses.copy()
+        drawn[:, 0] -= correct @ times_drawn / items - accuracy
+        drawn[:, 1] *= np.maximum(0.0, 1 + rng.normal(size=len(drawn)) * latency_errors)
+        points = [(a, b, c) for a, b, c in drawn.tolist()]
+        sides_drawn = (points[: len(search)], points[len(search) :])
+        ours, theirs = (pareto.relative_hypervolume(side, corner) for side in sides_drawn)
+        gains.append(ours - theirs)
+    return float(np.std(gains, ddof=1))
+
+
+def _answers(points: Sequence[Verified | None]) -> npt.NDArray[np.float32] | None:
+    """1 where a point answered an item rightly, shape (points, items); None unless all are known, of as many items."""
+    items = {known.quality.samples if known else 0 for known in points}
+    if len(items) != 1 or 0 in items:
+        return None
+    count = items.pop()
+    rows: list[npt.NDArray[np.uint8]] = []
+    for known in points:
+        packed = base64.b64decode(known.answers) if known and known.answers else b""
+        if len(packed) != -(-count // 8):
+            return None
+        rows.append(np.unpackbits(np.frombuffer(packed, np.uint8), count=count))
+    return np.array(rows, np.float32)
 
 
 def hypervolume_error(

@@ -1,5 +1,6 @@
 """A trial's record as attributes of Optuna's trial and study, and back."""
 
+import base64
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,4 +56,5 @@ def _verified(data: Mapping[str, Any] | None) -> Verified | None:
         return None
     values: dict[str, Any] = {**data, "latency": Latency(**data["latency"])}
     values |= {key: quality_from(data[key]) for key in ("quality", "simulated", "search_quality")}
+    base64.b64decode(values.get("answers") or "")  # damaged, it is refused here and not in the middle of a report
     return Verified(**values)

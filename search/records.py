@@ -105,6 +105,9 @@ class Verified:
     bits_used: Mapping[str, str]
     model_file: str
     struck_out: str | None = None
+    answers: str | None = None
+    """Which items of the test split the exported file answered rightly, a bit each as base64: what two points err on
+    together cancels in their difference. None for metrics of the task's own, very long splits and older runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,6 +113,7 @@ def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: st
         bits_used=outcome.bits_used or {},
         model_file=model_file,
         struck_out=struck_out,
+        answers=outcome.answers,
     )
 
 
@@ -121,7 +122,8 @@ def strike(limits: Limits, name: str | None, outcome: Outcome, latency: Latency)
     exported, size_bytes = outcome.exported, outcome.size_bytes or 0
     reference_ms = latency.reference_ms or 0.0
     if name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
-        return f"not faster than the original: {latency.latency_ms:.3f} ms against {reference_ms:.3f} ms"
+        spread = f" ± {latency.repeat_error:.0%} (its repeat error)" if latency.repeat_error else ""
+        return f"not surely faster than the original: {latency.latency_ms:.3f} ms{spread} against {reference_ms:.3f} ms"
     if outcome.top1_agreement is not None and outcome.top1_agreement < LEAST_AGREEMENT:
         return f"the exported file agrees with torch on only {outcome.top1_agreement:.1%} of the test split"
     if limits.min_accuracy is not None and exported is not None and exported.accuracy < limits.min_accuracy:

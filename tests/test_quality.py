@@ -1,5 +1,6 @@
 """Training and judging: the loss, the fine-tune, batch-norm statistics, what is computed once."""
 
+import base64
 import copy
 import math
 
@@ -14,7 +15,7 @@ from torch.utils.data import TensorDataset
 from nightpress.evaluators.compute import Compute
 from nightpress.evaluators.data import Arrays
 from nightpress.evaluators.distill import blended_loss, temperature_at
-from nightpress.evaluators.quality import DivergedError, judge, outputs_of, score
+from nightpress.evaluators.quality import MOST_ITEMS, DivergedError, answers, judge, outputs_of, score
 from nightpress.evaluators.quantise import quantisers
 from nightpress.evaluators.task import Task
 from nightpress.evaluators.training import Trainer, bypassed
@@ -293,6 +294,24 @@ def test_accuracy_comes_with_its_binomial_error() -> None:
     assert found.accuracy == 0.75
     assert found.accuracy_se == pytest.approx(math.sqrt(0.75 * 0.25 / 8))
     assert found.samples == 8
+
+
+def test_which_items_were_answered_rightly_is_kept_in_a_bit_each() -> None:
+    data = Arrays(torch.zeros(9, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 3]))
+    outputs = torch.eye(4)[torch.tensor([0, 1, 2, 3, 0, 1, 0, 0, 3])]
+    kept = answers(outputs, data, trainer_of(digits_reader(), data).task)
+    assert base64.b64decode(kept or "") == bytes([0b11111100, 0b10000000])
+
+
+def test_no_answers_are_kept_where_an_item_has_not_one_that_is_right_or_wrong() -> None:
+    data = digits(4)
+    task = trainer_of(digits_reader(), data).task
+    own = trainer_of(digits_reader(), data, metric=lambda *_: 0.5).task
+    assert answers(torch.zeros(4, 10), data, own) is None
+    assert answers(torch.zeros(4, 10, 3), Arrays(data.inputs, torch.zeros(4, 3, dtype=torch.long)), task) is None
+    many = torch.zeros(MOST_ITEMS + 1, dtype=torch.long)
+    assert answers(torch.zeros(len(many), 2), Arrays(many, many), task) is None
+    assert answers(torch.zeros(MOST_ITEMS, 2), Arrays(many[1:], many[1:]), task) is not None
 
 
 def test_a_metric_above_one_is_refused() -> None:

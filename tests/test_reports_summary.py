@@ -136,7 +136,7 @@ def test_verdict_says_what_you_get() -> None:
 @pytest.mark.parametrize(
     ("searched", "expected"),
     [
-        (trial(1, 0.9, 0.3, 200_000), "The search beat the baselines: "),
+        (verify(trial(1, 0.9, 0.3, 200_000)), "The search beat the baselines: "),
         (trial(1, 0.6, 0.9, 999_000), "The search did not beat the baselines: it covers "),
         (trial(1, 0.4, 0.1, 999), "The search did not beat the baselines: it covers 0.0 %"),
         (
@@ -147,8 +147,9 @@ def test_verdict_says_what_you_get() -> None:
     ],
 )
 def test_verdict_compares_with_uniform_compression(searched: TrialRecord, expected: str) -> None:
-    int8 = trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8)
-    assert expected in " ".join(findings(run([original(0.9), searched, int8])))
+    rules = [original(0.9), trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8)]
+    known = [verify(rule) for rule in rules] if searched.verified else rules
+    assert expected in " ".join(findings(run([*known, searched])))
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,8 @@ def test_the_answer_repeats_the_limits_and_names_the_default_choice() -> None:
 
 
 def test_a_gain_is_judged_by_its_noise() -> None:
-    int8 = trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8)
-    near, far = (run([original(0.9), trial(1, 0.9, ms, 200_000), int8]) for ms in (0.49, 0.05))
+    int8 = verify(trial(2, 0.898, 0.5, 300_000, role="baseline", name="uniform INT8", policy=INT8))
+    near, far = (run([verify(original(0.9)), verify(trial(1, 0.898, ms, 300_000)), int8]) for ms in (0.498, 0.05))
     # Within the noise nothing was beaten, and gain and noise are told in the same unit.
     assert "Whether the search beat the baselines is not shown" in (said := " ".join(findings(near)))
     assert "points is no more than the " in said
@@ -220,8 +221,8 @@ def test_a_rule_that_was_not_worth_a_long_fine_tune_does_not_spoil_the_compariso
     known, left_out = (limited([*beside, replace(rule, hopeless=why)], min_accuracy=0.85) for why in (reason, None))
 
     assert "The search beat the baselines: " in (said := " ".join(findings(known)))
-    assert "not all baselines got" not in said
-    assert "not all baselines got" in " ".join(findings(left_out))
+    assert "not all baselines are verified" not in said
+    assert "not all baselines are verified" in " ".join(findings(left_out))
     assert any(
         doubt.startswith("Not trained long, since they could not come within the limits: uniform 25% INT8")
         for doubt in doubts(known)
