@@ -18,7 +18,7 @@ from .records import TrialRecord, TrialState
 from .session import Session, latency_of
 from .split_gap import search_limits
 from .store import policy_of
-from .surrogate import Describer, Surrogate, kept_accuracy
+from .surrogate import Describer, Observation, Surrogate, kept_accuracy
 
 MOST_REMEASURED = 30
 Array = NDArray[np.float64]
@@ -157,20 +157,25 @@ def _likely_pick(
 
 
 def surrogate_of(session: Session) -> Surrogate:
-    """What the night knows of accuracies, whichever sampler proposed the trials."""
+    """What the night knows of accuracies, whichever sampler proposed the trials. Raises ValueError where no trial has
+    shown any."""
     encoder = Encoder(session.prepared.space)
+    with threadpool_limits(limits=1, user_api="blas"):
+        return Surrogate(Describer(encoder, session.sensitivity), _observations(session, encoder))
+
+
+def _observations(session: Session, encoder: Encoder) -> list[Observation]:
     known = Experience(encoder)
     known.read(session.store.study)
-    with threadpool_limits(limits=1, user_api="blas"):
-        return Surrogate(Describer(encoder, session.sensitivity), known.observations())
+    return known.observations()
 
 
 def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
     """Those that may come within ``min_accuracy``: even the upper end of what is expected of them must not lose twice
     of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
-    such a limit."""
+    such a limit, and where no accuracy is known because every rule failed."""
     least = search_limits(session).min_accuracy
-    if least is None or not policies:
+    if least is None or not policies or not _observations(session, Encoder(session.prepared.space)):
         return list(policies)
     surrogate = surrogate_of(session)
     _, _, hope = surrogate.accuracy(np.stack([surrogate.describer.encoder.row(policy) for policy in policies]))

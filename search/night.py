@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
+from ..spaces.plans import choices_of
 from ..spaces.policy import INT8, Policy, digest
 from . import finalists, long_tuning, planning, prepare
 from .clock import ENDING, Clock, Deadline, length
@@ -23,7 +25,7 @@ from .layer_costs import record_layers
 from .loop import run_first, search
 from .mark import mark
 from .memory import Memory
-from .pareto import losses, non_dominated
+from .pareto import MAX_DROP, losses, non_dominated, spread
 from .policy_sampler import PolicySampler
 from .process import WorkerProcess
 from .promotion import corner_of
@@ -45,6 +47,8 @@ MOST_WAITING = 2
 """Paused trials a worker. The sampler learns next to nothing from the lowest rung: with no bound it proposed a hundred
 trials alike, which all waited, and never found out at the top that they were worthless."""
 SEEDS, WALK = 8, 60
+MOST_EARLIER = 8
+"""Policies of all earlier runs together: seeds are never stopped, and whole fronts would use up the night."""
 DEFAULT_BUDGET_SECONDS = 8 * 3600.0
 
 
@@ -142,12 +146,18 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
         trials.give_up("given up: the verification had to begin")
     with session.phase("verify"):
         verify(session)
-        if session.places.target_node:
-            session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
-            return
+        explain(session)
+
+
+def explain(session: Session) -> None:
+    """Write what tells why finalists are as they are: layers.json, but not where the target is another node, since
+    layers are profiled on this machine; and why.json, whose savings are measured wherever the target is."""
+    if session.places.target_node:
+        session.folder.decide("verify", "layers are not profiled", "the target is another node of the cluster")
+    else:
         with session.measuring():
             record_layers(session)
-        record_why(session)
+    record_why(session)
 
 
 def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Trials], None]) -> None:
@@ -282,14 +292,39 @@ def _enqueue_seeds(session: Session) -> None:
 
 
 def earlier_fronts(session: Session) -> list[Policy]:
-    """Fronts of earlier runs of the same model. Raises InputError when one is not a run of it."""
-    found: list[Policy] = []
-    for run in _runs_before(session):
+    """A spread of the fronts of earlier runs of the same model, at most :data:`MOST_EARLIER`: by their accuracies as
+    they were recorded and by what this target is predicted to take. Rules, which this night tries anyway, are not among
+    them. Raises InputError when one is not a run of the model."""
+    runs = _runs_before(session)
+    if not runs:
+        return []
+    found: dict[str, tuple[Policy, float]] = {}
+    for run in runs:
         done = [(point, t) for t in run.trials if t.state is TrialState.COMPLETE and (point := t.losses)]
-        front = [done[i][1] for i in non_dominated([point for point, _ in done])]
-        found += [policy_of(trial) for trial in front]
-        session.folder.decide("sensitivity", f"enqueued {len(front)} policies of {run.path}", "warm_start")
-    return found
+        front = [done[i] for i in non_dominated([point for point, _ in done])]
+        found |= {t.digest: (policy_of(t), -point[0]) for point, t in front if t.role != "baseline"}
+    space = session.prepared.space
+    inside = [(policy, accuracy) for policy, accuracy in found.values() if space.contains(policy)]
+    choices = choices_of(space.anatomy, [policy for policy, _ in inside])
+    costs = session.costs_of(choices) if inside else np.zeros((0, 2))
+    priced = [i for i in range(len(inside)) if np.isfinite(costs[i]).all()]
+    if len(priced) < len(found):
+        session.folder.decide(
+            "sensitivity", f"left out {len(found) - len(priced)} of {len(found)} policies of earlier fronts",
+            f"warm_start: {len(found) - len(inside)} make choices that this run's space does not offer, "
+            f"{len(inside) - len(priced)} cannot be priced on its target",
+        )  # fmt: skip
+    points = [losses(inside[i][1], *costs[i].tolist()) for i in priced]
+    # Accuracies are those of short fine-tunes, which a long one may raise: none is too low here.
+    least = min((-point[0] for point in points), default=0.0) - MAX_DROP
+    _, latency_ms, size_bytes = corner_of(session.state["reference"], search_limits(session))
+    chosen = spread(points, losses(least, latency_ms, size_bytes), MOST_EARLIER)
+    names = ", ".join(str(run.path) for run in runs)
+    session.folder.decide(
+        "sensitivity", f"enqueued {len(chosen)} of {len(points)} policies of {names}",
+        f"warm_start: at most {MOST_EARLIER}, by the hypervolume that each adds to those before it",
+    )  # fmt: skip
+    return [inside[priced[i]][0] for i in chosen]
 
 
 def _runs_before(session: Session) -> list[RunRecord]:

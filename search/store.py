@@ -132,7 +132,8 @@ class Store:
                 if t.user_attrs.get("role") == role and "given" in t.user_attrs}  # fmt: skip
 
     def enqueue(self, params: Mapping[str, Any], role: str, name: str | None, given: Mapping[str, Any]) -> None:
-        """Put a policy in front of the sampler's own proposals; ``params`` are its answers, if the space has them."""
+        """Put a policy in front of the sampler's own proposals; ``params`` are its answers, or the nearest on offer;
+        what is trained is ``given``."""
         self.study.enqueue_trial(dict(params), user_attrs={"role": role, "name": name, "given": dict(given)})
 
     def begin(self, trial: Trial, policy: Policy, started: float) -> None:

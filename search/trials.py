@@ -332,10 +332,8 @@ class Trials:
         given = attrs.get("given")
         if given is None:
             return self.session.prepared.space.sample(suggest)
-        policy = policy_from_dict(given, "enqueued policy")
-        if self.session.prepared.space.contains(policy):
-            self.session.prepared.space.sample(suggest)  # so that the sampler knows where the policy lies
-        return policy
+        self.session.prepared.space.sample(suggest)  # so that the sampler knows where the policy lies
+        return policy_from_dict(given, "enqueued policy")
 
     def _known(self, policy_digest: str, number: int) -> TrialRecord | None:
         """Another trial that has measured the policy."""
@@ -385,9 +383,12 @@ class Trials:
 
 
 def enqueue(session: Session, policy: Policy, role: str, name: str | None = None) -> None:
-    """Put a policy in front of the sampler's proposals, whether or not the space contains it."""
-    space = session.prepared.space
-    params = space.params(policy) if space.contains(policy) else {}
+    """Put a policy in front of the sampler's proposals, whether or not the space contains it.
+
+    What the space does not offer, Optuna learns at the nearest answer. It samples jointly only what every complete
+    trial has a value for: one trial without parameters would make its samplers random, or univariate, for good.
+    """
+    params = session.prepared.space.nearest_params(policy)
     session.store.enqueue(params, role, name, given=policy_to_dict(policy))
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -98,6 +98,13 @@ class Space(Offer):
         """
         return self._answers(canonical(policy, self.anatomy))
 
+    def nearest_params(self, policy: Policy) -> dict[str, str | int | float]:
+        """:meth:`params` with each answer that this space does not offer taken to the nearest that it does: the nearer
+        end of a range, the first of several choices."""
+        nearest = _Nearest(self.params(policy))
+        self.sample(nearest)
+        return nearest.found
+
     def _answers(self, policy: Policy) -> dict[str, str | int | float]:
         """Those of a policy in its canonical form."""
         answers: dict[str, str | int | float] = {
@@ -126,10 +133,9 @@ class Space(Offer):
     def contains(self, policy: Policy) -> bool:
         """Whether the policy's choices are all among those that this space offers."""
         told = canonical(policy, self.anatomy)
-        try:
-            return self.sample(_Checked(self._answers(told))) == told
-        except _NotOfferedError:
-            return False
+        nearest = _Nearest(self._answers(told))
+        same = self.sample(nearest) == told
+        return same and all(answer == nearest.table[name] for name, answer in nearest.found.items())
 
     def step_range(self, group: Group) -> tuple[int, int]:
         """The least and the largest number of channel steps that a group may keep."""
@@ -325,30 +331,26 @@ def _layers_of(anatomy: Anatomy, blocks: Sequence[str]) -> set[str]:
     return {layer for b in anatomy.blocks if b.name in blocks for layer in b.layers}
 
 
-class _NotOfferedError(Exception):
-    """An answer that the space does not have."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Checked:
-    """Answers from a table, each of which must be on offer."""
+class _Nearest:
+    """Answers from a table, each taken to the nearest on offer; ``found`` are the answers given."""
 
     table: Mapping[str, str | int | float]
+    found: dict[str, str | int | float] = field(default_factory=dict[str, str | int | float])
 
     def choice(self, name: str, values: Sequence[str]) -> str:
-        return str(self._answer(name, self.table[name] in values))
+        told = str(self.table[name])
+        self.found[name] = answer = told if told in values else values[0]
+        return answer
 
     def integer(self, name: str, low: int, high: int) -> int:
-        return int(self._answer(name, low <= float(self.table[name]) <= high))
+        self.found[name] = answer = min(max(int(self.table[name]), low), high)
+        return answer
 
     def real(self, name: str, low: float, high: float, *, log: bool = False) -> float:
         del log
-        return float(self._answer(name, low <= float(self.table[name]) <= high))
-
-    def _answer(self, name: str, offered: bool) -> str | int | float:
-        if not offered:
-            raise _NotOfferedError(name)
-        return self.table[name]
+        self.found[name] = answer = min(max(float(self.table[name]), low), high)
+        return answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,19 @@ def test_steps_of_the_walk_that_no_fine_tune_would_bring_within_the_limit_are_no
     assert reachable(judged(tmp_path / "free", least=None), steps) == steps
 
 
+def test_where_every_rule_failed_no_step_of_the_walk_is_known_to_be_out_of_reach(tmp_path: Path) -> None:
+    steps = [uniform(SPACE.anatomy, width=width, bits=INT8) for width in (0.7, 0.2)]
+    session = judged(tmp_path)
+    session.provide(store=Store(InMemoryStorage()))
+    for name, policy in RULES.items():
+        enqueue(session, policy, "baseline", name)
+        trial = session.store.ask()
+        session.store.begin(trial, policy, 0.0)
+        session.store.finish(trial.number, TrialState.FAILED, finished=1.0, reason="it has no price")
+
+    assert reachable(session, steps) == steps
+
+
 @pytest.mark.parametrize(("own", "steps", "rate"), [(0.02, 4 * SHORT, 2.0), (0.08, 4 * SHORT, 1.25), (0.02, SHORT, 1),
                                                     (0.4, 4 * SHORT, 1)])  # fmt: skip
 def test_a_longer_fine_tune_learns_at_a_higher_rate_up_to_the_highest_of_the_space(

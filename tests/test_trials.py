@@ -25,12 +25,10 @@ from nightpress.search.config import Limits, RunConfig, SearchConfig
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.loop import enough
-from nightpress.search.night import earlier_fronts
 from nightpress.search.promotion import Worth, promoted, reservation_rate
 from nightpress.search.records import NOT_CONTINUED, TrialRecord, TrialState
 from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
-from nightpress.search.storages import open_storage
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import Trials, enqueue
 from nightpress.spaces.errors import InputError
@@ -317,28 +315,6 @@ def test_a_policy_beyond_a_limit_is_not_trained_and_says_so(tmp_path: Path) -> N
     assert all(re.fullmatch(r"beyond max_latency_ms by \d+%, not trained", t.reason or "") for t in beyond)
     assert not {number for number, _ in asked(trials)} & {t.number for t in beyond}
     assert found[0].state is TrialState.COMPLETE
-
-
-def test_a_night_begins_with_the_front_of_an_earlier_one(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    before = begun(one, PLANNED, record=open_storage(one, None))
-    run(before)
-    before.session.update(model=SPACE.anatomy.digest)
-    done = [t for t in before.session.store.trials() if t.state is TrialState.COMPLETE]
-
-    found = earlier_fronts(begun(two, PLANNED, warm_start=(str(one),)).session)
-
-    front = [t.digest for t in done if not any(_beaten(t, by) for by in done)]
-    assert sorted(digest(policy) for policy in found) == sorted(front)
-    assert 0 < len(front) < len(done)
-
-
-def _beaten(trial: TrialRecord, by: TrialRecord) -> bool:
-    assert trial.losses
-    assert by.losses
-    return trial.losses != by.losses and all(a >= b for a, b in zip(trial.losses, by.losses, strict=True))
 
 
 def test_a_policy_that_waits_is_not_begun_again(tmp_path: Path) -> None:
