@@ -28,7 +28,7 @@ def kit(
     host: Annotated[
         str | None, typer.Option("--host", metavar="USER@HOST", help="Measure there at once, over this system's ssh.")
     ] = None,
-    python: Annotated[str, typer.Option("--python", help="The Python of --host.")] = "python3",
+    python: Annotated[str, typer.Option("--python", help="The Python of --host, as its shell takes it.")] = "python3",
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -57,7 +57,8 @@ def kit(
         return
     say(f"wrote {out}: {len(made['models'])} models and {MEASURE}")
     if host is None:
-        say(f"next: copy {out} to the device, run python {MEASURE} in it (it needs numpy and {where.runtime}), bring "
+        package = "onnxruntime-gpu" if where.runtime.startswith("onnxruntime-") else where.runtime
+        say(f"next: copy {out} to the device, run python {MEASURE} in it (it needs numpy and {package}), bring "
             f"{RESULTS} back")  # fmt: skip
     say(f"then: nightpress calibrate {task} --from {out / RESULTS} --out PROFILE.json")
 
@@ -70,13 +71,15 @@ def measure_over_ssh(folder: Path, host: str, python: str, name: str) -> None:
 
     remove = f"rm -rf {shlex.quote(name)}"
     # A question may meet nobody; and what is left in the background, for the next connection, would keep stderr open.
-    keys = ("-o", "BatchMode=yes", "-o", "ControlMaster=no")
+    # A board that goes away meanwhile is noticed within a minute.
+    alive = ("ConnectTimeout=15", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+    keys = [part for option in ("BatchMode=yes", "ControlMaster=no", *alive) for part in ("-o", option)]
     # A name that begins with a dash would be an option of ssh.
     for command in (
         ["ssh", *keys, "--", host, remove],  # into what a broken copy has left the next one would be put
-        ["scp", *keys, "-q", "-r", "--", str(folder), f"{host}:{name}"],
-        ["ssh", *keys, "--", host, f"{shlex.quote(python)} {shlex.quote(f'{name}/{MEASURE}')}"],
-        ["scp", *keys, "-q", "--", f"{host}:{name}/{RESULTS}", str(folder / RESULTS)],
+        ["scp", *keys, "-q", "-r", "--", str(folder.resolve()), f"{host}:{name}"],
+        ["ssh", *keys, "--", host, f"{python} {shlex.quote(f'{name}/{MEASURE}')}"],
+        ["scp", *keys, "-q", "--", f"{host}:{name}/{RESULTS}", str(folder.resolve() / RESULTS)],
         ["ssh", *keys, "--", host, remove],
     ):
         code, last = _run(command, host)

@@ -64,10 +64,13 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
     warn_of_noise(found.timings, elsewhere=True)
     # Its channel steps stay those that the kit's policies were drawn on.
     integers = found.capabilities is None or found.capabilities.integer_kernels
-    profile = profile_of(
-        anatomy, replace(found.target, integer_kernels=integers), found.policies, found.timings, found.sizes,
-        seconds=lambda: found.seconds, device=found.device,
-    )  # fmt: skip
+    try:
+        profile = profile_of(
+            anatomy, replace(found.target, integer_kernels=integers), found.policies, found.timings, found.sizes,
+            seconds=lambda: found.seconds, device=found.device,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"{results}: no predictor fits these times: {error}.") from None
     able = beside_profile(found.capabilities) if found.capabilities is not None else None
     told = _write_profile(replace(profile, remote=True, date=found.date), out, able)
     return {**told, "stages": [], "stopped": "all that the kit held"}

@@ -208,13 +208,12 @@ def measure(
     caveat = measured_elsewhere(Path(profile), force=force) if profile is not None else None
     _, anatomy, where = find_anatomy(task, target, given=True, threads=threads, batch=batch)
     read = _policies(policies, anatomy, where)
-    timings, sizes = measure_policies(anatomy, {str(path): policy for path, policy in read}, where)
+    timings, sizes = measure_policies(anatomy, {digest(policy): policy for _, policy in read}, where)
     rows = [
-        {"file": str(path), "digest": digest(policy), "latency_ms": timings[str(path)].latency_ms,
-         "repeat_error": timings[str(path)].repeat_error, "reference_ms": timings[str(path)].reference_ms,
-         "ratio": timings[str(path)].ratio, "settled": timings[str(path)].settled, "size_bytes": sizes[str(path)],
-         "forced": caveat}
-        for path, policy in read
+        {"file": str(path), "digest": key, "latency_ms": timing.latency_ms, "repeat_error": timing.repeat_error,
+         "reference_ms": timing.reference_ms, "ratio": timing.ratio, "settled": timing.settled,
+         "size_bytes": sizes[key], "forced": caveat}
+        for path, policy in read for key in [digest(policy)] for timing in [timings[key]]
     ]  # fmt: skip
     warn_of_noise(timings)
     if caveat and not json:

@@ -3,7 +3,6 @@
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,7 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from ..spaces.plan import Plan
-from .latency.timer import PROVIDERS, processor, session_config
+from .latency.timer import PROVIDERS, processor, runtime_version, session_config, start_session
 from .onnx_graph import INPUT, OUTPUT
 from .runtime_openvino import OpenVinoSession
 
@@ -37,20 +36,14 @@ class Session:
         if optimised is not None:
             options.optimized_model_filepath = str(optimised)
         try:
-            self._session = onnxruntime.InferenceSession(
-                str(path),
-                options,
-                providers=PROVIDERS[runtime],
-                disabled_optimizers=list(disabled_optimizers),
-            )
+            self._session = start_session(str(path), options, runtime, disabled_optimizers)
         except Exception as error:  # the runtime raises types of its own that share no base
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise RuntimeError(f"ONNX Runtime cannot load {path.name}: {reason}") from error
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """The model's outputs for inputs of shape (items, …), in batches."""
-        run = cast("Any", self._session).run
-        parts = [run([OUTPUT], {INPUT: part.float().numpy()})[0] for part in inputs.split(_BATCH)]
+        parts = [self._session.run([OUTPUT], {INPUT: part.float().numpy()})[0] for part in inputs.split(_BATCH)]
         return torch.from_numpy(np.concatenate(parts))
 
     def bits_used(self, plan: Plan) -> dict[str, str]:
@@ -61,9 +54,12 @@ class Session:
 def open_session(
     path: Path, runtime: str, *, threads: int, disabled_optimizers: tuple[str, ...]
 ) -> Session | OpenVinoSession:
-    """A file in the runtime of a target. Raises RuntimeError with the runtime's reason in one line."""
-    if runtime == "openvino":
+    """A file in the runtime of a target, or on ONNX Runtime's CPU where that target is another device's and its runtime
+    is not here. Raises RuntimeError with the runtime's reason in one line."""
+    if runtime == "openvino" and runtime_version(runtime) is not None:
         return OpenVinoSession(path, threads=threads)
+    if not set(PROVIDERS.get(runtime, (runtime,))) <= set(onnxruntime.get_available_providers()):
+        runtime = "onnxruntime"
     return Session(path, threads=threads, disabled_optimizers=disabled_optimizers, runtime=runtime)
 
 

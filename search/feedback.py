@@ -69,15 +69,16 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
     although it is of another device learns nothing from this one."""
     if session.profile.forced:
         return
-    profile, reference = session.profile, timings.get(REFERENCE)
+    profile, reference, level = session.profile, timings.get(REFERENCE), 1.0
     moved = drift(profile, reference) if reference is not None else 0.0
     if reference is not None and abs(moved) > max(LEAST_DRIFT, profile.reference_repeat_error, reference.repeat_error):
         evidence = {"reference_ms": reference.latency_ms, "calibrated_ms": profile.reference_ms}
         reason = f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration"
+        level = 1 + moved
         if has_time(session.clock, profile.seconds):
             session.folder.decide("search", "calibrate the target again", reason, **evidence)
             try:
-                profile = measure_target(session, [p.policy for p in profile.points])
+                profile, level = measure_target(session, [p.policy for p in profile.points]), 1.0
             except MeasurementError as error:  # what was measured before it is worth having all the same
                 session.folder.decide("search", "the calibration before is kept", f"the new one was lost: {error}")
         else:
@@ -86,7 +87,7 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
     matcher = Matcher(session.prepared.anatomy)
     # Chosen by what was predicted of them, so what they leave is not the level of their session.
     points: list[Point] = [
-        replace(point_of(policies[key], timings[key], sizes[key], matcher), session="") for key in policies
+        _at_level(point_of(policies[key], timings[key], sizes[key], matcher), level) for key in policies
     ]
     before = profile.predictor.heldout
     profile = profile.with_points(points)
@@ -97,6 +98,14 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
         f"{before.n}",
     )  # fmt: skip
+
+
+def _at_level(point: Point, level: float) -> Point:
+    """What was measured on a device that is so many times as slow as when it was calibrated, as it was then: mixed as
+    they are, measurements of two levels would make one poor predictor."""
+    halves = (point.halves_ms[0] / level, point.halves_ms[1] / level)
+    timed = point.timed if level == 1 else None
+    return replace(point, session="", latency_ms=point.latency_ms / level, halves_ms=halves, timed=timed)
 
 
 def has_time(clock: Clock, seconds: float) -> bool:

@@ -118,3 +118,16 @@ def test_a_device_that_is_lost_while_it_is_calibrated_again_takes_no_measurement
         "the calibration before is kept", "fitted the latency predictor to 3 more measurements",
     ]  # fmt: skip
     assert [p.policy for p in session.profile.points[-3:]] == fresh
+
+
+def test_what_a_device_that_has_drifted_took_is_learned_at_the_pace_of_its_calibration(tmp_path: Path) -> None:
+    """Where there is no other calibration: mixed, times of two paces would make one poor predictor."""
+    session, fresh = night(tmp_path, Device(lost=True)), some(3, 9)
+
+    timings = fed(session, 2.0, fresh)
+
+    pace = timings["0"].reference_ms / session.profile.reference_ms
+    assert pace == pytest.approx(2.0, rel=0.05)
+    assert [p.latency_ms for p in session.profile.points[-3:]] == pytest.approx(
+        [timings[str(i)].latency_ms / pace for i in range(3)]
+    )

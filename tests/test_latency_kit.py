@@ -162,6 +162,9 @@ def kit_with(**keys: object) -> Callable[[dict[str, Any]], object]:
         (lambda d: d["probes"].update(seconds="1e999"), r"seconds of the probes must be positive numbers, but"),
         (lambda d: d["again"].update(busy_cores=-1), r"busy_cores must be numbers that are not negative, but"),
         (lambda d: d.update(busy_cores="all"), r"json: busy_cores must be numbers that .*, but one is 'all'\.$"),
+        (lambda d: d["sessions"].update(reference=[1]), r"sessions of model reference must be text, but one is \[1\]"),
+        (lambda d: d["device"].update(runtime_version=None), r"runtime_version must be text, but one is None\.$"),
+        (lambda d: d["device"].update(cores=None), r"cores of the device must be positive numbers, but one is None"),
         (lambda d: d["windows_ms"].popitem(), r"windows_ms of model \w+ is missing: run measure\.py of the kit to its"),
         (lambda d: d["probes"]["windows_ms"].update({"mixed": [-1]}), r"windows_ms of probe mixed must be positi"),
         (lambda d: d.pop("probes"), r"these are not the whole results of a kit \(KeyError: 'probes'\); run measure"),
@@ -187,6 +190,22 @@ def test_results_that_cannot_be_trusted_are_refused(
 def test_truncated_results_are_refused(kit: Kit, tmp_path: Path) -> None:
     whole = (kit.folder / timer.RESULTS).read_text()
     (tmp_path / "results.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"results\.json: a kit's results must be a readable JSON file, but: "):
+        read_results(tmp_path / "results.json", ANATOMY)
+
+
+@pytest.mark.slow
+def test_nodes_quicker_than_the_profiler_can_tell_are_taken(kit: Kit, tmp_path: Path) -> None:
+    def at_once(data: dict[str, Any]) -> None:
+        kernels = next(iter(data["kernels"].values()))
+        kernels[next(iter(kernels))][1] = 0.0
+
+    found = read_results(results_with(kit, tmp_path, at_once), ANATOMY)
+    assert 0.0 in [kernel.ms for timing in found.timings.values() for kernel in timing.kernels.values()]
+
+
+def test_results_nested_without_end_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"results\.json: a kit's results must be a readable JSON file, but: "):
         read_results(tmp_path / "results.json", ANATOMY)
 
@@ -247,7 +266,7 @@ def test_a_host_is_measured_over_ssh(
     far.mkdir()
     shutil.copytree(kit.folder, near)
     (near / timer.RESULTS).unlink()
-    shims = {"ssh": f'shift 6; cd {far}; exec sh -c "$*"',
+    shims = {"ssh": f'shift 12; cd {far}; exec sh -c "$*"',
              "scp": f'shift "$(($# - 2))"; cp -r "$(echo "$1" | sed s#^pi@board:#{far}/#)" '
                     f'"$(echo "$2" | sed s#^pi@board:#{far}/#)"'}  # fmt: skip
     for name, text in shims.items():

@@ -104,7 +104,7 @@ def read_results(path: Path, anatomy: Anatomy) -> Results:
     """Read ``results.json``. Raises InputError when it is damaged, or of a kit that was made for another model."""
     try:
         data: object = json.loads(path.read_text(), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: a kit's results must be a readable JSON file, but: {error}.") from None
     try:
         return _results(cast("dict[str, Any]", data), path, anatomy)
@@ -125,10 +125,15 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         if not windows.get(key):
             raise InputError(f"{path}: windows_ms of model {key} is missing: run {MEASURE} of the kit to its end.")
         kernels: Mapping[str, Any] = data["kernels"][key]
-        check_numbers(f"kernels of model {key}", [ms for _, ms in kernels.values()], path)
+        check_numbers(f"kernels of model {key}", [ms for _, ms in kernels.values()], path, zero=True)
+        _check_texts([op_type for op_type, _ in kernels.values()], f"types of kernels of model {key}", path)
         for look, which in ((data, "model"), (data["again"], "the second look at model")):
             check_numbers(f"windows_ms of {which} {key}", look["windows_ms"][key], path)
             check_numbers(f"reference_ms of {which} {key}", [look["reference_ms"][key]], path)
+        _check_texts([look["sessions"][key] for look in (data, data["again"])], f"sessions of model {key}", path)
+    device = data["device"]
+    _check_texts([device[key] for key in ("machine", "cpu", "runtime_version")], "machine, cpu, runtime_version", path)
+    check_numbers("cores of the device", [device["cores"]], path)
     check_numbers("seconds", [data["seconds"]], path)
     busy = [cores for look in (data, data["again"]) if (cores := look["busy_cores"]) is not None]
     check_numbers("busy_cores", busy, path, zero=True)
@@ -143,6 +148,12 @@ def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
         date=str(data["date"]),
         capabilities=_capabilities(data["probes"], kit["probes"], target, path) if "probes" in kit else None,
     )
+
+
+def _check_texts(found: Sequence[object], what: str, path: Path) -> None:
+    for text in found:
+        if not isinstance(text, str):
+            raise InputError(f"{path}: {what} must be text, but one is {text!r}.")
 
 
 def _capabilities(measured: Mapping[str, Any], probes: Mapping[str, Any], target: Target, path: Path) -> Capabilities:

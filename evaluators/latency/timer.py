@@ -6,8 +6,10 @@ are JSON, one line each, on standard input and output; beside a ``kit.json`` it 
 "least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``;
 the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1, "session": name}``
 or ``{"error": sentence}``. ``kernels`` are those of the runtime's own profiler, which slows what it watches, and are
-there when ``kernel_passes`` is not 0.
+there when ``kernel_passes`` is not 0. Python 3.9 is enough.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -20,10 +22,11 @@ import tempfile
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
@@ -35,6 +38,8 @@ PROVIDERS = {
     "onnxruntime-cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+PROVIDER_OPTIONS = {"TensorrtExecutionProvider": {"trt_int8_enable": "True"}}
+"""TensorRT refuses quantised models unless it is told to expect them."""
 EXACT_INTEGERS = {"session.x64quantprecision": "1"}
 X64, VNNI = frozenset({"x86_64", "AMD64"}), frozenset({"avx512_vnni", "avx_vnni"})
 PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
@@ -43,7 +48,6 @@ FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8"
 """Of the CPU: those that choose kernels."""
 LEAST_RUNS, MOST_RUNS, WARM_RUNS = 5, 80, 2
 """Of a profiled pass; the profiler writes a line a kernel and run."""
-MOST_REASON = 400
 HALF_TICK_MS = 0.0005
 """OpenVINO counts whole microseconds."""
 SECOND_ROUNDS = 8
@@ -81,16 +85,7 @@ class OnnxRuntime:
         self._folder = tempfile.TemporaryDirectory(prefix="nightpress-") if profile else None
         if self._folder is not None:
             options.profile_file_prefix = str(Path(self._folder.name) / "profile")
-        wanted = PROVIDERS[request["runtime"]]
-        missing = set(wanted) - set(onnxruntime.get_available_providers())
-        if missing:
-            raise RuntimeError(f"this onnxruntime has no {min(missing)}")
-        self._session: Any = onnxruntime.InferenceSession(
-            path, options, providers=wanted, disabled_optimizers=list(request["disabled_optimizers"])
-        )
-        # A provider that cannot start is left out by the runtime without an error.
-        if self._session.get_providers()[0] != wanted[0]:
-            raise RuntimeError(f"{wanted[0]} is installed but does not start on this machine")
+        self._session = start_session(path, options, request["runtime"], request["disabled_optimizers"])
         source = self._session.get_inputs()[0]
         self._feed = {source.name: _random([request["batch"], *source.shape[1:]])}
 
@@ -99,8 +94,7 @@ class OnnxRuntime:
 
     def kernels(self) -> Kernels:
         """Milliseconds of each node over all runs of a profiled session, which ends."""
-        path = Path(self._session.end_profiling())
-        events: list[dict[str, Any]] = json.loads(path.read_text())
+        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text())
         times: dict[str, list[float]] = {}
         types: dict[str, str] = {}
         for event in events:
@@ -111,7 +105,8 @@ class OnnxRuntime:
                 types[node] = str(event["args"]["op_name"])
         if self._folder is not None:
             self._folder.cleanup()
-        return {node: (types[node], _low_mean(found)) for node, found in times.items()}
+        # The mean of the lower half: bursts of other work only add, and the profiler counts whole microseconds.
+        return {n: (types[n], float(np.sort(found)[: (len(found) + 1) // 2].mean())) for n, found in times.items()}
 
 
 class OpenVino:
@@ -178,20 +173,31 @@ def _shared_pool(threads: int) -> bool:
     return threads in _pools
 
 
-Model = OnnxRuntime | OpenVino
-BACKENDS: dict[str, type[OnnxRuntime] | type[OpenVino]] = {
-    **dict.fromkeys(PROVIDERS, OnnxRuntime),
-    "openvino": OpenVino,
-}
+Model = Union[OnnxRuntime, OpenVino]  # noqa: UP007  a kit's device may have Python 3.9
+BACKENDS: dict[str, type[Model]] = {**dict.fromkeys(PROVIDERS, OnnxRuntime), "openvino": OpenVino}
+
+
+def start_session(path: str, options: Any, runtime: str, disabled_optimizers: Collection[str]) -> Any:
+    """A session of ONNX Runtime on the first of the runtime's providers. Raises RuntimeError where it has none."""
+    import onnxruntime
+
+    wanted = PROVIDERS[runtime]
+    if missing := set(wanted) - set(onnxruntime.get_available_providers()):
+        raise RuntimeError(f"this onnxruntime has no {min(missing)}")
+    if len(wanted) > 1 and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA as pip installs it lies where no loader looks
+    session = onnxruntime.InferenceSession(
+        path, options, providers=wanted, provider_options=[PROVIDER_OPTIONS.get(name, {}) for name in wanted],
+        disabled_optimizers=list(disabled_optimizers), enable_fallback=0,
+    )  # fmt: skip
+    # A provider that cannot start is left out by the runtime without an error.
+    if session.get_providers()[0] != wanted[0]:
+        raise RuntimeError(f"{wanted[0]} is installed but does not start on this machine")
+    return session
 
 
 def _random(shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
-
-
-def _low_mean(times: list[float]) -> float:
-    """Mean of the lower half: bursts of other work only add, and the profilers count whole microseconds."""
-    return float(np.sort(times)[: (len(times) + 1) // 2].mean())
 
 
 def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
@@ -199,7 +205,7 @@ def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
     try:
         return BACKENDS[request["runtime"]](path, request, profile)
     except Exception as error:  # the runtimes raise types of their own that share no base
-        reason = " ".join(str(error).split())[:MOST_REASON] or type(error).__name__
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise RuntimeError(f"{request['runtime']} cannot load {Path(path).name}: {reason}") from error
 
 
@@ -208,11 +214,12 @@ def load_all(paths: Mapping[str, str], request: Mapping[str, Any], profile: bool
     where loading one takes long. Raises RuntimeError as :func:`load`."""
     if not BACKENDS[request["runtime"]].LASTING:
         return {key: load(path, request, profile) for key, path in paths.items()}
+
+    def one(path: str) -> Model:
+        return (None if profile else kept(path, request)) or load(path, request, profile)
+
     with ThreadPoolExecutor(cores()) as pool:
-        models = pool.map(
-            lambda path: (None if profile else kept(path, request)) or load(path, request, profile), paths.values()
-        )
-        return dict(zip(paths, models, strict=True))
+        return dict(zip(paths, pool.map(one, paths.values())))  # noqa: B905  strict came with Python 3.10
 
 
 def window(model: Model, window_ms: float) -> float:
@@ -249,8 +256,7 @@ def keep(path: str, request: Mapping[str, Any], model: Model) -> None:
 
 def kept(path: str, request: Mapping[str, Any]) -> Model | None:
     """The model of this file if it waits, which it does no longer."""
-    found = _waiting.pop(_key(path, request), None) if _waiting else None
-    return found[0] if found else None
+    return _waiting.pop(_key(path, request), (None, 0))[0] if _waiting else None
 
 
 def _key(path: str, request: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -305,7 +311,8 @@ def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
             time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
     if reference is not None:
         known[reference] = min([known.get(reference, np.inf), *windows[REFERENCE]])
-    busy = busy_cores(before, busy_seconds(), time.perf_counter() - began)
+    after, seconds = busy_seconds(), max(time.perf_counter() - began, 1e-9)
+    busy = None if before is None or after is None else max(0.0, (after - before) / seconds)
     kernels = {key: lowest(found) for key, found in passes.items() if found}
     for key, model in models.items():
         if lasting and (request["kernel_passes"] or key == REFERENCE):
@@ -343,11 +350,6 @@ def busy_ticks(stat: str, cpus: Collection[int]) -> int:
     lines = {line.split()[0]: line.split()[1:9] for line in stat.splitlines() if line.startswith("cpu")}
     listed = [lines[name] for name in map("cpu{}".format, cpus) if name in lines] or [lines["cpu"]]
     return sum(int(t) for ticks in listed for kind, t in enumerate(ticks) if kind not in IDLE)
-
-
-def busy_cores(before: float | None, after: float | None, seconds: float) -> float | None:
-    """Cores that other processes used on average over some time."""
-    return None if before is None or after is None else max(0.0, (after - before) / max(seconds, 1e-9))
 
 
 def session_config(device: Mapping[str, Any]) -> dict[str, str]:
@@ -391,20 +393,17 @@ def cores() -> int:
 def runtime_version(runtime: str) -> str | None:
     """None where the runtime is not installed."""
     for name in PACKAGES[runtime.split("-")[0]]:
-        try:
+        with suppress(PackageNotFoundError):
             return version(name)
-        except PackageNotFoundError:
-            continue
     return None
 
 
 def _accelerator() -> str | None:
     """The first graphics card's name, as its driver tells it."""
-    if shutil.which("nvidia-smi") is None:
-        return None
     asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines()
-    return told[0].strip() if told else None
+    if shutil.which(asked[0]) is None:
+        return None
+    return (subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines() or [None])[0]
 
 
 def _cpuinfo() -> dict[str, str]:
@@ -412,22 +411,21 @@ def _cpuinfo() -> dict[str, str]:
     if not path.is_file():
         return {}
     pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
-    found: dict[str, str] = {}
-    for key, value in pairs:  # of the first core; a board's own name stands at the end
-        found.setdefault(key.strip(), value.strip())
-    return found
+    # Of the first core; a board's own name stands at the end.
+    return {key.strip(): value.strip() for key, value in reversed(pairs)}
 
 
 def serve() -> None:
     """Answer requests until standard input closes."""
     known: Lowest = {}
+    answers, sys.stdout = sys.stdout, sys.stderr  # the runtime prints what it thinks of a provider
     for line in sys.stdin:
         try:
             answer = measure(json.loads(line), known)
         except Exception as error:  # noqa: BLE001  the answer is the only way to tell the parent
             answer = {"error": " ".join(str(error).split()) or type(error).__name__}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 def measure_kit(folder: Path) -> dict[str, Any]:
@@ -438,8 +436,10 @@ def measure_kit(folder: Path) -> dict[str, Any]:
     """
     kit: dict[str, Any] = json.loads((folder / KIT).read_text())
     target, models = kit["target"], kit["models"]
-    if runtime_version(target["runtime"]) is None:
-        raise ValueError(f"{target['runtime']} is not installed here: pip install {target['runtime'].split('-')[0]}")
+    runtime = target["runtime"]
+    if runtime_version(runtime) is None:
+        package = runtime if len(PROVIDERS.get(runtime, ())) < 2 else "onnxruntime-gpu"
+        raise ValueError(f"{runtime} is not installed here: pip install {package}")
     if target["threads"] > cores():
         raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
     probes = kit.get("probes", {})
@@ -448,7 +448,7 @@ def measure_kit(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
     began, known = time.perf_counter(), Lowest()
     keys, request = [key for key in models if key != REFERENCE], kit["request"]
-    results: dict[str, Any] = {"kit": kit, "device": device(target["runtime"])}
+    results: dict[str, Any] = {"kit": kit, "device": device(runtime)}
 
     def look(keys: list[str], request: Mapping[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {key: {} for key in ("windows_ms", "kernels", "reference_ms", "sessions")}
