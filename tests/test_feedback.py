@@ -126,7 +126,7 @@ def test_what_a_device_that_has_drifted_took_is_learned_at_the_pace_of_its_calib
 
     timings = fed(session, 2.0, fresh)
 
-    pace = timings["0"].reference_ms / session.profile.reference_ms
+    pace = (timings["0"].reference_ms or 0.0) / session.profile.reference_ms
     assert pace == pytest.approx(2.0, rel=0.05)
     assert [p.latency_ms for p in session.profile.points[-3:]] == pytest.approx(
         [timings[str(i)].latency_ms / pace for i in range(3)]
