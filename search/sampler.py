@@ -207,7 +207,9 @@ class NightpressSampler(PolicySampler):
         points = np.column_stack([expected, self.experience.costs])
         front = front_of(points, corner)
         parents = rows[front] if len(front) >= LEAST_FRONT else rows
-        return target(points[front], corner, top=float(expected.max())), parents
+        # Where nothing known is in the box, that bound would leave no hope to anything.
+        top = float(expected.max()) if expected.max() > corner[0] else np.inf
+        return target(points[front], corner, top=top), parents
 
     def _bred(self, worth: Looked, best: Array, generator: np.random.Generator) -> Array:
         """A population after some generations, the most promising first."""

@@ -102,7 +102,8 @@ def end_study(session: Session) -> None:
     told = [f"{_named(c)} {c.rank_correlation:.2f} (90 %: {c.low:.2f} to {c.high:.2f})" for c in found]
     reason = f"{len(seen)} of {rungs['study']} policies went through the whole short fine-tune"
     if told:
-        reason += f"; with it rank: {', '.join(told)}; the cheapest is taken that is not clearly worse than the best"
+        reason += f"; with it rank: {', '.join(told)}; the cheapest is taken that ranks better than chance and is not "
+        reason += "clearly worse than the best"
     else:
         reason += f", too few or too alike to say how well a part of it ranks; {LEAST_PAIRS} that differ would do"
     said = f"a rung after {part} of {rungs['short_steps']} steps" if part else "no rung in the short fine-tune"
@@ -117,9 +118,10 @@ def choose(seen: Sequence[TrialRecord], looks: Sequence[int], short_steps: int) 
     """The candidates as they came out, the steps of the part that becomes a rung (0: none), and whether batch-norm
     re-estimation stays one.
 
-    The cheapest candidate is taken whose correlation is not clearly lower than the best one's: the 90 % interval of
-    their difference, over the same bootstrap samples, reaches 0. Where batch-norm re-estimation is that, no part is
-    needed; where a part is and re-estimation may rank no better than chance, that is dropped.
+    Of the candidates that rank better than chance (the 90 % interval of their correlation is above 0) the cheapest is
+    taken whose correlation is not clearly lower than the best one's: the interval of their difference, over the same
+    bootstrap samples, reaches 0. Where batch-norm re-estimation is that, no part is needed; where it may rank no better
+    than chance, it is dropped. Where all may, there is neither.
     """
     rows = [
         (accuracy_at(t, Rung.BN, None), *(accuracy_at(t, Rung.PART, step) for step in looks), t.quality.accuracy)
@@ -138,10 +140,12 @@ def choose(seen: Sequence[TrialRecord], looks: Sequence[int], short_steps: int) 
                   *interval(drawn[:, i]))
         for i, steps in enumerate((0, *looks)) if i in usable
     ]  # fmt: skip
-    best = max(usable, key=lambda i: known[i])
-    taken = next(i for i in usable if i == best or np.nanquantile(drawn[:, i] - drawn[:, best], COVERED[1]) >= 0)
-    bn = not taken or (0 in usable and interval(drawn[:, 0])[0] > 0)
-    return found, (0, *looks)[taken], bn
+    telling = [i for i, candidate in zip(usable, found, strict=True) if candidate.low > 0]
+    if not telling:
+        return found, 0, False
+    best = max(telling, key=lambda i: known[i])
+    taken = next(i for i in telling if i == best or np.nanquantile(drawn[:, i] - drawn[:, best], COVERED[1]) >= 0)
+    return found, (0, *looks)[taken], 0 in telling
 
 
 def _named(candidate: Candidate) -> str:

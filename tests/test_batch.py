@@ -177,3 +177,23 @@ def by_hand(
     n = len(rows)
     own, shared = np.diag(left)[:n], np.diag(left[n:, :n])
     return np.abs(shared) / np.sqrt(own + surrogate.noise_at(SHORT))
+
+
+@pytest.mark.slow
+def test_a_limit_above_all_that_is_known_does_not_make_the_search_a_random_one(tmp_path: Path) -> None:
+    """Nothing known is in the box then; proposals still go to where it may be reached."""
+    store, _ = begun(tmp_path)
+    sampler = store.study.sampler
+    assert isinstance(sampler, NightpressSampler)
+    assert sampler.reference is not None
+    best = max(t.quality.accuracy for t in store.trials() if t.quality is not None)
+    sampler.reference = (-(best + 0.002), *sampler.reference[1:])
+    found: list[float] = []
+    for _ in range(10):
+        number, policy = ask(store)
+        finish(store, number, policy)
+        found.append(accuracy_of(policy))
+
+    generator = np.random.default_rng(0)
+    chance = [accuracy_of(SPACE.random(generator)) for _ in range(200)]
+    assert np.median(found) > np.quantile(chance, 0.75)

@@ -91,6 +91,18 @@ def test_of_too_few_or_too_alike_nothing_is_concluded(seen: list[TrialRecord]) -
     assert choose(seen, LOOKS, STEPS) == ([], 0, True)
 
 
+def test_what_may_rank_by_chance_is_no_rung_however_few_policies_were_studied() -> None:
+    """With eight, the interval of noise is so wide that it is seldom clearly worse than a part that ranks well."""
+    kept = [choose(trials(8, (5.0, 0.01, 0.01, 0.01), seed), LOOKS, STEPS) for seed in range(20)]
+    assert sum(bn for _, _, bn in kept) <= 2
+    assert all(part or bn for _, part, bn in kept)
+
+    noise = [choose(trials(8, (5.0, 5.0, 5.0, 5.0), seed), LOOKS, STEPS) for seed in range(20)]
+    silent = [(part, bn) for found, part, bn in noise if all(candidate.low <= 0 for candidate in found)]
+    assert len(silent) >= 10
+    assert set(silent) == {(0, False)}
+
+
 def test_a_rung_that_shows_the_same_of_all_is_no_candidate() -> None:
     seen = [trial(i, 0.1, (0.1, 0.5 + i / 100, 0.5 + i / 90), 0.6 + i / 80) for i in range(20)]
     found, part, bn = choose(seen, LOOKS, STEPS)

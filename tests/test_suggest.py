@@ -77,6 +77,18 @@ def test_a_policy_that_nobody_can_price_is_not_suggested_however_slow_it_may_be(
     assert all(entry["latency_ms"] <= 3 * reference_ms and not entry["policy"]["bits"] for entry in found)
 
 
+def test_without_verified_trials_accuracies_are_those_that_the_given_networks_splits_let_expect(run: Path) -> None:
+    def medians() -> list[float]:
+        return [entry["accuracy"] for entry in suggest(read_run(run), Limits(max_latency_ms=1e9))["suggested"]]
+
+    before, state = medians(), json.loads((run / "state.json").read_text())
+    given = {"search": {"accuracy": 0.97}, "test": {"accuracy": 0.89}}
+    (run / "state.json").write_text(json.dumps(state | {"given": given}))
+
+    assert before
+    assert medians() == pytest.approx([accuracy - 0.08 for accuracy in before], abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("accuracy", "rule"),
     [("90", "at most 1, but got 90"), ("0", "above 0, but got 0"), ("nan", "above 0, but got nan")],
