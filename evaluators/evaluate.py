@@ -86,7 +86,8 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a job. ``looks`` are pairs of a step and the accuracy there. ``divergence`` is the mean KL
+    """What came of a job, trained at ``rate`` times the policy's learning rate. ``looks`` are pairs of a step and the
+    accuracy there. ``divergence`` is the mean KL
     divergence from the uncompressed model in nats (sensitivity only); what follows it are the finalists' own: test
     split, export and parity. ``answers`` are the exported file's, by :func:`answers`."""
 
@@ -101,6 +102,7 @@ class Outcome:
     max_abs_diff: float | None = None
     bits_used: dict[str, str] | None = None
     size_bytes: int | None = None
+    rate: float = 1.0
     answers: str | None = None
 
 
@@ -182,7 +184,7 @@ class Evaluator:
         # The lowest rung only sorts out the hopeless: fewer examples will do, and its standard error says so.
         split = self.search.take(torch.arange(min(len(self.search), BN_ITEMS))) if job.rung == "bn" else self.search
         found = judge(module, split, self.task, self.compute)
-        outcome = Outcome(search=found, losses=losses)
+        outcome = Outcome(search=found, losses=losses, rate=job.rate)
         if job.rung == "long":
             outcome = self.export(job, module, plan, outcome)
         return replace(outcome, seconds=time.perf_counter() - start)

@@ -132,7 +132,7 @@ def write_files(origin: Origin, verified: Verified, folder: Path, options: Optio
     _write(folder / RUNTIME, {**_runtime(origin, model), "needs_disabled_optimizers": needed})
     triton = config_pbtxt(model, origin, verified.latency.latency_ms, needs_options=needed)
     (folder / "config.pbtxt").write_text(triton)
-    (folder / FINETUNE).write_text(recipe_text(origin))
+    (folder / FINETUNE).write_text(recipe_text(origin, verified.rate))
     (folder / "card.md").write_text(card(origin, verified, measured, version("nightpress")))
     (folder / "LICENSES.txt").write_text(licences_text(_openvino(origin, folder, options)))
     shutil.copyfile(verify.__file__, folder / "verify.py")

@@ -96,7 +96,7 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         quantised=len(policy["bits"]),
         blocks=", ".join(policy["removed_blocks"]) or "none",
         distill=_distill(policy["distill"]),
-        learning_rate=policy["finetune"]["learning_rate"],
+        learning_rate=float(f"{policy['finetune']['learning_rate'] * verified.rate:.3g}"),
         approvals="; ".join(map(_said, origin.approvals)) or "none",
     )
 

@@ -42,8 +42,9 @@ class Training:
     seed: int
 
 
-def recipe_text(origin: Origin) -> str:
-    """The file's text."""
+def recipe_text(origin: Origin, rate: float) -> str:
+    """The file's text. The weights were trained at ``rate`` times the policy's learning rate, which was found by
+    fine-tunes that are shorter."""
     import yaml
 
     policy = policy_from_dict(dict(origin.policy), "policy.json")
@@ -55,7 +56,7 @@ def recipe_text(origin: Origin) -> str:
         "epochs": EPOCHS,
         "batch_size": origin.batch_size,
         "seed": origin.seed,
-        "learning_rate": policy.finetune.learning_rate,
+        "learning_rate": float(f"{policy.finetune.learning_rate * rate:.3g}"),
         "distill": asdict(policy.distill),
         "teacher": "the task's teacher, or the uncompressed model",
         "fixed": dict(FIXED),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..search import pareto
-from ..search.records import Latency, Quality, RunRecord, TrialRecord, TrialState
+from ..search.records import LEAST_AGREEMENT, Latency, Quality, RunRecord, TrialRecord, TrialState
 from .clock import clock
 from .text import milliseconds, percent, size
 
@@ -150,8 +150,13 @@ def uncompressed(run: RunRecord) -> TrialRecord | None:
 def origin_of(run: RunRecord, trial: TrialRecord) -> TrialRecord | None:
     """What a trial is compared with: :func:`uncompressed`, or, where the limits strike that out, as any do that ask for
     a faster or smaller network, what was verified of it, for a trial that was verified as well."""
-    struck = (t for t in run.trials if t.role == "baseline" and compresses_nothing(t) and t.verified)
-    return uncompressed(run) or (next(struck, None) if trial.verified else None)
+    return uncompressed(run) or (beyond_limits(run) if trial.verified else None)
+
+
+def beyond_limits(run: RunRecord) -> TrialRecord | None:
+    """The uncompressed network as it was verified, where only the limits struck it out."""
+    found = (t for t in run.trials if t.role == "baseline" and compresses_nothing(t) and t.struck_out and t.verified)
+    return next((t for t in found if t.verified and t.verified.top1_agreement >= LEAST_AGREEMENT), None)
 
 
 def compresses_nothing(trial: TrialRecord) -> bool:
@@ -173,7 +178,7 @@ def rule(run: RunRecord) -> Rule:
     floor = limits(run).min_accuracy
     if floor is not None:
         return Rule(floor, f"within the limits (accuracy of at least {percent(floor)})")
-    origin = uncompressed(run)
+    origin = uncompressed(run) or (beyond_limits(run) if verified_any(run) else None)
     origin_point = point(origin) if origin else None
     if origin_point is not None:
         return Rule(origin_point.accuracy - pareto.MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
@@ -287,12 +292,14 @@ def hypervolumes(run: RunRecord) -> dict[str, float | None]:
     both, allowed = sides(run), limits(run)
     corner = reference(run, verified=both.verified)
 
-    def covered(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
-        if corner is None or not pairs:
+    def covered(pairs: Sequence[tuple[TrialRecord, Point]], tried: bool = False) -> float | None:
+        if corner is None or not (pairs or tried):
             return None
         return pareto.relative_hypervolume([p.losses for _, p in pairs if not breaches(allowed, p)], corner)
 
-    return {"search": covered(both.search), "baselines": covered(both.baselines)}
+    # Baselines that all were struck out cover nothing, which is not to say that there were none.
+    tried = both.verified and any(t.role == "baseline" and t.state is TrialState.COMPLETE for t in run.trials)
+    return {"search": covered(both.search), "baselines": covered(both.baselines, tried)}
 
 
 def hypervolume_over_time(run: RunRecord) -> list[HypervolumeStep]:

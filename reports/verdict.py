@@ -7,8 +7,9 @@ from statistics import median
 from typing import Any
 
 from ..search.pareto import MAX_DROP
-from ..search.records import UNCOMPRESSED, RunRecord, TrialRecord, TrialState, row
+from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .front import (
+    beyond_limits,
     candidates,
     feasible,
     front,
@@ -219,7 +220,8 @@ def _best_against_baseline(run: RunRecord) -> list[str]:
         if (found := point(trial)) and found.accuracy >= floor
     ]
     if not any(trial.role == "baseline" for trial in candidates(run)):
-        return ["There is no baseline to compare with."]
+        tried = any(trial.role == "baseline" and trial.state is TrialState.COMPLETE for trial in run.trials)
+        return ["No baseline is within the limits." if tried else "There is no baseline to compare with."]
     if not rivals:
         return [f"No baseline is {rule(run).words}."]
     latency_ms, rival = min(rivals, key=lambda pair: pair[0])
@@ -363,7 +365,8 @@ def _doubtful_trials(run: RunRecord) -> list[str]:
         often = f"; most often ({count} times): {reason}" if count > 1 else f": {reason}"
         said.append(f"{counted(len(failed), 'trial')} of {len(run.trials)} failed{often.rstrip('.')}.")
     # That the original is beyond the limits is why there was a night.
-    struck = [t for t in run.trials if t.verified and t.verified.struck_out and t.name != UNCOMPRESSED]
+    expected = beyond_limits(run)
+    struck = [t for t in run.trials if t.verified and t.verified.struck_out and t is not expected]
     if struck:
         said.append(f"Struck out by verification: {_list(struck)}.")
     hopeless = [t for t in run.trials if t.verified is None and t.hopeless is not None]

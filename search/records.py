@@ -15,6 +15,8 @@ PICK, REJECT, NOTE = "pick", "reject", "note"
 """What a person says of a trial."""
 UNCOMPRESSED = "uncompressed"
 """The name of the baseline that compresses nothing."""
+LEAST_AGREEMENT = 0.97
+"""Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
 
 class TrialState(StrEnum):
@@ -105,6 +107,8 @@ class Verified:
     bits_used: Mapping[str, str]
     model_file: str
     struck_out: str | None = None
+    rate: float = 1.0
+    """The long fine-tune learned at so many times the policy's learning rate."""
     answers: str | None = None
     """Which items of the test split the exported file answered rightly, a bit each as base64: what two points err on
     together cancels in their difference. None for metrics of the task's own, very long splits and older runs."""

@@ -13,14 +13,12 @@ from ..spaces.policy import Policy
 from .config import Limits
 from .disk import drop_below
 from .long_tuning import load_outcome, outcome_file, untrained
-from .records import UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
+from .records import LEAST_AGREEMENT, UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
 from .session import Session, latency_of, quality_of
 from .store import policy_of
 
 log = logging.getLogger("nightpress")
 LEAST_VERIFIED = 3
-LEAST_AGREEMENT = 0.97
-"""Of top-1 answers, between the exported file and its simulation: below it, what was judged is not what ships."""
 
 
 def verify(session: Session) -> None:
@@ -114,6 +112,7 @@ def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: st
         model_file=model_file,
         struck_out=struck_out,
         answers=outcome.answers,
+        rate=outcome.rate,
     )
 
 

@@ -25,8 +25,7 @@ from nightpress.export import Options, export_trial, verify
 from nightpress.export.origin import Origin, origin_of
 from nightpress.export.triton import config_pbtxt
 from nightpress.export.versions import needs_options
-from nightpress.search.records import RunRecord
-from nightpress.search.verification import LEAST_AGREEMENT
+from nightpress.search.records import LEAST_AGREEMENT, RunRecord
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.policy import INT8, Policy

@@ -31,7 +31,7 @@ from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
 from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
-from nightpress.search.verification import LEAST_AGREEMENT
+from nightpress.search.records import LEAST_AGREEMENT
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import choices_of

@@ -22,7 +22,7 @@ from fakes_run import (
     trial,
     verify,
 )
-from nightpress.reports.front import candidates
+from nightpress.reports.front import candidates, picks, rule
 from nightpress.reports.summary import summary, summary_table
 from nightpress.reports.verdict import answer, doubts, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
@@ -199,7 +199,7 @@ def test_the_answer_repeats_the_limits_and_names_the_default_choice() -> None:
     assert answer(run([original(0.9), trial(1, 0.895, 0.4)]))[0] == "You set no limits; 2 points are beaten by nothing."
     # Nothing keeps the accuracy: the answer says so first, and then what there is.
     lossy = run([verify(original(0.9), struck_out="slower"), verify(trial(1, 0.5, 0.4))])
-    assert answer(lossy)[1].startswith("The fastest within 1.0 point of the most accurate trial: trial 1")
+    assert answer(lossy)[1].startswith("No point of the front is within 1.0 point of the uncompressed model's accuracy.")
 
 
 def test_a_gain_is_judged_by_its_noise() -> None:
@@ -296,6 +296,28 @@ def test_doubts(night: RunRecord, expected: str) -> None:
 def test_an_original_beyond_the_limits_is_no_doubt() -> None:
     night = run([verify(original(), struck_out="measured 1.000 ms, above max_latency_ms 0.5"), verify(trial(1))])
     assert "Struck out" not in " ".join(doubts(night))
+
+
+def test_an_original_whose_export_is_wrong_is_a_doubt() -> None:
+    wrong = verify(original(), struck_out="agrees on only 80.0%", top1_agreement=0.8)
+    assert "Struck out by verification: uncompressed" in " ".join(doubts(run([wrong, verify(trial(1))])))
+
+
+def test_best_keeps_the_accuracy_of_an_original_that_the_limits_strike_out() -> None:
+    """2.9 points below it is no default, however fast."""
+    struck = verify(original(0.9), struck_out="measured 1.000 ms, above max_latency_ms 0.6")
+    night = limited([struck, verify(trial(1, accuracy=0.871, latency_ms=0.3)), verify(trial(2, accuracy=0.88,
+                    latency_ms=0.5))], max_latency_ms=0.6)  # fmt: skip
+    assert "best" not in picks(night)
+    assert rule(night).words == "within 1.0 point of the uncompressed model's accuracy"
+
+
+def test_baselines_that_all_are_beyond_the_limits_cover_nothing() -> None:
+    struck = verify(original(0.9), struck_out="measured 1.000 ms, above max_latency_ms 0.6")
+    night = limited([struck, verify(trial(1, accuracy=0.895, latency_ms=0.3))], max_latency_ms=0.6)
+    said = " ".join(verdict(night))
+    assert "The search beat the baselines, which cover nothing within the limits" in said
+    assert "No baseline is within the limits." in said
 
 
 def busy(cores: float, phase: str = "search") -> dict[str, Any]:

@@ -16,8 +16,8 @@ from nightpress.evaluators.quality import Score
 from nightpress.search.attributes import record_of
 from nightpress.search.config import Limits
 from nightpress.search.long_tuning import load_outcome
-from nightpress.search.records import UNCOMPRESSED, Latency, Rung
-from nightpress.search.verification import LEAST_AGREEMENT, strike, verified_of
+from nightpress.search.records import LEAST_AGREEMENT, UNCOMPRESSED, Latency, Rung
+from nightpress.search.verification import strike, verified_of
 from nightpress.spaces.policy import INT8
 from nightpress.spaces.space import uniform
 
