@@ -51,7 +51,7 @@ def remeasure_front(session: Session) -> None:
         timings, sizes = session.on_target(
             "search", lambda timer: measure_policies(anatomy, policies, target, timer, kernels=True)
         )
-    except (MeasurementError, OSError) as error:  # lost, or no room for the files
+    except MeasurementError as error:
         session.trouble(f"the front is not measured, its latencies are predictions: {error}")
         session.folder.decide("search", "the front was not re-measured", str(error))
         return

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
@@ -427,3 +429,25 @@ def test_a_target_comes_back_from_its_data() -> None:
 
     assert target_from_dict(json.loads(json.dumps(target_to_dict(target)))) == target
     check_target(Target())
+
+
+NO_ROOM = """
+import resource
+from nightpress.evaluators.latency.measure import MeasurementError, measure_policies
+from nightpress.evaluators.latency.target import Target
+from strategies import toy_anatomy
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+try:
+    measure_policies(toy_anatomy(), {}, Target())
+except MeasurementError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_models_that_cannot_be_written_are_a_measurement_that_failed() -> None:
+    """A night goes on without one; a full disk must not end it."""
+    told = subprocess.run([sys.executable, "-c", NO_ROOM], capture_output=True, text=True, cwd=Path(__file__).parent,
+                          check=True)  # fmt: skip
+    assert told.stdout == "the models to be timed cannot be written: File too large\n"

@@ -282,12 +282,15 @@ def measure_policies(
 
     The result also holds the uncompressed model under :data:`REFERENCE`. Raises MeasurementError.
     """
-    with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
-        files = {key: Path(folder) / f"{number}.onnx" for number, key in enumerate(policies)}
-        sizes = {key: write_random(plan(anatomy, policies[key]), path) for key, path in files.items()}
-        reference = Path(folder) / "reference.onnx"
-        sizes[REFERENCE] = write_random(plan(anatomy, Policy(model=anatomy.digest)), reference)
-        if timer is not None:
-            return timer.time(files, reference, kernels=kernels, most_rounds=most_rounds), sizes
-        with Timer(target) as own:
-            return own.time(files, reference, kernels=kernels, most_rounds=most_rounds), sizes
+    try:
+        with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
+            files = {key: Path(folder) / f"{number}.onnx" for number, key in enumerate(policies)}
+            sizes = {key: write_random(plan(anatomy, policies[key]), path) for key, path in files.items()}
+            reference = Path(folder) / "reference.onnx"
+            sizes[REFERENCE] = write_random(plan(anatomy, Policy(model=anatomy.digest)), reference)
+            if timer is not None:
+                return timer.time(files, reference, kernels=kernels, most_rounds=most_rounds), sizes
+            with Timer(target) as own:
+                return own.time(files, reference, kernels=kernels, most_rounds=most_rounds), sizes
+    except OSError as error:  # no room for the files: what a night can do without must not end it
+        raise MeasurementError(f"the models to be timed cannot be written: {error.strerror or error}") from error
