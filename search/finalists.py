@@ -18,7 +18,7 @@ from .records import TrialRecord, TrialState
 from .session import Session, latency_of
 from .split_gap import search_limits
 from .store import policy_of
-from .surrogate import Describer, Observation, Surrogate, kept_accuracy
+from .surrogate import Describer, Surrogate, kept_accuracy
 
 MOST_REMEASURED = 30
 Array = NDArray[np.float64]
@@ -160,14 +160,10 @@ def surrogate_of(session: Session) -> Surrogate:
     """What the night knows of accuracies, whichever sampler proposed the trials. Raises ValueError where no trial has
     shown any."""
     encoder = Encoder(session.prepared.space)
-    with threadpool_limits(limits=1, user_api="blas"):
-        return Surrogate(Describer(encoder, session.sensitivity), _observations(session, encoder))
-
-
-def _observations(session: Session, encoder: Encoder) -> list[Observation]:
     known = Experience(encoder)
     known.read(session.store.study)
-    return known.observations()
+    with threadpool_limits(limits=1, user_api="blas"):
+        return Surrogate(Describer(encoder, session.sensitivity), known.observations())
 
 
 def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
@@ -175,7 +171,7 @@ def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
     of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
     such a limit, and where no accuracy is known because every rule failed."""
     least = search_limits(session).min_accuracy
-    if least is None or not policies or not _observations(session, Encoder(session.prepared.space)):
+    if least is None or not policies or not any(t.state is TrialState.COMPLETE for t in session.store.trials()):
         return list(policies)
     surrogate = surrogate_of(session)
     _, _, hope = surrogate.accuracy(np.stack([surrogate.describer.encoder.row(policy) for policy in policies]))
