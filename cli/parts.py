@@ -208,12 +208,13 @@ def measure(
     caveat = measured_elsewhere(Path(profile), force=force) if profile is not None else None
     _, anatomy, where = find_anatomy(task, target, given=True, threads=threads, batch=batch)
     read = _policies(policies, anatomy, where)
-    timings, sizes = measure_policies(anatomy, {digest(policy): policy for _, policy in read}, where)
+    keys = {path: digest(policy) for path, policy in read}
+    timings, sizes = measure_policies(anatomy, {keys[path]: policy for path, policy in read}, where)
     rows = [
-        {"file": str(path), "digest": key, "latency_ms": timing.latency_ms, "repeat_error": timing.repeat_error,
-         "reference_ms": timing.reference_ms, "ratio": timing.ratio, "settled": timing.settled,
-         "size_bytes": sizes[key], "forced": caveat}
-        for path, policy in read for key in [digest(policy)] for timing in [timings[key]]
+        {"file": str(path), "digest": key, "latency_ms": timings[key].latency_ms,
+         "repeat_error": timings[key].repeat_error, "reference_ms": timings[key].reference_ms,
+         "ratio": timings[key].ratio, "settled": timings[key].settled, "size_bytes": sizes[key], "forced": caveat}
+        for path, key in keys.items()
     ]  # fmt: skip
     warn_of_noise(timings)
     if caveat and not json:
