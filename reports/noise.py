@@ -48,8 +48,7 @@ def gain_error(run: RunRecord) -> float | None:
     search, rules = ([p for p in side if not breaches(allowed, p[1])] for side in (both.search, both.baselines))
     correct = _answers([trial.verified for trial, _ in (*search, *rules)]) if both.verified else None
     if correct is None:
-        apart = (hypervolume_error(side, corner, both.verified) for side in (search, rules))
-        return math.hypot(*(error or 0.0 for error in apart))
+        return math.hypot(*(error or 0.0 for error in hypervolume_errors(run).values()))
     losses = pareto.as_losses([found.losses for _, found in (*search, *rules)])
     latency_errors = np.array([_spread(trial, verified=True)[1] for trial, _ in (*search, *rules)])
     accuracy, items, rng = correct.mean(axis=1), correct.shape[1], np.random.default_rng(0)
