@@ -87,9 +87,9 @@ class Job:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """What came of a job, trained at ``rate`` times the policy's learning rate. ``looks`` are pairs of a step and the
-    accuracy there. ``divergence`` is the mean KL
-    divergence from the uncompressed model in nats (sensitivity only); what follows it are the finalists' own: test
-    split, export and parity. ``answers`` are the exported file's, by :func:`answers`."""
+    accuracy there. ``divergence`` is the mean KL divergence from the uncompressed model in nats (sensitivity only);
+    what follows it are the finalists' own: test split, export and parity. ``answers`` are the exported file's, by
+    :func:`answers`."""
 
     search: Score
     losses: tuple[float, ...] = ()

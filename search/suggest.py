@@ -94,7 +94,8 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     """The best verified points within the limits, and untried policies that are expected to add to them.
 
     Accuracies of untried policies are the surrogate's median and 90 % interval after the long fine-tune, moved by what
-    the verified trials lost on the test split against the search split. Raises InputError as :func:`known_of`.
+    the verified trials lost on the test split against the search split; before there are any, what the given network
+    did. Raises InputError as :func:`known_of`.
     """
     known = known_of(run)
     within = [t for t in run.trials if t.struck_out is None and _within(t, limits)]
