@@ -12,23 +12,25 @@ from optuna.trial import FrozenTrial
 
 from ..spaces.policy import policy_from_dict
 from .encoding import Encoder
-from .records import TrialRecord, TrialState
+from .records import Rung, TrialRecord, TrialState, by_divergence
 from .store import LONG, MEASURED
 from .surrogate import RUNGS, Observation
 
 Array = NDArray[np.float64]
-_COUNTED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING)
+_SHORT = RUNGS.index(Rung.SHORT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Entry:
-    """What one trial has shown; ``full`` where nobody stopped it, ``open`` where it has not ended."""
+    """What one trial has shown; ``full`` where nobody stopped it, ``open`` where it has not ended, ``diverged`` where
+    its own policy made it fail."""
 
     row: Array
     costs: tuple[float, float] | None
     seen: tuple[Observation, ...]
     full: bool
     open: bool = False
+    diverged: bool = False
 
 
 class Experience:
@@ -55,10 +57,10 @@ class Experience:
             if known is None:
                 if "digest" in trial.user_attrs:
                     self.digests.add(trial.user_attrs["digest"])
-                if trial.state not in _COUNTED or "policy" not in trial.user_attrs or "reused_from" in trial.user_attrs:
+                if not _counts(trial):
                     continue
                 known = self._read(trial)
-                if trial.state is optuna.trial.TrialState.COMPLETE:
+                if trial.state.is_finished():
                     self._finished[trial.number] = known
             entries.append(_with_later(known, trial.number, extra) if str(trial.number) in later else known)
         self._keep([entry for entry in entries if entry.costs is not None])
@@ -68,8 +70,8 @@ class Experience:
         entries: list[_Entry] = []
         for trial in trials:
             self.digests.add(trial.digest)
-            done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} and trial.reused_from is None
-            if not done or trial.latency is None or trial.size_bytes is None:
+            done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} or trial.diverged
+            if not done or trial.reused_from is not None or trial.latency is None or trial.size_bytes is None:
                 continue
             seen = [*trial.qualities, *([trial.long] if trial.long else [])]
             row = self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}"))
@@ -77,7 +79,7 @@ class Experience:
                 _Entry(
                     row=row, costs=(trial.latency.latency_ms, float(trial.size_bytes)),
                     seen=_observations(row, [(q.rung, q.accuracy, q.accuracy_se) for q in seen]),
-                    full=trial.state is TrialState.COMPLETE,
+                    full=trial.state is TrialState.COMPLETE, diverged=trial.diverged,
                 )
             )  # fmt: skip
         self._keep(entries)
@@ -94,7 +96,8 @@ class Experience:
         return _Entry(
             row=row, costs=(float(latency), float(size)) if latency is not None and size is not None else None,
             seen=_observations(row, [_triple(quality) for quality in attrs.get("qualities", [])]),
-            full=attrs.get("state") == TrialState.COMPLETE, open=trial.state is optuna.trial.TrialState.RUNNING,
+            full=attrs.get("state") == TrialState.COMPLETE, open=not trial.state.is_finished(),
+            diverged=trial.state is optuna.trial.TrialState.FAIL,
         )  # fmt: skip
 
     @property
@@ -103,16 +106,35 @@ class Experience:
         return self.rows[[entry.open for entry in self._entries]]
 
     def observations(self, *, cheap: bool = True) -> list[Observation]:
-        """Every accuracy that was seen; without ``cheap`` only the highest rung of trials that were not stopped."""
+        """Every accuracy that was seen; without ``cheap`` only the highest rung of trials that were not stopped.
+
+        A fine-tune that diverged counts as the worst that was seen of any: the model must not go on hoping for its
+        like, and an accuracy of nothing would blame everything that it shares with good ones.
+        """
         if cheap:
-            return [seen for entry in self._entries for seen in entry.seen]
-        return [entry.seen[-1] for entry in self._entries if entry.full and entry.seen]
+            found = [seen for entry in self._entries for seen in entry.seen]
+        else:
+            found = [entry.seen[-1] for entry in self._entries if entry.full and entry.seen]
+        worst = min((o for o in found if o.rung == _SHORT), key=lambda o: o.accuracy, default=None)
+        if worst is not None:
+            found += [replace(worst, row=entry.row) for entry in self._entries if entry.diverged]
+        return found
 
     def nearest_costs(self, rows: Array) -> Array:
         """Costs of the nearest policies that were tried: all that is known where costs are not predicted."""
         span = np.maximum(self._encoder.high - self._encoder.low, 1e-9)
         known, asked = self.rows / span, rows / span
         return self.costs[np.argmin((known**2).sum(axis=1) - 2 * asked @ known.T, axis=1)]
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    attrs = trial.user_attrs
+    if "policy" not in attrs or "reused_from" in attrs:
+        return False
+    state = optuna.trial.TrialState
+    if trial.state is state.FAIL:
+        return by_divergence(attrs.get("reason"))
+    return trial.state in {state.COMPLETE, state.RUNNING}
 
 
 def _with_later(entry: _Entry, number: int, extra: Mapping[str, Any]) -> _Entry:

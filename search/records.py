@@ -33,6 +33,15 @@ NOT_CONTINUED = "paused when the search ended, and not continued"
 """Why a STOPPED trial ended that no rule had given up."""
 
 
+DIVERGED = "DivergedError"
+"""The kind of a failure that is the policy's own doing: its loss or its outputs were no numbers any more."""
+
+
+def by_divergence(reason: str | None) -> bool:
+    """Whether that is why a trial FAILED; other reasons say more of the machine or of the task."""
+    return reason is not None and reason.startswith(f"{DIVERGED}:")
+
+
 class Rung(StrEnum):
     """The fidelities: BN re-estimation only, part of the short fine-tune, all of it, the finalist's long one."""
 
@@ -149,6 +158,11 @@ class TrialRecord:
     def quality(self) -> Quality | None:
         """The search-split accuracy at the highest rung reached."""
         return self.qualities[-1] if self.qualities else None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it FAILED by its own policy."""
+        return self.state is TrialState.FAILED and by_divergence(self.reason)
 
     @property
     def losses(self) -> tuple[float, float, float] | None:

@@ -246,7 +246,9 @@ class NightpressSampler(PolicySampler):
         nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
         gains = expected_gain(*hoped, surrogate.scale, costs, aim)
         effort = trial_effort(surrogate.describer.macs(rows))
-        beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1)
+        likely = surrogate.scale.down(hoped[0] + hoped[1])
+        short = np.maximum(aim.corner[0] - likely, 0) / max(abs(float(aim.corner[0])), 1e-9)
+        beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1) + short
         found = np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
         return np.where(np.isnan(costs).any(axis=1), UNPRICED, found)
 

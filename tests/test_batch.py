@@ -180,14 +180,15 @@ def by_hand(
 
 
 @pytest.mark.slow
-def test_a_limit_above_all_that_is_known_does_not_make_the_search_a_random_one(tmp_path: Path) -> None:
-    """Nothing known is in the box then; proposals still go to where it may be reached."""
+@pytest.mark.parametrize("above", [0.002, 0.2])
+def test_a_limit_above_all_that_is_known_does_not_make_the_search_a_random_one(tmp_path: Path, above: float) -> None:
+    """Nothing known is in the box then; proposals still go to where it may be reached, or come nearest to it."""
     store, _ = begun(tmp_path)
     sampler = store.study.sampler
     assert isinstance(sampler, NightpressSampler)
     assert sampler.reference is not None
     best = max(t.quality.accuracy for t in store.trials() if t.quality is not None)
-    sampler.reference = (-(best + 0.002), *sampler.reference[1:])
+    sampler.reference = (-(best + above), *sampler.reference[1:])
     found: list[float] = []
     for _ in range(10):
         number, policy = ask(store)
