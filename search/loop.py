@@ -25,13 +25,19 @@ FIRST, FIRST_SHARE = 24, 0.25
 ``max_trials``, beside the seeds."""
 LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
+TARGET_LOOKS = (2 / 3, 1 / 3)
+"""Shares of a search's time that are left when it looks at the target: what lies near the front is measured and fed
+back, and a device that has drifted is calibrated again while there is something to propose by it."""
+LOOK_SHARE = 0.1
+"""Of the time that is left: what such a look may take, a calibration included. A shorter search has one at its end."""
 
 
 def search(session: Session, trials: Trials) -> None:
     """Trials until the clock, the trial limit, the disk, the front or the sampler's ideas say that it is enough."""
     patience, since, most = (SOON if long_tuning.teachable(session) else 1.0), 0, session.config.search.max_trials
+    target = _TargetLooks(session)
     while True:
-        reason = _run(session, trials, partial(enough, session, trials, patience, since), most)
+        reason = _run(session, trials, partial(enough, session, trials, patience, since), most, target.look)
         if _over(session, trials) is not None:
             break
         if _learned(session, trials, reason):
@@ -72,8 +78,12 @@ def run_first(session: Session, trials: Trials) -> None:
     session.update(first_trials_over=True)
 
 
-def _run(session: Session, trials: Trials, ended: Callable[[], str | None], most: int | None) -> str:
-    """Trials until they ``ended``, and until ``most`` have begun; says why."""
+def _run(
+    session: Session, trials: Trials, ended: Callable[[], str | None], most: int | None,
+    look: Callable[[], None] = lambda: None,
+) -> str:  # fmt: skip
+    """Trials until they ``ended``, and until ``most`` have begun; says why. ``look`` is called
+    in between."""
     looked = -math.inf
     planning.plan_finalists(session)  # first, or time that they cannot use ends a search before it begins
     while (reason := ended()) is None:
@@ -82,9 +92,33 @@ def _run(session: Session, trials: Trials, ended: Callable[[], str | None], most
             planning.plan_finalists(session)
             trials.make_room()
             continue
+        look()
         more = trials.fill(session.workers if most is None else most - session.store.tally().begun)
         trials.collect(0.0 if more else TICK_SECONDS)
     return reason
+
+
+class _TargetLooks:
+    """When the search looks at the target. Never where trials are counted: they are to be the same on every machine,
+    and no two measurements are."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        whole = self._left()
+        counted = session.config.search.max_trials is not None
+        self._due = [] if counted else [share * whole for share in TARGET_LOOKS]
+
+    def _left(self) -> float:
+        return self._session.clock.left_before("finalists", *ENDING)
+
+    def look(self) -> None:
+        """Measure what is near the front, where it is time to."""
+        left = self._left()
+        if not self._due or left > self._due[0]:
+            return
+        self._due = [due for due in self._due if due < left]
+        if finalists.remeasure_seconds(self._session) + self._session.profile.seconds <= LOOK_SHARE * left:
+            finalists.remeasure_front(self._session)
 
 
 def _learned(session: Session, trials: Trials, reason: str) -> bool:

@@ -70,7 +70,7 @@ UNCOMPRESSED = plan(SPACE.anatomy, Policy(model=SPACE.anatomy.digest))
 
 def begun(
     folder: Path, rungs: dict[str, Any], *, most: int | None = 16, workers: int = 1, record: BaseStorage | None = None,
-    kind: type[Priced] = Priced, **keys: Any,
+    kind: type[Session] = Priced, **keys: Any,
 ) -> Trials:  # fmt: skip
     """A night at the moment when its search begins, or goes on from what is on record. The record is in memory: what
     a disk makes of it has tests of its own."""
