@@ -164,7 +164,8 @@ def print_table(path: Path) -> None:
 
 
 def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
-    """Latencies are shares of the uncompressed one's, so the box is as high as it is wide in the accuracy."""
+    """A night is as good as its final front, on which rules stand as well; ``own`` is what its search's points cover
+    alone. Latencies are shares of the uncompressed one's, so the box is as high as it is wide in the accuracy."""
     corner = (-(rows[0]["given"] - CORNER_DROP), 1.0)
     box = 1 + corner[0]
 
@@ -175,19 +176,27 @@ def _print_task(title: str, rows: list[dict[str, Any]]) -> None:
     print(f"\n{title}: hypervolume of (test accuracy, measured latency) of verified points, share of the box")
     print(f"reference: accuracy {-corner[0]:.4f}, the uncompressed latency; best front known {best:.4f}")
     print(f"commit {', '.join(dict.fromkeys(row['commit'] for row in rows))}")
-    print(f"{'night':28} {'own':>8} {'regret':>8} {'with rules':>10} {'rules':>8} {'trials':>6} {'long steps':>10}")
-    regrets: dict[str, list[float]] = {}
+    columns = " ".join(f"{name:>8}" for name in ("front", "regret", "own", "regret", "rules"))
+    print(f"{'night':28} {columns} {'trials':>6} {'long steps':>10}")
+    fronts: dict[str, list[float]] = {}
+    own: dict[str, list[float]] = {}
     for row in sorted(rows, key=lambda row: (row["name"], row["seed"])):
-        values = [covered(row["points"]), covered(row["points"], row["rules"]), covered(row["rules"])]
-        regrets.setdefault(row["name"], []).append(best - values[0])
-        regrets.setdefault("uniform and other rules", []).append(best - values[2])
-        print(f"{row['name'] + '-' + str(row['seed']):28} {values[0]:8.4f} {best - values[0]:8.4f} {values[1]:10.4f} "
-              f"{values[2]:8.4f} {row['trials']:6d} {row['long_steps']:10d}")  # fmt: skip
-    print(f"\n{'median regret':28}")
+        front, alone, rules = covered(row["points"], row["rules"]), covered(row["points"]), covered(row["rules"])
+        fronts.setdefault(row["name"], []).append(best - front)
+        fronts.setdefault("uniform and other rules", []).append(best - rules)
+        own.setdefault(row["name"], []).append(best - alone)
+        print(f"{row['name'] + '-' + str(row['seed']):28} {front:8.4f} {best - front:8.4f} {alone:8.4f} "
+              f"{best - alone:8.4f} {rules:8.4f} {row['trials']:6d} {row['long_steps']:10d}")  # fmt: skip
+    _print_medians("regret of the final front", fronts)
+    _print_medians("the same without the rules on it", own)
+    _print_times(rows)
+
+
+def _print_medians(title: str, regrets: dict[str, list[float]]) -> None:
+    print(f"\nmedian {title}")
     for name, values in sorted(regrets.items(), key=lambda item: statistics.median(item[1])):
         print(f"{name:28} {statistics.median(values):8.4f}   of {len(values)}: "
               + " ".join(f"{value:.4f}" for value in values))  # fmt: skip
-    _print_times(rows)
 
 
 def _print_times(rows: list[dict[str, Any]]) -> None:
