@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from .convolution import Conv2d
 from .fake_quantise import LEAST_SCALE, Grid, as_half, fake_quantise, integers, learned_quantise, round_to_half
 from .ranges import mse_shares
 
@@ -47,7 +48,7 @@ class QuantisedWeight(nn.Module):
         return fake_quantise(self.weight, grid, clips=self.weight_share is not None)
 
 
-class QuantConv2d(QuantisedWeight, nn.Conv2d):
+class QuantConv2d(QuantisedWeight, Conv2d):
     """A convolution whose weight lies on a grid."""
 
     def forward(self, input: Tensor) -> Tensor:

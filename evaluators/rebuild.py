@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..spaces.plan import Plan, PlannedOp
+from .convolution import Conv2d
 
 _NORM_ROLES = {"norm_weight": "weight", "norm_bias": "bias", "norm_running_mean": "running_mean",
                "norm_running_var": "running_var"}  # fmt: skip
@@ -126,7 +127,7 @@ def _has(root: nn.Module, path: str) -> bool:
 def _conv(planned: PlannedOp) -> nn.Module:
     attrs = planned.op.attrs
     padding = "same" if "padding_behind" in attrs else attrs["padding"]
-    return nn.Conv2d(
+    return Conv2d(
         planned.in_shapes[0][1], planned.shape[1], attrs["kernel"], attrs["stride"], padding,
         attrs["dilation"], planned.groups, bias="bias" in planned.op.params, device="meta",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..spaces.policy import Distill, Policy
 from .compute import EVALUATION_BATCH, Compute, has_fast_bf16
+from .convolution import is_risky
 from .data import Arrays
 from .distill import Hints, Pairs, blended_loss, pair
 from .pausing import Parameters, Place
@@ -311,6 +312,10 @@ def probe(trainer: Trainer, module: nn.Module, policy: Policy, rounds: int = 4) 
     }
     if has_fast_bf16(device):
         options["bf16 channels_last"] = Compute(device=device, channels_last=True, bf16=True)
+    if device == "cpu" and any(
+        map(is_risky, module.modules())
+    ):  # it is the given network, whose layers are torch's own
+        options = {"fp32": options["fp32"]}
     trials = {name: replace(trainer, compute=compute) for name, compute in options.items()}
     start_state = {k: v.clone() for k, v in module.state_dict().items()}
     step_ms = dict.fromkeys(options, math.inf)
