@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .costs import trial_effort
-from .promotion import Worth, corner_of, gains
+from .promotion import Worth, corner_of, gains, least_accuracy
 from .records import Rung, TrialRecord
 from .session import Session
+from .split_gap import least_short, search_limits
 from .stopping import Judge
 from .study import BEGIN_STEPS, first_steps, look_steps
 
@@ -22,6 +23,7 @@ class Judging:
     session: Session
     waiting: dict[int, Worth | None] = field(default_factory=dict[int, Worth | None])
     _judge: Judge | None = None
+    _least: float | None = None
     _made_at: tuple[int, int | None] = (0, None)
 
     def judge(self) -> Judge:
@@ -30,7 +32,8 @@ class Judging:
         part = session.state["rungs"].get("part_steps")
         changes, part_then = self._made_at
         if self._judge is None or part != part_then or tally.changes - changes > session.workers // PATIENCE:
-            self._judge = Judge(tally.judges(), session.config.limits.min_accuracy, part)
+            self._least = least_short(session)
+            self._judge = Judge(tally.judges(), self._least, part)
             self._made_at = tally.changes, part
             self.waiting.clear()
         return self._judge
@@ -55,7 +58,9 @@ class Judging:
         prepared, rungs = session.prepared, session.state["rungs"]
         items, batch = prepared.train_items, session.config.finetune.batch_size
         first, look, part = first_steps(items, batch), look_steps(items, batch), rungs.get("part_steps") or 0
-        corner = corner_of(session.state["reference"], session.config.limits)
+        reference, limits = session.state["reference"], search_limits(session)
+        least = min(reference["accuracy"], least_accuracy(reference, limits)) if self._least is None else self._least
+        corner = (least, *corner_of(reference, limits)[1:])
         found: list[Worth | None] = []
         for record, gain in zip(records, gains(records, judge, corner), strict=True):
             effort = trial_effort((record.macs or 0) / max(prepared.anatomy.macs, 1))

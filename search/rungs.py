@@ -10,6 +10,7 @@ from scipy.stats import rankdata
 
 from .records import NOT_CONTINUED, Rung
 from .session import Session
+from .split_gap import least_short
 from .stopping import accuracy_at, upper_bound, wrongly
 
 Array = NDArray[np.float64]
@@ -92,16 +93,18 @@ def judge_rungs(session: Session) -> None:
 def judge_stopping(session: Session) -> None:
     """Say how often the stopping rule was wrong, as far as the sample of trials that it spared tells."""
     trials = session.store.trials()
-    stopped, finished, wrong = wrongly(trials, session.store.noted("spared"), session.config.limits.min_accuracy)
+    hopes = {number: float(verdict["hope"]) for number, verdict in session.store.noted("spared").items()}
+    found = wrongly(trials, hopes, least_short(session))
     waiting = sum(t.reason == NOT_CONTINUED for t in trials)
     if waiting:
         session.folder.decide(
             "search", f"{waiting} paused trials were not continued", "others promised more for the time", paused=waiting
         )
-    if stopped or finished:
+    if found.stopped or found.finished:
+        most = upper_bound(found.wrong, found.finished)
         session.folder.decide(
-            "search", f"stopped {stopped} trials early",
-            f"of {finished} more that were finished all the same, {wrong} came onto the front; at most "
-            f"{upper_bound(wrong, finished):.0%} are stopped wrongly (one-sided 95 % interval)",
-            stopped=stopped, finished=finished, wrong=wrong, wrong_most=upper_bound(wrong, finished),
+            "search", f"stopped {found.stopped} trials early",
+            f"of {found.finished} more that were finished all the same, {found.above} ended above what was hoped for "
+            f"and {found.wrong} came onto the front; at most {most:.0%} are stopped wrongly (one-sided 95 % interval)",
+            **found._asdict(), wrong_most=most,
         )  # fmt: skip

@@ -46,8 +46,8 @@ MINUTE_SECONDS = 60.0
 STATE_SECONDS = 10.0  # how old what ``status`` reads may be
 
 
-class InterruptionError(Exception):
-    """Ctrl-C or SIGTERM: the night ends gracefully."""
+class InterruptionError(BaseException):
+    """Ctrl-C or SIGTERM: the night ends gracefully. What catches the exceptions of the user's code lets it pass."""
 
 
 class OverdueError(Exception):
@@ -133,6 +133,11 @@ class Session:
     @property
     def sensitivity(self) -> Sensitivity:
         return self._parts.get("sensitivity") or Sensitivity()
+
+    @property
+    def inspected(self) -> bool:
+        """Whether the task is loaded and known."""
+        return "prepared" in self._parts
 
     @property
     def begun(self) -> bool:

@@ -13,6 +13,9 @@ from .config import Limits
 from .records import UNCOMPRESSED, Rung
 from .session import Session
 
+NEAR = 0.03
+"""Of accuracy: long fine-tunes that end no further below ``min_accuracy`` tell what those gain that reach it."""
+
 
 def note_gap(session: Session) -> None:
     """Compare the splits once, when the rules have had their short fine-tune. One standard error of the difference is
@@ -36,9 +39,23 @@ def note_gap(session: Session) -> None:
 
 
 def search_limits(session: Session) -> Limits:
-    """The user's limits for accuracies on the search split after the long fine-tune. Trials are stopped at lower rungs
-    by the limit as it was given: they may still gain."""
+    """The user's limits for accuracies on the search split after the long fine-tune. What a trial must show before it
+    is another matter: see :func:`least_short`."""
     limits = session.config.limits
     if limits.min_accuracy is None:
         return limits
     return replace(limits, min_accuracy=limits.min_accuracy + session.state.get("split_gap", 0.0))
+
+
+def least_short(session: Session) -> float | None:
+    """The accuracy after the short fine-tune below which no long one reaches ``min_accuracy``: less than that by the
+    most that any gained which came near it. None without that limit, and while no long one has come so far."""
+    least = search_limits(session).min_accuracy
+    if least is None:
+        return None
+    longs = session.store.longs()
+    gained = [
+        longs[t.number].accuracy - t.quality.accuracy for t in session.store.trials()
+        if t.quality is not None and t.number in longs and longs[t.number].accuracy >= least - NEAR
+    ]  # fmt: skip
+    return least - max(0.0, *gained) if gained else None

@@ -6,7 +6,7 @@ gain most. So the gain is taken from what trials of this night gained that compr
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,15 +40,16 @@ class Verdict:
 class Judge:
     """Judges trials at a cheap rung by what those of the night gained that went to the top.
 
-    ``trials`` are all of the night, or enough of it; ``part_steps`` is the length of the part of the short fine-tune
-    that is a rung, where there is one.
+    ``trials`` are all of the night, or enough of it; ``least`` is the accuracy after the short fine-tune below which
+    no long one reaches the user's ``min_accuracy``, where that is known; ``part_steps`` is the length of the part of
+    the short fine-tune that is a rung, where there is one.
     """
 
     def __init__(
-        self, trials: Sequence[TrialRecord], min_accuracy: float | None = None, part_steps: int | None = None
-    ) -> None:
+        self, trials: Sequence[TrialRecord], least: float | None = None, part_steps: int | None = None
+    ) -> None:  # fmt: skip
         self._full = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
-        self._least, self._part_steps = min_accuracy, part_steps
+        self._least, self._part_steps = least, part_steps
         self._gains: dict[str, _Gains] = {}
         self._losses = np.array([point for t in self._full if (point := t.losses)], dtype=np.float64).reshape(-1, 3)
         self.points = self._losses * np.array([-1.0, 1.0, 1.0])
@@ -64,7 +65,8 @@ class Judge:
             return None
         hope = record.quality.accuracy + gain + (record.quality.accuracy_se or 0.0)
         if self._least is not None and hope < self._least:
-            return Verdict(reason=f"even {hope:.4f} would be below min_accuracy {self._least}", hope=hope)
+            reason = f"even {hope:.4f} would be below {self._least:.4f}, from where none comes to min_accuracy"
+            return Verdict(reason=reason, hope=hope)
         if dominated_by(losses(hope, record.latency.latency_ms, record.size_bytes), self._losses):
             return Verdict(reason=f"even {hope:.4f} would be dominated", hope=hope)
         return None
@@ -128,17 +130,30 @@ def spared(digest: str) -> bool:
     return int(digest, 16) % SPARED == 0
 
 
-def wrongly(
-    trials: Sequence[TrialRecord], kept: Collection[int], min_accuracy: float | None = None
-) -> tuple[int, int, int]:
-    """(stopped, finished all the same, of these on the front), the rule's own record. ``kept``: numbers of the trials
-    that were spared. The front is of what reached ``min_accuracy``, by which the judge stopped as well."""
+class Errors(NamedTuple):
+    """The rule's own record: trials that it stopped, and of those that it would have stopped and that were finished all
+    the same how many ended ``above`` what was hoped for them, and how many on the front."""
+
+    stopped: int
+    finished: int
+    above: int
+    wrong: int
+
+
+def wrongly(trials: Sequence[TrialRecord], hopes: Mapping[int, float], least: float | None = None) -> Errors:
+    """``hopes``: by number of the trials that were spared. The front is of what reached ``least``, by which the judge
+    stopped as well."""
     stopped = sum(t.state is TrialState.STOPPED and t.reason != NOT_CONTINUED for t in trials)
-    ended = [t for t in trials if t.state is TrialState.COMPLETE]
-    within = {t.number: point for t in ended if (point := t.losses) and -point[0] >= (min_accuracy or -math.inf)}
-    front = np.array(list(within.values()))
-    wrong = sum(number in kept and not dominated_by(point, front) for number, point in within.items())
-    return stopped, sum(t.number in kept for t in ended), wrong
+    ended = {t.number: point for t in trials if t.state is TrialState.COMPLETE and (point := t.losses)}
+    front = np.array([point for point in ended.values() if -point[0] >= (least or -math.inf)]).reshape(-1, 3)
+    finished = {number: point for number, point in ended.items() if number in hopes}
+    return Errors(
+        stopped=stopped, finished=len(finished),
+        above=sum(-point[0] > hopes[number] for number, point in finished.items()),
+        wrong=sum(
+            -point[0] >= (least or -math.inf) and not dominated_by(point, front) for point in finished.values()
+        ),
+    )  # fmt: skip
 
 
 def upper_bound(wrong: int, of: int) -> float:

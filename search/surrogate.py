@@ -362,11 +362,24 @@ def _target_rung(rungs: NDArray[np.intp]) -> int:
 
 
 def _useful(observations: Sequence[Observation]) -> list[Observation]:
-    """At most :data:`MOST_OBSERVATIONS`: the dear rungs first, of each the latest and the best."""
+    """At most :data:`MOST_OBSERVATIONS`: of each policy what its highest rung showed, then an even choice of the rest
+    by rung and accuracy. Of policies that are too many by themselves the long fine-tunes, the latest, and an even
+    choice by their accuracy: most trials are near the front, and the fast end is known by the few that are harsh."""
     if len(observations) <= MOST_OBSERVATIONS:
         return list(observations)
-    seen = np.array([(-o.rung, -o.accuracy) for o in observations])
-    dear = np.lexsort((seen[:, 1], seen[:, 0]))[: MOST_OBSERVATIONS // 2].tolist()
-    taken = set(dear)
-    latest = [i for i in range(len(observations) - 1, -1, -1) if i not in taken]
-    return [observations[i] for i in sorted(dear + latest[: MOST_OBSERVATIONS - len(dear)])]
+    highest: dict[bytes, int] = {}
+    for i, seen in enumerate(observations):
+        key = seen.row.tobytes()
+        if key not in highest or seen.rung >= observations[highest[key]].rung:
+            highest[key] = i
+    kept = sorted(highest.values())
+    if len(kept) > MOST_OBSERVATIONS:
+        third = MOST_OBSERVATIONS // 3
+        dear = [i for i in kept if RUNGS[observations[i].rung] == Rung.LONG][-third:]
+        late = [i for i in kept if i not in dear][-third:]
+        others, kept = set(kept) - {*dear, *late}, [*dear, *late]
+    else:
+        others = set(range(len(observations))) - set(kept)
+    rest = sorted(others, key=lambda i: (observations[i].rung, observations[i].accuracy))
+    even = np.linspace(0, len(rest) - 1, MOST_OBSERVATIONS - len(kept)).round().astype(int)
+    return [observations[i] for i in sorted([*kept, *(rest[i] for i in even)])]

@@ -41,6 +41,15 @@ def picky() -> Task:
     return build(loss=loss)
 '''
 
+LOADING = """
+import time
+
+
+def loading() -> Task:
+    time.sleep(600)
+    return build()
+"""
+
 SLOW = """
 import time
 
@@ -154,6 +163,25 @@ def test_ctrl_c_ends_it_gracefully_and_it_goes_on_later(slow_config: Path, tmp_p
     assert len(read_run(run).state["resumed"]) == 1
     assert {number: found for number, found in finished(run).items() if number in before} == before
     check_whole(run)
+
+
+def test_while_the_task_is_loaded_a_signal_ends_it_and_it_goes_on_later(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny.write_task(tmp_path, LOADING)
+    config = tiny.write_config(tmp_path, task="task.py:loading")
+    with tiny.driver("run", config, "--json") as process:
+        wait_for(lambda: phase(run) == "inspect", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    state = read_run(run).state
+    assert (state["state"], state["reason"]) == ("interrupted", "stopped by a signal")
+    (tmp_path / "task.py").write_text((tmp_path / "task.py").read_text().replace("time.sleep(600)", "pass"))
+
+    again = tiny.nightpress("run", config, "--resume", "--budget", "100s", "--json")
+
+    assert again.json["state"] == "done"
 
 
 def test_a_second_ctrl_c_ends_it_at_once(slow_config: Path, tmp_path: Path) -> None:
