@@ -296,8 +296,10 @@ def parse_target(value: str | FileTarget, base: Path, where: str) -> tuple[Targe
 def read_target(profile: Path) -> Target:
     """The target that a profile file was measured on. Raises InputError when it is not a profile."""
     try:
-        return target_from_dict(json.loads(profile.read_text())["target"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return target_from_dict(json.loads(profile.read_text())["target"], str(profile))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
             f"{profile}: not a profile of nightpress calibrate ({type(error).__name__}: {error})."
         ) from None

@@ -17,6 +17,8 @@ from .onnx_graph import INPUT, OUTPUT
 from .runtime_openvino import OpenVinoSession
 
 _BATCH = 64
+OPAQUE = "onnxruntime-tensorrt"
+"""Compiles the graph into something that cannot be written down."""
 
 
 class Session:
@@ -26,7 +28,7 @@ class Session:
         self, path: Path, *, threads: int, disabled_optimizers: tuple[str, ...], optimised: Path | None = None,
         runtime: str = "onnxruntime",
     ) -> None:  # fmt: skip
-        self._path, self._disabled = path, disabled_optimizers
+        self._path, self._disabled, self._runtime = path, disabled_optimizers, runtime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -47,8 +49,8 @@ class Session:
         return torch.from_numpy(np.concatenate(parts))
 
     def bits_used(self, plan: Plan) -> dict[str, str]:
-        """For each layer what the runtime runs on the CPU."""
-        return bits_used(self._path, plan, self._disabled)
+        """For each layer what the runtime runs: see :func:`bits_used`."""
+        return bits_used(self._path, plan, self._disabled, self._runtime)
 
 
 def open_session(
@@ -63,20 +65,24 @@ def open_session(
     return Session(path, threads=threads, disabled_optimizers=disabled_optimizers, runtime=runtime)
 
 
-def optimised_graph(path: Path, disabled_optimizers: tuple[str, ...]) -> onnx.ModelProto:
-    """The graph that the runtime really executes."""
+def optimised_graph(path: Path, disabled_optimizers: tuple[str, ...], runtime: str = "onnxruntime") -> onnx.ModelProto:
+    """The graph that the runtime really executes. Raises RuntimeError where it cannot load the file."""
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
-        Session(path, threads=1, disabled_optimizers=disabled_optimizers, optimised=optimised)
+        Session(path, threads=1, disabled_optimizers=disabled_optimizers, optimised=optimised, runtime=runtime)
         return onnx.load(str(optimised))
 
 
-def bits_used(path: Path, plan: Plan, disabled_optimizers: tuple[str, ...]) -> dict[str, str]:
+def bits_used(
+    path: Path, plan: Plan, disabled_optimizers: tuple[str, ...], runtime: str = "onnxruntime"
+) -> dict[str, str]:
     """For each layer what the runtime runs: ``"int8"`` or ``"fp32"``, by the kernel that holds its weights.
 
-    A layer that cannot be found in the optimised graph is ``"unknown"``.
+    A layer that cannot be found in the optimised graph is ``"unknown"``. Each provider has a graph of its own: CUDA
+    computes in fp32 what the CPU does on integers. TensorRT's engines cannot be looked into; they obey the file's own
+    quantisation, so what the CPU makes of that is said of them: what was asked, not what was seen.
     """
-    graph = optimised_graph(path, disabled_optimizers).graph
+    graph = optimised_graph(path, disabled_optimizers, "onnxruntime" if runtime == OPAQUE else runtime).graph
     owners = _owners(plan)
     found: dict[str, str] = {}
     for node in graph.node:

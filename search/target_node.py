@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ class NodeTimer(Timer):
     def time(self, models: Mapping[str, Path], reference: Path | None, **settings: Any) -> dict[str, Timing]:
         files = {**models, REFERENCE: reference} if reference is not None else models
         stored = [(key, self._cluster.ray.put(path.read_bytes())) for key, path in files.items()]
-        timings = self._there(_time, self.target, stored, settings)
+        timings = self._there(_time, self.target, stored, settings, self.seconds_left)
         if self._listener is not None:
             self._listener(timings)
         return timings
@@ -72,8 +73,10 @@ def _check(target: Target) -> str | None:
     return None
 
 
-def _time(target: Target, stored: Sequence[tuple[str, Any]], settings: Mapping[str, Any]) -> dict[str, Timing]:
-    """On the target node: write the files, time them in a process of its own."""
+def _time(
+    target: Target, stored: Sequence[tuple[str, Any]], settings: Mapping[str, Any], seconds: float | None
+) -> dict[str, Timing]:  # fmt: skip
+    """On the target node: write the files, time them in a process of its own, within so many seconds if any."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
@@ -81,5 +84,5 @@ def _time(target: Target, stored: Sequence[tuple[str, Any]], settings: Mapping[s
         for key, reference in stored:
             files[key].write_bytes(ray.get(reference))
         reference = files.pop(REFERENCE, None)
-        with Timer(target) as timer:
+        with Timer(target) as timer, nullcontext() if seconds is None else timer.within(seconds):
             return timer.time(files, reference, **settings)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,6 +23,7 @@ from nightpress.cli.config import (
     read_target,
 )
 from nightpress.evaluators.latency.target import Target, target_to_dict
+from nightpress.search.clock import Deadline
 from nightpress.search.config import SAMPLERS, Limits, RunConfig
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import DISTILL_METHODS
@@ -427,16 +429,18 @@ def test_what_is_not_a_moment_is_refused(text: str) -> None:
 
 def test_the_command_line_wins_over_the_config(load: Load) -> None:
     config = load('task: a\nuntil: "07:00"')
-    hour = (pytest.approx(time.time() + 3600, abs=5), False)
+    soon: Any = pytest.approx(time.time() + 3600, abs=5)
+    hour = Deadline(soon, fixed=False)
     assert deadline_of(config, None, "1h") == hour
     until = deadline_of(load("task: a\nbudget: 1h"), "2099-01-31T07:00", None)
-    assert until == (local("2099-01-31T07:00").timestamp(), True)
+    assert until == Deadline(local("2099-01-31T07:00").timestamp(), fixed=True)
     assert deadline_of(load('task: a\nuntil: "07:00"\nbudget: 8h'), None, "1h") == hour
 
 
 def test_the_config_counts_where_the_command_line_is_silent(load: Load) -> None:
     now = time.time()
-    assert deadline_of(load("task: a\nbudget: 2h"), None, None) == (pytest.approx(now + 7200, abs=5), False)
+    later: Any = pytest.approx(now + 7200, abs=5)
+    assert deadline_of(load("task: a\nbudget: 2h"), None, None) == Deadline(later, fixed=False)
     deadline = deadline_of(load('task: a\nuntil: "07:00"'), None, None)
     assert deadline is not None
     assert deadline.fixed
@@ -478,13 +482,19 @@ def test_a_target_is_a_profile_file_beside_the_config(load: Load, tmp_path: Path
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", "not json", '{"target": {}}', '{"target": {"disabled_optimizers": null}}',
-     '{"target": {"disabled_optimizers": [], "speed": 1}}'],
-)  # fmt: skip
+    ["[]", "{}", "not json", '{"target": {}}', 2000 * "[", '{"target": {"disabled_optimizers": [], "speed": 1}}'],
+)
 def test_a_file_that_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "here.json"
     path.write_text(text)
     with pytest.raises(InputError, match=r"here\.json: not a profile of nightpress calibrate"):
+        read_target(path)
+
+
+def test_a_profile_with_a_wrong_value_is_refused_by_its_key(tmp_path: Path) -> None:
+    path = tmp_path / "here.json"
+    path.write_text('{"target": {"disabled_optimizers": null}}')
+    with pytest.raises(InputError, match=r"here\.json: target\.disabled_optimizers must be a list of texts, but got"):
         read_target(path)
 
 

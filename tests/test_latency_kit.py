@@ -22,7 +22,7 @@ from nightpress.evaluators.latency.capabilities import beside_profile, capabilit
 from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
 from nightpress.evaluators.latency.measure import REFERENCE, settings
 from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
-from nightpress.evaluators.latency.target import Target, fingerprint
+from nightpress.evaluators.latency.target import Target, fingerprint, target_to_dict
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import Policy, digest
 from strategies import space_of, toy_anatomy
@@ -103,8 +103,9 @@ def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Pa
 @pytest.mark.slow
 def test_what_disturbed_another_device_is_said_here(kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def disturb(data: dict[str, Any]) -> None:
-        data["again"]["busy_cores"] = 7.5
-        data["windows_ms"][REFERENCE], data["again"]["windows_ms"][REFERENCE] = [0.001, 0.101], [0.2]
+        first, again, _ = data["answers"]
+        first["busy_cores"] = 7.5
+        first["windows_ms"][REFERENCE], again["windows_ms"][REFERENCE] = [0.001, 0.101], [0.2]
 
     calibrate_from_results(ANATOMY, results_with(kit, tmp_path, disturb), tmp_path / "there.json")
 
@@ -133,7 +134,7 @@ def results_with(kit: Kit, folder: Path, change: Callable[[dict[str, Any]], obje
 
 
 def set_window(value: object) -> Callable[[dict[str, Any]], object]:
-    return lambda data: next(iter(data["windows_ms"].values())).__setitem__(0, value)
+    return lambda data: next(iter(data["answers"][0]["windows_ms"].values())).__setitem__(0, value)
 
 
 def kit_with(**keys: object) -> Callable[[dict[str, Any]], object]:
@@ -151,30 +152,36 @@ def kit_with(**keys: object) -> Callable[[dict[str, Any]], object]:
     ("change", "sentence"),
     [
         (set_window(float("nan")), r"a kit's results must be a readable JSON file, but: NaN is not a time\.$"),
-        (set_window(-0.1), r"windows_ms of model \w+ must be positive numbers, but one is -0\.1\.$"),
+        (set_window(-0.1), r"windows_ms of \w+ in 'all models' must be positive numbers, but one is -0\.1\.$"),
         (set_window(0), r"must be positive numbers, but one is 0\.$"),
         (set_window("fast"), r"must be positive numbers, but one is 'fast'\.$"),
+        (set_window(1e300), r"must lie between 1e-06 and 1e\+12, but one is 1e\+300\.$"),
+        (set_window(1e-300), r"must lie between 1e-06 and 1e\+12, but one is 1e-300\.$"),
         (set_window(10**400), r"these are not the whole results of a kit \(OverflowError: "),
-        (lambda d: d["again"]["reference_ms"].update(reference=0), r"reference_ms of the second look at model refer"),
+        (lambda d: d["answers"][1]["windows_ms"].update(reference=[0]), r"reference in 'the same models a sec"),
         (lambda d: d.update(seconds=0), r"json: seconds must be positive numbers, but one is 0\.$"),
         (lambda d: d.update(seconds=-1.5), r"json: seconds must be positive numbers, but one is -1\.5\.$"),
         (lambda d: d.update(seconds="1e999"), r"json: seconds must be positive numbers, but one is inf\.$"),
-        (lambda d: d["probes"].update(seconds="1e999"), r"seconds of the probes must be positive numbers, but"),
-        (lambda d: d["again"].update(busy_cores=-1), r"busy_cores must be numbers that are not negative, but"),
-        (lambda d: d.update(busy_cores="all"), r"json: busy_cores must be numbers that .*, but one is 'all'\.$"),
-        (lambda d: d["sessions"].update(reference=[1]), r"sessions of model reference must be text, but one is \[1\]"),
-        (lambda d: d["device"].update(runtime_version=None), r"runtime_version must be text, but one is None\.$"),
-        (lambda d: d["device"].update(cores=None), r"cores of the device must be positive numbers, but one is None"),
-        (lambda d: d["windows_ms"].popitem(), r"windows_ms of model \w+ is missing: run measure\.py of the kit to its"),
-        (lambda d: d["probes"]["windows_ms"].update({"mixed": [-1]}), r"windows_ms of probe mixed must be positi"),
-        (lambda d: d.pop("probes"), r"these are not the whole results of a kit \(KeyError: 'probes'\); run measure"),
+        (lambda d: d["answers"][2].update(seconds="1e999"), r"seconds of 'single layers' must be positive"),
+        (lambda d: d["answers"][1].update(busy_cores=-1), r"busy_cores must be numbers that are not negative, but"),
+        (lambda d: d["answers"][0].update(busy_cores="all"), r"busy_cores must be numbers .*, but one is 'all'\.$"),
+        (lambda d: d["answers"][0].update(session=[1]), r"session must be text, but one is \[1\]"),
+        (lambda d: d.update(date=None), r"date must be text, but one is None"),
+        (lambda d: d["device"].update(runtime_version=None), r"device\.runtime_version must be text, but got None\.$"),
+        (lambda d: d["device"].update(cores=None), r"device\.cores must be a whole number from 1 to 1,000,000, "),
+        (lambda d: d["answers"][0]["windows_ms"].popitem(), r"windows_ms of \w+ in 'all models' are missing: run mea"),
+        (lambda d: d["answers"][0]["windows_ms"].update(other=[1]), r"'all models' hold models that are not of t"),
+        (lambda d: d["answers"][2]["windows_ms"].update(mixed=[-1]), r"windows_ms of mixed in 'single layers' must"),
+        (lambda d: d["answers"].pop(), r"these are not the whole results of a kit \(ValueError: zip\(\) .* shorter"),
         (lambda d: d.pop("device"), r"these are not the whole results of a kit \(KeyError: 'device'\); run meas"),
         (lambda d: d["kit"]["target"].update(threads=2), r"the kit was changed after nightpress kit wrote it"),
         (kit_with(model="f" * 16), r"another kit: it was made for model f{16}, the task's model is 0011"),
         (kit_with(operations={"x": [1, 3, 64, 64]}),
          r"made for other layers \(an operation was x of shape \(1, 3, 64, 64\), here it is x of shape .* 8, 8\)\)\.$"),
+        (kit_with(settings={**target_to_dict(Target()), "threads": "2"}),
+         r"json: target\.threads must be a whole number from 1 to 1,000,000, but got '2'\.$"),
         (kit_with(version=2),
-         r"results of a kit of version 3 were expected, but got 2: make the kit again with nightpress kit and measure"),
+         r"results of a kit of version 4 were expected, but got 2: make the kit again with nightpress kit and measure"),
     ],
 )  # fmt: skip
 def test_results_that_cannot_be_trusted_are_refused(
@@ -197,7 +204,7 @@ def test_truncated_results_are_refused(kit: Kit, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_nodes_quicker_than_the_profiler_can_tell_are_taken(kit: Kit, tmp_path: Path) -> None:
     def at_once(data: dict[str, Any]) -> None:
-        kernels = next(iter(data["kernels"].values()))
+        kernels = next(iter(data["answers"][0]["kernels"].values()))
         kernels[next(iter(kernels))][1] = 0.0
 
     found = read_results(results_with(kit, tmp_path, at_once), ANATOMY)
@@ -279,7 +286,7 @@ def test_a_host_is_measured_over_ssh(
 
     assert read_results(near / timer.RESULTS, ANATOMY).policies
     assert list(far.iterdir()) == []  # nothing is left there
-    assert "pi@board: the same models a second time" in caplog.messages
+    assert any(text.startswith("pi@board: the same models a second time: ") for text in caplog.messages)
     with pytest.raises(RuntimeError, match=r"^pi@board: ssh failed: .*no-python"):
         measure_over_ssh(near, "pi@board", "no-python", "nightpress-kit")
 

@@ -30,7 +30,7 @@ from nightpress.evaluators.latency.target import RUNTIMES, Target, check_target,
 from nightpress.evaluators.latency.units import Worker
 from nightpress.evaluators.onnx_graph import build_onnx
 from nightpress.evaluators.quantise import end_observation, quantisers
-from nightpress.evaluators.runtime import check_bits, open_session, optimised_graph
+from nightpress.evaluators.runtime import bits_used, check_bits, open_session, optimised_graph
 from nightpress.search.records import LEAST_AGREEMENT
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
@@ -186,6 +186,84 @@ def test_more_threads_than_cores_are_refused() -> None:
     cores = script.cores()
     with pytest.raises(InputError, match=rf"^target\.threads must be between 1 and this machine's {cores} cores, but"):
         check_target(Target(threads=cores + 1))
+
+
+# What a processor has
+
+
+def test_where_linux_does_not_tell_a_processor_s_flags_numpy_does(tmp_path: Path) -> None:
+    nowhere = tmp_path / "cpuinfo"
+    by_numpy = script.told_flags(script.read_cpuinfo(nowhere))
+
+    assert {"avx2", "avx512f", "avx512_vnni", "asimddp"} <= by_numpy.keys()
+    assert script.processor(nowhere)["flags"] == [flag for flag, there in by_numpy.items() if there]
+    by_linux = script.told_flags(script.read_cpuinfo())
+    assert by_linux.keys() >= by_numpy.keys()
+    if script.CPUINFO.is_file():
+        assert {flag: by_linux[flag] for flag in by_numpy} == by_numpy
+        assert by_linux.keys() == set(script.FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("told", "session_config", "doubt"),
+    [
+        (("avx2", "avx512_vnni"), {"session.x64quantprecision": "1"}, r".* has avx_vnni: integers take kernels that m"),
+        (("avx2",), {"session.x64quantprecision": "1"}, r".* has avx512_vnni or avx_vnni: integers take kernels that"),
+        (script.FLAGS, {"session.x64quantprecision": "1"}, r"$"),
+        (("avx2", "avx512_vnni"), {}, r"$"),  # it has the first
+    ],
+)  # fmt: skip
+def test_kernels_that_may_be_slower_than_need_be_are_told(
+    told: tuple[str, ...], session_config: dict[str, str], doubt: str
+) -> None:
+    assert re.match(doubt, script.doubt_of({"session_config": session_config}, told))
+
+
+# Graphics cards, without one
+
+
+def test_the_driver_of_a_graphics_card_is_part_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a program of the name that says what NVIDIA's does, and then that it has no driver to talk to."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --query-gpu=name,driver_version ] && echo "NVIDIA T4, 550.54.15"\necho two\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    told = script.device("onnxruntime-cuda")["accelerator"]
+    assert re.fullmatch(r"NVIDIA T4, 550\.54\.15(, (CUDA|cuDNN|TensorRT) [\w.+]+)*", told)
+    assert script.device("onnxruntime")["accelerator"] is None
+
+    program.write_text('#!/bin/sh\necho "NVIDIA-SMI has failed because it could not talk to the driver"\nexit 9\n')
+    assert script.device("onnxruntime-cuda")["accelerator"] is None
+
+
+def test_each_file_has_its_own_engines_and_all_share_the_times_of_layers(tmp_path: Path) -> None:
+    """TensorRT finds an engine by the names of file and nodes, which policies share."""
+    paths = [tmp_path / name / "model.onnx" for name in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(str(path))
+    one, other = (script.provider_options("TensorrtExecutionProvider", str(path)) for path in paths)
+
+    assert one == script.provider_options("TensorrtExecutionProvider", str(paths[0]))
+    assert one["trt_int8_enable"] == one["trt_engine_cache_enable"] == one["trt_timing_cache_enable"] == "True"
+    assert one["trt_engine_cache_path"] != other["trt_engine_cache_path"]
+    assert one["trt_timing_cache_path"] == other["trt_timing_cache_path"]
+    assert all(Path(told[f"trt_{kind}_cache_path"]).is_dir() for told in (one, other) for kind in ("engine", "timing"))
+    assert script.provider_options("CUDAExecutionProvider", str(paths[0])) == {}
+
+
+@pytest.mark.skipif(missing_runtime("onnxruntime-cuda") is None, reason="there is one")
+def test_what_runs_on_integers_is_read_from_the_provider_s_own_graph(tmp_path: Path) -> None:
+    """Which is refused here, and not answered with the CPU's; TensorRT's cannot be written down."""
+    planned = plan(tiny().anatomy, POLICIES["half on integers"])
+    path, disabled = tmp_path / "model.onnx", Target().disabled_optimizers
+    write_random(planned, path)
+
+    with pytest.raises(RuntimeError, match=r"this onnxruntime has no CUDAExecutionProvider"):
+        bits_used(path, planned, disabled, "onnxruntime-cuda")
+    assert bits_used(path, planned, disabled, "onnxruntime-tensorrt") == bits_used(path, planned, disabled)
 
 
 # The timed graph is the shipped graph

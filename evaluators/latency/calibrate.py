@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...spaces.anatomy import Anatomy
+from ...spaces.errors import InputError
 from ...spaces.plans import choices_of
 from ...spaces.policy import Policy, digest
-from .measure import Timer, Timing, measure_policies
+from .measure import REFERENCE, SECOND_ROUNDS, Timer, Timing, measure_policies
+from .predictor import LEAST_POINTS
 from .profile import Profile, profile_of
 from .target import Target
-from .timer import SECOND_ROUNDS
 from .units import Worker
 
 FIRST, BATCH, MOST = 24, 16, 120
@@ -22,7 +23,9 @@ CANDIDATES = 200
 PATIENCE = 2
 """Batches that must improve the error together by :data:`WORTH` of it, or the calibration ends."""
 WORTH = 0.05
-SECONDS = 120.0
+SECONDS, LEAST_SECONDS = 120.0, 30.0
+"""How long a calibration may take, and how long it has where it may take less: a short night's share of it can be less
+than the policies of a small model take."""
 SECOND_LOOK = 0.4
 """Of the time that measuring a policy with its kernels took: what measuring it again, without them, takes."""
 
@@ -52,9 +55,10 @@ def calibrate_until_flat(
 ) -> Calibration:  # fmt: skip
     """Measure ``always`` and batches that ``draw`` gives, fitting after each, until two batches in a row no longer
     lower the held-out error by a twentieth, ``most`` policies are measured, or the next batch would pass ``seconds``.
-    Where that leaves the time, all are timed once more, in another order, and the lower latency counts.
+    Where that leaves the time, all are timed once more, in another order, and the lower latency counts. Policies that a
+    slow model leaves no time for are not in it.
 
-    Raises MeasurementError.
+    Raises MeasurementError, and InputError where too few policies were measured in time.
     """
     start, measuring = time.perf_counter(), 0.0
     policies: dict[str, Policy] = {}
@@ -73,26 +77,45 @@ def calibrate_until_flat(
         )
         return made
 
-    batch = covering(Worker(anatomy, target.runtime), [*always, *draw(FIRST)], draw(CANDIDATES))
-    while True:
-        before, new = time.perf_counter(), {digest(p): p for p in batch if digest(p) not in policies}
-        if progress is not None:
-            progress(f"measuring {len(new)} policies, {len(policies)} are measured")
-        found, their_sizes = measure_policies(anatomy, new, target, timer, kernels=True)
-        measuring += time.perf_counter() - before
-        policies, timings, sizes = policies | new, timings | found, sizes | their_sizes
-        profile = fitted()
-        again = SECOND_LOOK * measuring
-        ahead = BATCH * ((time.perf_counter() - before) / max(1, len(new)) + again / len(policies))
-        reason = _reason(stages, time.perf_counter() - start + again + ahead, seconds, most)
-        if reason is not None:
-            break
-        batch = draw(min(BATCH, most - len(policies)))
-    if time.perf_counter() - start + again > seconds:
-        return Calibration(profile=profile, stages=tuple(stages), reason=reason)
-    timings = _timed_again(anatomy, policies, timings, target, timer, progress)
+    limit = max(seconds, LEAST_SECONDS)
+    with timer.within(limit):
+        batch = covering(Worker(anatomy, target.runtime), [*always, *draw(FIRST)], draw(CANDIDATES))
+        while True:
+            before, new = time.perf_counter(), {digest(p): p for p in batch if digest(p) not in policies}
+            if progress is not None:
+                progress(f"measuring {len(new)} policies, {len(policies)} are measured")
+            found, their_sizes = measure_policies(anatomy, new, target, timer, kernels=True)
+            measuring += time.perf_counter() - before
+            policies |= {key: policy for key, policy in new.items() if key in found}
+            timings, sizes = timings | found, sizes | their_sizes
+            _check_enough(len(policies), len(new), timings.get(REFERENCE), limit)
+            profile = fitted()
+            again = SECOND_LOOK * measuring
+            ahead = BATCH * ((time.perf_counter() - before) / max(1, len(new)) + again / len(policies))
+            reason = _reason(stages, time.perf_counter() - start + again + ahead, seconds, most)
+            if reason is not None:
+                break
+            batch = draw(min(BATCH, most - len(policies)))
+        if late := sum(key not in found for key in new):
+            reason += f", and {late} of the last {len(new)} policies found no time in {limit:.0f} s"
+        if time.perf_counter() - start + again > seconds:
+            return Calibration(profile=profile, stages=tuple(stages), reason=reason)
+        timings = _timed_again(anatomy, policies, timings, target, timer, progress)
     profile = fitted()
     return Calibration(profile=profile, stages=tuple(stages), reason=f"{reason}; all were timed a second time")
+
+
+def _check_enough(measured: int, asked: int, reference: Timing | None, seconds: float) -> None:
+    """Raises InputError where there are too few policies for a predictor."""
+    if reference is None or measured < LEAST_POINTS:
+        each = "not even the uncompressed model was timed" if reference is None else (
+            f"the uncompressed model takes {reference.latency_ms:,.0f} ms an inference"
+        )  # fmt: skip
+        raise InputError(
+            f"The calibration had time for {measured} of {asked} policies in {seconds:.0f} s ({each}), and a predictor "
+            f"needs {LEAST_POINTS}: ask for a number of policies, which are measured however long it takes (-n of "
+            f"nightpress calibrate, calibration_policies of a night)."
+        )
 
 
 def calibrate(
@@ -127,7 +150,7 @@ def _timed_again(
     order = np.random.default_rng(0).permutation(list(policies)).tolist()
     shuffled = {key: policies[key] for key in order}
     found, _ = measure_policies(anatomy, shuffled, target, timer, most_rounds=SECOND_ROUNDS)
-    return {key: timing.with_again(found[key]) for key, timing in timings.items()}
+    return {key: timing.with_again(found[key]) if key in found else timing for key, timing in timings.items()}
 
 
 def covering(worker: Worker, policies: Sequence[Policy], candidates: Sequence[Policy]) -> list[Policy]:

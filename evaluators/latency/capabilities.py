@@ -161,7 +161,7 @@ def measure_capabilities(target: Target) -> Capabilities:
             write_random(plans[key], path)
         with Timer(target) as timer:
             timings = timer.time(files, None, window_ms=WINDOW_MS, round_ms=ROUND_MS, most_rounds=MOST_ROUNDS)
-            if target.runtime in PROVIDERS:  # an optimised graph is the CPU's, whichever provider runs the model
+            if target.runtime in PROVIDERS:  # the profiler tells the kernels of each provider
                 bits = {key: files[key] for key in map(_bits_key, PAIRS)}
                 watched = timer.time(bits, None, least_rounds=1, most_rounds=1, kernels=True, round_ms=0)
                 timings |= {key: replace(timings[key], kernels=found.kernels) for key, found in watched.items()}

@@ -7,10 +7,12 @@ and calibration reads them as if they had just been measured.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
@@ -22,8 +24,10 @@ from .measure import (
     AT_ONCE,
     AT_ONCE_BYTES,
     REFERENCE,
+    SECOND_ROUNDS,
     Timing,
     for_script,
+    joined,
     settings,
     timings_of,
     write_random,
@@ -31,8 +35,10 @@ from .measure import (
 from .recorded import check_numbers, first_difference, operations_of
 from .target import Fingerprint, Target, fingerprint_from_dict, target_from_dict, target_to_dict
 
-VERSION = 3
+VERSION = 4
 MEASURE = "measure.py"
+FIRST, AGAIN, LAYERS = "all models", "the same models a second time", "single layers"
+"""What the parts of a kit's measurement are, as its script says."""
 
 
 def write_kit(
@@ -48,28 +54,43 @@ def write_kit(
     (out / "models").mkdir(parents=True, exist_ok=True)
     chosen = {REFERENCE: Policy(model=anatomy.digest)} | {digest(policy): policy for policy in policies}
     models = {key: _write(plan(anatomy, policy), out, f"models/{key}.onnx") for key, policy in chosen.items()}
-    largest = max(entry["size_bytes"] for entry in models.values())
+    if probes:
+        (out / "probes").mkdir(exist_ok=True)
+    single = {
+        key: _write(planned, out, f"probes/{number}.onnx")
+        for number, (key, planned) in enumerate((probes or {}).items())
+    }
+    request = dict(how or settings())
     kit: dict[str, Any] = {
         "version": VERSION,
         "model": anatomy.digest,
         "operations": operations_of(anatomy),
         "target": for_script(target),
         "settings": target_to_dict(target),
-        "request": dict(how or settings()),
-        "at_once": max(1, min(AT_ONCE, AT_ONCE_BYTES // largest)),
         "models": models,
+        "probes": single,
+        "parts": list(_parts(models, request)),
         "policies": {key: policy_to_dict(policy) for key, policy in chosen.items() if key != REFERENCE},
     }
-    if probes:
-        (out / "probes").mkdir(exist_ok=True)
-        kit["probes"] = {
-            key: _write(planned, out, f"probes/{number}.onnx") for number, (key, planned) in enumerate(probes.items())
-        }
-        kit["probe_request"] = {**how, "kernel_passes": 1} if how else probe_settings()
+    if single:
+        request = {**how, "kernel_passes": 1} if how else probe_settings()
+        kit["parts"].append({"what": LAYERS, "keys": list(single), "request": request})
     kit["id"] = kit_id(kit)
     (out / script.KIT).write_text(json.dumps(kit, indent=1) + "\n")
     shutil.copyfile(script.__file__, out / MEASURE)
     return kit
+
+
+def _parts(models: Mapping[str, Mapping[str, Any]], request: Mapping[str, float]) -> Iterator[dict[str, Any]]:
+    """All models as many at once as memory allows, beside the reference; then once more in another order, without the
+    times of nodes."""
+    at_once = max(1, min(AT_ONCE, AT_ONCE_BYTES // max(entry["size_bytes"] for entry in models.values())))
+    keys = [key for key in models if key != REFERENCE]
+    shuffled: list[str] = np.random.default_rng(0).permutation(keys).tolist()
+    second = {**request, "kernel_passes": 0, "most_rounds": min(SECOND_ROUNDS, request["most_rounds"])}
+    for what, order, how in ((FIRST, keys, request), (AGAIN, shuffled, second)):
+        for start in range(0, len(order), at_once):
+            yield {"what": what, "keys": [REFERENCE, *order[start : start + at_once]], "request": how}
 
 
 def _write(planned: Plan, out: Path, name: str) -> dict[str, Any]:
@@ -120,47 +141,52 @@ def read_results(path: Path, anatomy: Anatomy) -> Results:
 def _results(data: Mapping[str, Any], path: Path, anatomy: Anatomy) -> Results:
     kit: Mapping[str, Any] = data["kit"]
     _check_kit(kit, path, anatomy)
-    windows: Mapping[str, Sequence[object]] = data["windows_ms"]
-    for key in kit["models"]:
-        if not windows.get(key):
-            raise InputError(f"{path}: windows_ms of model {key} is missing: run {MEASURE} of the kit to its end.")
-        kernels: Mapping[str, Any] = data["kernels"][key]
-        check_numbers(f"kernels of model {key}", [ms for _, ms in kernels.values()], path, zero=True)
-        _check_texts([op_type for op_type, _ in kernels.values()], f"types of kernels of model {key}", path)
-        for look, which in ((data, "model"), (data["again"], "the second look at model")):
-            check_numbers(f"windows_ms of {which} {key}", look["windows_ms"][key], path)
-            check_numbers(f"reference_ms of {which} {key}", [look["reference_ms"][key]], path)
-        _check_texts([look["sessions"][key] for look in (data, data["again"])], f"sessions of model {key}", path)
     device = data["device"]
-    _check_texts([device[key] for key in ("machine", "cpu", "runtime_version")], "machine, cpu, runtime_version", path)
-    check_numbers("cores of the device", [device["cores"]], path)
     check_numbers("seconds", [data["seconds"]], path)
-    busy = [cores for look in (data, data["again"]) if (cores := look["busy_cores"]) is not None]
-    check_numbers("busy_cores", busy, path, zero=True)
-    target, again = target_from_dict(kit["settings"]), timings_of(data["again"])
+    _check_texts([data["date"]], "date", path)
+    found: dict[str, list[dict[str, Timing]]] = {FIRST: [], AGAIN: [], LAYERS: []}
+    seconds = 0.0
+    for part, answer in zip(kit["parts"], data["answers"], strict=True):
+        _check_answer(part, answer, path)
+        found[part["what"]].append(timings_of(answer))
+        seconds = float(answer["seconds"])  # of the last part: the probes
+    again, target = joined(found[AGAIN]), target_from_dict(kit["settings"], str(path))
     return Results(
         target=target,
-        device=fingerprint_from_dict(data["device"]),
+        device=fingerprint_from_dict(device, str(path)),
         policies={key: policy_from_dict(p, str(path)) for key, p in kit["policies"].items()},
-        timings={key: timing.with_again(again[key]) for key, timing in timings_of(data).items()},
+        timings={key: timing.with_again(again[key]) for key, timing in joined(found[FIRST]).items()},
         sizes={key: int(entry["size_bytes"]) for key, entry in kit["models"].items()},
         seconds=float(data["seconds"]),
-        date=str(data["date"]),
-        capabilities=_capabilities(data["probes"], kit["probes"], target, path) if "probes" in kit else None,
+        date=data["date"],
+        capabilities=capabilities_elsewhere(joined(found[LAYERS]), target, seconds) if kit["probes"] else None,
     )
+
+
+def _check_answer(part: Mapping[str, Any], answer: Mapping[str, Any], path: Path) -> None:
+    """Of the timing script, to one part of a kit. Raises InputError, or KeyError, TypeError or ValueError."""
+    windows: Mapping[str, Sequence[object]] = answer["windows_ms"]
+    kernels: Mapping[str, Mapping[str, Any]] = answer["kernels"]
+    for key in part["keys"]:
+        if not windows.get(key):
+            raise InputError(
+                f"{path}: windows_ms of {key} in {part['what']!r} are missing: run {MEASURE} of the kit to its end."
+            )
+        times = kernels[key] if part["request"]["kernel_passes"] else kernels.get(key, {})
+        check_numbers(f"kernels of {key}", [ms for _, ms in times.values()], path, zero=True)
+        _check_texts([op_type for op_type, _ in times.values()], f"types of kernels of {key}", path)
+        check_numbers(f"windows_ms of {key} in {part['what']!r}", windows[key], path)
+    if set(windows) != set(part["keys"]):
+        raise InputError(f"{path}: windows_ms of {part['what']!r} hold models that are not of this part of the kit.")
+    check_numbers(f"seconds of {part['what']!r}", [answer["seconds"]], path)
+    check_numbers("busy_cores", [] if answer["busy_cores"] is None else [answer["busy_cores"]], path, zero=True)
+    _check_texts([answer["session"]], "session", path)
 
 
 def _check_texts(found: Sequence[object], what: str, path: Path) -> None:
     for text in found:
         if not isinstance(text, str):
             raise InputError(f"{path}: {what} must be text, but one is {text!r}.")
-
-
-def _capabilities(measured: Mapping[str, Any], probes: Mapping[str, Any], target: Target, path: Path) -> Capabilities:
-    for key in probes:
-        check_numbers(f"windows_ms of probe {key}", measured["windows_ms"][key], path)
-    check_numbers("seconds of the probes", [measured["seconds"]], path)
-    return capabilities_elsewhere(timings_of(measured), target, float(measured["seconds"]))
 
 
 def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:

@@ -3,14 +3,16 @@
 import contextlib
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from ...spaces.anatomy import Anatomy
 from ...spaces.plan import Plan, plan
@@ -24,7 +26,11 @@ AT_ONCE, AT_ONCE_BYTES = 32, 1 << 30  # models open at the same time and their f
 AGREE = 0.02
 """Windows are added until the two lowest lie within this share of each other."""
 LEAST_ROUNDS, MOST_ROUNDS = 4, 20
+SECOND_ROUNDS = 8
+"""The most of a second look, minutes after the first."""
 KERNEL_PASSES = 3
+GRACE_SECONDS = 60.0
+"""How long a child whose time is up may still be in an inference, at the least."""
 BUSY_CORES = 0.2
 """Of other processes during a measurement, from which on it is worth a warning."""
 WINDOW_MS, ROUND_MS = 25, 600
@@ -98,7 +104,7 @@ def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False) ->
     """What a person should know of a measurement with the reference in it: other work on the cores, and windows that
     never agreed. A kit is measured ``elsewhere``."""
     found: list[str] = []
-    busy, apart = timings[REFERENCE].busy_cores, [t.repeat_error for t in timings.values() if not t.settled]
+    busy, apart = timings[REFERENCE].busy_cores, [t.repeat_error for t in timings.values() if t.repeat_error > AGREE]
     if busy is not None and busy >= BUSY_CORES:
         load = "" if elsewhere else f" (load {os.getloadavg()[0]:.1f} on {script.cores()})"
         remedy = "measure the kit again without them" if elsewhere else "end them for the night"
@@ -128,6 +134,9 @@ class Timer:
     ``listener`` is told of what :meth:`time` returns, with the worst timing of the reference.
     """
 
+    _end: float | None = None
+    """When all must be measured, on the monotonic clock."""
+
     def __init__(self, target: Target, listener: Listener | None = None) -> None:
         self.target = target
         self._listener = listener
@@ -147,6 +156,21 @@ class Timer:
     def fingerprint(self) -> Fingerprint:
         """The device that it times on."""
         return fingerprint(self.target)
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Generator[None]:
+        """What is timed meanwhile is over after so many seconds, and the inference that is then running. Models that
+        were not timed twice by then are left out of what :meth:`time` returns, at worst the reference too."""
+        self._end = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._end = None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What :meth:`within` leaves; None where there is no limit."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def close(self) -> None:
         """End the child."""
@@ -173,23 +197,20 @@ class Timer:
         round_ms: float = ROUND_MS,
     ) -> dict[str, Timing]:
         """Time model files, interleaved with the reference. Raises MeasurementError."""
-        timings: dict[str, Timing] = {}
-        references: list[Timing] = []
+        parts: list[dict[str, Timing]] = []
+        how = settings(least_rounds, most_rounds, KERNEL_PASSES if kernels else 0, window_ms, round_ms)
+        ahead = len(models)
         for chunk in _chunks(models):
             files = {REFERENCE: reference, **chunk} if reference is not None else chunk
-            passes = KERNEL_PASSES if kernels else 0
-            answer = self._ask(files, settings(least_rounds, most_rounds, passes, window_ms, round_ms))
-            timings |= timings_of(answer)
-            references += [timings[REFERENCE]] if reference is not None else []
-        told = timings
-        if references:
-            # It was timed in each chunk. Its windows are those of the last one; what disturbed an earlier one is told.
-            busy = max((t.busy_cores for t in references if t.busy_cores is not None), default=None)
-            timings[REFERENCE] = replace(timings[REFERENCE], busy_cores=busy)
-            worst = max(references, key=lambda timing: timing.repeat_error)
-            told = {**timings, REFERENCE: replace(worst, busy_cores=busy)}
-        if self._listener is not None:
-            self._listener(told)
+            left = self.seconds_left
+            if left is not None and left <= 0:
+                break
+            limit = {} if left is None else {"seconds": left * max(1, len(chunk)) / max(1, ahead)}
+            parts.append(timings_of(self._ask(files, {**how, **limit})))
+            ahead -= len(chunk)
+        timings = joined(parts)
+        if self._listener is not None and (reference is None or REFERENCE in timings):
+            self._listener({**timings, **worst_reference(parts)})
         return timings
 
     def _ask(self, models: Mapping[str, Path], how: Mapping[str, float]) -> dict[str, Any]:
@@ -203,6 +224,7 @@ class Timer:
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+            self._wait_for(self._process.stdout, how.get("seconds"))
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -214,6 +236,19 @@ class Timer:
         if "error" in answer:
             raise MeasurementError(str(answer["error"]))
         return answer
+
+    def _wait_for(self, answer: IO[str], seconds: float | None) -> None:
+        """Raises MeasurementError when a child with a limit says nothing for long after it, and ends it: a single
+        inference may take for ever."""
+        if seconds is None:
+            return
+        patience = seconds + max(GRACE_SECONDS, seconds)
+        if not select.select([answer], [], [], patience)[0]:
+            self._process.kill()
+            raise MeasurementError(
+                f"the timing process had {seconds:.0f} s and has not answered for {patience:.0f} s: loading a model or "
+                "a single inference takes longer than that"
+            )
 
 
 def settings(
@@ -248,23 +283,40 @@ def _chunks(models: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
 
 
 def timings_of(answer: Mapping[str, Any]) -> dict[str, Timing]:
-    """What the timing script answered, typed. A kit was measured in parts, each with the reference in it: its results
-    say of each model what the reference took, and in which session."""
+    """What the timing script answered, typed."""
     windows: dict[str, list[float]] = answer["windows_ms"]
     reference_ms = min(windows[REFERENCE]) if REFERENCE in windows else None
-    references: dict[str, float] = answer.get("reference_ms", {})
-    session: str = answer.get("session", "")
-    sessions: dict[str, str] = answer.get("sessions", {})
     return {
         key: Timing(
             windows_ms=tuple(found),
-            reference_ms=references.get(key, reference_ms),
+            reference_ms=reference_ms,
             kernels={n: Kernel(op_type=kind, ms=ms) for n, (kind, ms) in answer["kernels"].get(key, {}).items()},
             busy_cores=answer["busy_cores"],
-            session=sessions.get(key, session),
+            session=answer.get("session", ""),
         )
         for key, found in windows.items()
     }
+
+
+def joined(parts: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
+    """Models that were timed in parts. The reference was in each: its windows are those of the last one, its busy cores
+    those of the worst."""
+    timings = {key: timing for part in parts for key, timing in part.items()}
+    if REFERENCE in timings:
+        timings[REFERENCE] = replace(timings[REFERENCE], busy_cores=_busiest(parts))
+    return timings
+
+
+def worst_reference(parts: Sequence[Mapping[str, Timing]]) -> dict[str, Timing]:
+    """The reference in the part that agreed least, for those who are told what disturbed a measurement."""
+    references = [part[REFERENCE] for part in parts if REFERENCE in part]
+    worst = max(references, key=lambda timing: timing.repeat_error, default=None)
+    return {} if worst is None else {REFERENCE: replace(worst, busy_cores=_busiest(parts))}
+
+
+def _busiest(parts: Sequence[Mapping[str, Timing]]) -> float | None:
+    found = [part[REFERENCE].busy_cores for part in parts if REFERENCE in part]
+    return max((busy for busy in found if busy is not None), default=None)
 
 
 def write_random(planned: Plan, path: Path) -> int:

@@ -129,6 +129,8 @@ def timed_from_dict(data: Mapping[str, Any], operations: int) -> Timed:
     def read(values: Mapping[str, float]) -> Array:
         found = np.full(operations, np.nan)
         for position, microseconds in values.items():
+            if int(position) < 0:
+                raise IndexError(f"there is no operation {position}")
             found[int(position)] = round(float(microseconds) / 1000, 5)
         return found
 

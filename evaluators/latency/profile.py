@@ -20,7 +20,7 @@ from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import LEAST_DRIFT, Measured, Predictor, fit
-from .recorded import check_numbers, first_difference, operations_of
+from .recorded import are_texts, check_numbers, first_difference, operations_of
 from .sizes import batch_bytes, payload_bytes, structure
 from .target import (
     Fingerprint,
@@ -236,10 +236,9 @@ def load_profile(
     """
     data = _read(path)
     with _damage_told(path):
-        recorded = as_recorded or bool(data.get("remote"))
-        return _profile_from_dict(
-            data, path, anatomy, fingerprint_from_dict(data["device"]) if recorded else here, force or as_recorded
-        )
+        if as_recorded or data.get("remote"):
+            here = fingerprint_from_dict(data["device"], str(path))
+        return _profile_from_dict(data, path, anatomy, here, force or as_recorded)
 
 
 def measured_elsewhere(path: Path, *, force: bool) -> str | None:
@@ -247,7 +246,7 @@ def measured_elsewhere(path: Path, *, force: bool) -> str | None:
     it does not. Raises InputError when it does, unless ``force``, and when the file is not a profile."""
     data = _read(path)
     with _damage_told(path):
-        target, device = target_from_dict(data["target"]), fingerprint_from_dict(data["device"])
+        target, device = target_from_dict(data["target"], str(path)), fingerprint_from_dict(data["device"], str(path))
         kit = f"a profile holds for one device; this one was made of a kit's results, on {device.cpu!r}"
         found = (*((kit,) if data.get("remote") else ()), *differences_of("", device, "", fingerprint(target)))
         _refuse(found, path, force)
@@ -257,7 +256,7 @@ def measured_elsewhere(path: Path, *, force: bool) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data: Any = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: a profile must be a readable JSON file, but: {error}.") from None
     if not isinstance(data, dict) or cast("dict[str, Any]", data).get("version") != VERSION:
         raise InputError(f"{path}: a profile of version {VERSION} was expected; make one with nightpress calibrate.")
@@ -282,8 +281,10 @@ def _refuse(differences: Sequence[str], path: Path, force: bool) -> None:
 def _profile_from_dict(
     data: Mapping[str, Any], path: Path, anatomy: Anatomy, here: Fingerprint | None, force: bool
 ) -> Profile:
-    target = target_from_dict(data["target"])
-    device = fingerprint_from_dict(data["device"])
+    target = target_from_dict(data["target"], str(path))
+    device = fingerprint_from_dict(data["device"], str(path))
+    if not are_texts(data.get("forced", ())):
+        raise InputError(f"{path}: forced must be a list of texts, but got {data['forced']!r}.")
     found = [
         *data.get("forced", ()),
         *differences_of(data["model"], device, anatomy.digest, here or fingerprint(target)),
@@ -369,7 +370,7 @@ def is_remote(path: Path) -> bool:
     """Whether a profile was made from a kit; False where the file is no profile, which loading it will say."""
     try:
         data: Any = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and bool(data.get("remote"))
 

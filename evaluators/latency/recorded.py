@@ -5,18 +5,34 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
 
+LEAST, MOST = 1e-6, 1e12
+"""Between these lie all milliseconds, seconds and bytes of this world: further out, sums and squares overflow."""
+
 
 def check_numbers(what: str, values: Iterable[object], path: Path, *, zero: bool = False) -> None:
-    """Raises InputError unless all are finite and positive, or with ``zero`` not negative."""
+    """Raises InputError unless all are finite and positive, or with ``zero`` not negative, and none is absurd."""
     rule = "be numbers that are not negative" if zero else "be positive numbers"
     for value in values:
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
         if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
             raise InputError(f"{path}: {what} must {rule}, but one is {value!r}.")
+        if number > MOST or (number < LEAST and not zero):
+            raise InputError(f"{path}: {what} must lie between {LEAST:g} and {MOST:g}, but one is {value!r}.")
+
+
+def is_whole(value: object, least: int = 1, most: int = 10**6) -> bool:
+    """Whether a JSON value is a whole number between these."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def are_texts(values: object) -> bool:
+    """Whether a value is a list or tuple of texts."""
+    return isinstance(values, list | tuple) and all(isinstance(text, str) for text in cast("list[object]", values))
 
 
 def operations_of(anatomy: Anatomy) -> dict[str, list[int]]:

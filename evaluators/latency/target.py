@@ -1,12 +1,14 @@
 """Where a model will run: runtime, threads, batch, session options, and what that runtime can do."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from ...spaces.errors import InputError
 from ...spaces.policy import FP32, INT8, LayerBits
 from . import timer
+from .recorded import are_texts, is_whole
 
 CHANNEL_STEPS = ((0, 4), (64, 8))
 """Where nothing was measured: ONNX Runtime's fp32 convolutions leave the blocked layout off a grid of 4."""
@@ -66,12 +68,34 @@ def fingerprint(target: Target) -> Fingerprint:
     return fingerprint_from_dict(found)
 
 
-def fingerprint_from_dict(data: Mapping[str, Any]) -> Fingerprint:
-    """A device as JSON has it. Raises KeyError or TypeError when something is missing or unknown."""
-    values: dict[str, Any] = {"session_config": None, **data}
-    told = values["session_config"]
-    values |= {"flags": tuple(data["flags"]), "session_config": None if told is None else tuple(dict(told).items())}
+def fingerprint_from_dict(data: Mapping[str, Any], source: str = "") -> Fingerprint:
+    """A device as JSON has it; ``source`` names the file. Raises KeyError, TypeError or ValueError when something is
+    missing or unknown, InputError with the key that is wrong."""
+    values: dict[str, Any] = {"session_config": None, "accelerator": None, **data}
+    told: dict[Any, Any] | None = None if values["session_config"] is None else dict(values["session_config"])
+    _check(_DEVICE_RULES, {**values, "session_config": told}, "device", source)
+    values |= {"flags": tuple(data["flags"]), "session_config": None if told is None else tuple(told.items())}
     return Fingerprint(**values)
+
+
+Rules = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""By key, what its value must be, as a test and in words."""
+_WHOLE = (is_whole, "a whole number from 1 to 1,000,000")
+_TEXT = (lambda value: isinstance(value, str), "text")
+_DEVICE_RULES: Rules = {
+    "machine": _TEXT, "cpu": _TEXT, "runtime_version": _TEXT, "cores": _WHOLE,
+    "flags": (are_texts, "a list of texts"),
+    "accelerator": (lambda value: value is None or isinstance(value, str), "text or null"),
+    "session_config": (lambda value: value is None or are_texts([*value, *value.values()]), "texts by name, or null"),
+}  # fmt: skip
+
+
+def _check(rules: Rules, values: Mapping[str, Any], what: str, source: str) -> None:
+    """Raises InputError with the first key whose value breaks its rule."""
+    for key, (holds, rule) in rules.items():
+        if not holds(values[key]):
+            where = f"{source}: " if source else ""
+            raise InputError(f"{where}{what}.{key} must be {rule}, but got {values[key]!r}.")
 
 
 def fingerprint_to_dict(device: Fingerprint) -> dict[str, Any]:
@@ -123,9 +147,30 @@ def target_to_dict(target: Target) -> dict[str, Any]:
     }
 
 
-def target_from_dict(data: Mapping[str, Any]) -> Target:
-    """The inverse of :func:`target_to_dict`. Raises KeyError or TypeError when something is missing or unknown."""
-    values: dict[str, Any] = {**data, "disabled_optimizers": tuple(data["disabled_optimizers"])}
-    if "channel_steps" in data:
-        values["channel_steps"] = tuple((int(first), int(step)) for first, step in data["channel_steps"])
+def target_from_dict(data: Mapping[str, Any], source: str = "") -> Target:
+    """The inverse of :func:`target_to_dict`; ``source`` names the file. Raises KeyError or TypeError when something is
+    missing or unknown, InputError with the key that is wrong."""
+    asked = data["disabled_optimizers"]  # only what later versions added may be missing
+    values: dict[str, Any] = {**target_to_dict(Target()), **data, "disabled_optimizers": asked}
+    _check(_TARGET_RULES, values, "target", source)
+    values["channel_steps"] = tuple((first, step) for first, step in values["channel_steps"])
+    values["disabled_optimizers"] = tuple(values["disabled_optimizers"])
     return Target(**values)
+
+
+def _are_steps(value: object) -> bool:
+    pairs = cast("list[Any]", value) if isinstance(value, list | tuple) else []
+    if not all(isinstance(pair, list | tuple) and len(cast("list[Any]", pair)) == 2 and is_whole(pair[0], 0)
+               and is_whole(pair[1]) for pair in pairs):  # fmt: skip
+        return False
+    widths = [first for first, _ in pairs]
+    return widths[:1] == [0] and all(a < b for a, b in itertools.pairwise(widths))
+
+
+_TARGET_RULES: Rules = {
+    "runtime": (lambda value: value in RUNTIMES, f"one of {', '.join(RUNTIMES)}"),
+    "threads": _WHOLE, "batch": _WHOLE,
+    "disabled_optimizers": (are_texts, "a list of texts"),
+    "channel_steps": (_are_steps, "a list of [width, step] by width, the first of width 0"),
+    "integer_kernels": (lambda value: isinstance(value, bool), "true or false"),
+}  # fmt: skip

@@ -3,22 +3,23 @@
 Needs only numpy and the runtime, and nothing of nightpress, so that it can run on another device. Requests and answers
 are JSON, one line each, on standard input and output; beside a ``kit.json`` it measures that kit instead. A request:
 ``{"models": {key: path}, "runtime": "onnxruntime", "threads": 1, "batch": 1, "disabled_optimizers": [],
-"least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``;
-the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node: [op_type, ms]}}, "busy_cores": 0.1, "session": name}``
-or ``{"error": sentence}``. ``kernels`` are those of the runtime's own profiler, which slows what it watches, and are
-there when ``kernel_passes`` is not 0. Python 3.9 is enough.
+"least_rounds": 4, "most_rounds": 20, "window_ms": 25, "round_ms": 600, "agree": 0.02, "kernel_passes": 0}``, with
+``"seconds": 60`` where it must be over by then; the answer ``{"windows_ms": {key: [...]}, "kernels": {key: {node:
+[op_type, ms]}}, "busy_cores": 0.1, "session": name, "seconds": 9.5}`` or ``{"error": sentence}``. ``kernels`` are those
+of the runtime's own profiler, which slows what it watches, where there are passes. Python 3.9 is enough.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,60 +32,49 @@ from typing import Any, Union
 import numpy as np
 
 Kernels = dict[str, tuple[str, float]]
-Lowest = dict[str, float]
-"""What each reference has taken at the least so far, by the digest of its file."""
+Request = Mapping[str, Any]
+Lowest = dict[str, float]  # what each reference has taken at the least so far, by the digest of its file
 PROVIDERS = {
     "onnxruntime": ["CPUExecutionProvider"],
     "onnxruntime-cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "onnxruntime-tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
-PROVIDER_OPTIONS = {"TensorrtExecutionProvider": {"trt_int8_enable": "True"}}
-"""TensorRT refuses quantised models unless it is told to expect them."""
-EXACT_INTEGERS = {"session.x64quantprecision": "1"}
 X64, VNNI = frozenset({"x86_64", "AMD64"}), frozenset({"avx512_vnni", "avx_vnni"})
-PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",)}
-"""Distributions that bring a runtime, by the first part of its name."""
+PACKAGES = {  # distributions that bring a runtime, by the first part of its name, or what it computes with
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "openvino": ("openvino",),
+    "cuDNN": ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13"), "TensorRT": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+}  # fmt: skip
+GPU = ("cuDNN", "TensorRT")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
 """Of the CPU: those that choose kernels."""
-LEAST_RUNS, MOST_RUNS, WARM_RUNS = 5, 80, 2
-"""Of a profiled pass; the profiler writes a line a kernel and run."""
-HALF_TICK_MS = 0.0005
-"""OpenVINO counts whole microseconds."""
-SECOND_ROUNDS = 8
-"""The most of a second look, minutes after the first."""
-KEPT_BYTES = 2**29
-"""Files whose compiled models wait for a second look."""
-REFERENCE = "reference"
+LEAST_RUNS, MOST_RUNS, WARM_RUNS = 5, 80, 2  # of a profiled pass; the profiler writes a line a kernel and run
+HALF_TICK_MS = 0.0005  # OpenVINO counts whole microseconds
+KEPT_BYTES = 2**29  # files whose compiled models wait for a second look
 CALM, LEAST_CALM = 0.05, 2
 """A round is calm when the reference is so near to the lowest it ever took; a model is timed in so many of them."""
-KIT, RESULTS = "kit.json", "results.json"
+REFERENCE, KIT, RESULTS = "reference", "kit.json", "results.json"
+CPUINFO = Path("/proc/cpuinfo")
 _KERNEL = "_kernel_time"
-IDLE = (3, 4)
-"""Which numbers of a line of ``/proc/stat`` are ticks of idleness, for whatever reason."""
+IDLE = (3, 4)  # which numbers of a line of /proc/stat are ticks of idleness
 
 
 class OnnxRuntime:
     """A session with the options of the request."""
 
-    LASTING = False
-    """Whether its profiler can be read more than once, and loading it takes so long that it is kept."""
+    LASTING = False  # whether its profiler can be read more than once, and loading it takes so long that it is kept
 
-    def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
+    def __init__(self, path: str, request: Request, profile: bool = False) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        if request["threads"] > 1 and _shared_pool(request["threads"]):
-            options.use_per_session_threads = False
-        else:
-            options.intra_op_num_threads = request["threads"]
-            options.inter_op_num_threads = 1
+        options.use_per_session_threads = request["threads"] == 1 or not _shared_pool(request["threads"])
+        options.intra_op_num_threads, options.inter_op_num_threads = request["threads"], 1
         options.log_severity_level = 3
         for name, value in session_config(processor()).items():
             options.add_session_config_entry(name, value)
         options.enable_profiling = profile
-        self._folder = tempfile.TemporaryDirectory(prefix="nightpress-") if profile else None
-        if self._folder is not None:
-            options.profile_file_prefix = str(Path(self._folder.name) / "profile")
+        if profile:
+            options.profile_file_prefix = str(Path(scratch().name) / "profile")
         self._session = start_session(path, options, request["runtime"], request["disabled_optimizers"])
         source = self._session.get_inputs()[0]
         self._feed = {source.name: _random([request["batch"], *source.shape[1:]])}
@@ -94,19 +84,16 @@ class OnnxRuntime:
 
     def kernels(self) -> Kernels:
         """Milliseconds of each node over all runs of a profiled session, which ends."""
-        events: list[dict[str, Any]] = json.loads(Path(self._session.end_profiling()).read_text())
-        times: dict[str, list[float]] = {}
-        types: dict[str, str] = {}
+        file = Path(self._session.end_profiling())
+        events: list[dict[str, Any]] = json.loads(file.read_text())
+        file.unlink()
+        times: dict[tuple[str, str], list[float]] = {}
         for event in events:
-            name = str(event["name"])
-            if event.get("cat") == "Node" and name.endswith(_KERNEL):
-                node = name[: -len(_KERNEL)]
-                times.setdefault(node, []).append(event["dur"] / 1000)
-                types[node] = str(event["args"]["op_name"])
-        if self._folder is not None:
-            self._folder.cleanup()
+            if event.get("cat") == "Node" and str(event["name"]).endswith(_KERNEL):
+                node = str(event["name"])[: -len(_KERNEL)]
+                times.setdefault((node, event["args"]["op_name"]), []).append(event["dur"] / 1000)
         # The mean of the lower half: bursts of other work only add, and the profiler counts whole microseconds.
-        return {n: (types[n], float(np.sort(found)[: (len(found) + 1) // 2].mean())) for n, found in times.items()}
+        return {n: (kind, float(np.sort(found)[: (len(found) + 1) // 2].mean())) for (n, kind), found in times.items()}
 
 
 class OpenVino:
@@ -114,19 +101,15 @@ class OpenVino:
 
     LASTING = True
 
-    def __init__(self, path: str, request: Mapping[str, Any], profile: bool = False) -> None:
+    def __init__(self, path: str, request: Request, profile: bool = False) -> None:
         import openvino
 
         core = openvino.Core()
         model = core.read_model(path)
         shape = [request["batch"], *(size.get_length() for size in list(model.inputs[0].partial_shape)[1:])]
         model.reshape({model.inputs[0]: openvino.PartialShape(shape)})
-        options = {
-            "INFERENCE_NUM_THREADS": request["threads"],
-            "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERF_COUNT": profile,
-        }
+        options = {"INFERENCE_NUM_THREADS": request["threads"], "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32",
+                   "PERF_COUNT": profile}  # fmt: skip
         self._infer: Any = core.compile_model(model, "CPU", options).create_infer_request()
         self._infer.set_input_tensor(openvino.Tensor(_random(shape)))
         self._profile, self._runs, self._warm = profile, 0, WARM_RUNS
@@ -158,8 +141,7 @@ class OpenVino:
         }
 
 
-_pools: list[int] = []
-"""Threads of the pool that this process's sessions share: there can be one."""
+_pools: list[int] = []  # threads of the pool that this process's sessions share: there can be one
 
 
 def _shared_pool(threads: int) -> bool:
@@ -187,7 +169,7 @@ def start_session(path: str, options: Any, runtime: str, disabled_optimizers: Co
     if len(wanted) > 1 and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA as pip installs it lies where no loader looks
     session = onnxruntime.InferenceSession(
-        path, options, providers=wanted, provider_options=[PROVIDER_OPTIONS.get(name, {}) for name in wanted],
+        path, options, providers=wanted, provider_options=[provider_options(name, path) for name in wanted],
         disabled_optimizers=list(disabled_optimizers), enable_fallback=0,
     )  # fmt: skip
     # A provider that cannot start is left out by the runtime without an error.
@@ -196,11 +178,30 @@ def start_session(path: str, options: Any, runtime: str, disabled_optimizers: Co
     return session
 
 
+def provider_options(provider: str, path: str) -> dict[str, str]:
+    """What a provider is told. TensorRT refuses quantised models unless it is told to expect them. It builds for
+    minutes and finds what it built by the names of file and nodes, which policies share: each file has its own folder.
+    How long layers take does not depend on the file. All is gone with this process: none outlives a version."""
+    if provider != "TensorrtExecutionProvider":
+        return {}
+    built = Path(scratch().name) / digest(Path(path))
+    built.mkdir(exist_ok=True)
+    caches = {"engine": str(built), "timing": str(built.parent)}
+    told = {"trt_int8_enable": "True", **{f"trt_{kind}_cache_enable": "True" for kind in caches}}
+    return {**told, **{f"trt_{kind}_cache_path": folder for kind, folder in caches.items()}}
+
+
+@cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """Gone with this process."""
+    return tempfile.TemporaryDirectory(prefix="nightpress-")
+
+
 def _random(shape: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
+def load(path: str, request: Request, profile: bool = False) -> Model:
     """Raises RuntimeError with the runtime's reason in one line."""
     try:
         return BACKENDS[request["runtime"]](path, request, profile)
@@ -209,35 +210,39 @@ def load(path: str, request: Mapping[str, Any], profile: bool = False) -> Model:
         raise RuntimeError(f"{request['runtime']} cannot load {Path(path).name}: {reason}") from error
 
 
-def load_all(paths: Mapping[str, str], request: Mapping[str, Any], profile: bool = False) -> dict[str, Model]:
-    """The models of files: those that wait for a second look, and the others loaded, as many at once as there are cores
-    where loading one takes long. Raises RuntimeError as :func:`load`."""
-    if not BACKENDS[request["runtime"]].LASTING:
-        return {key: load(path, request, profile) for key, path in paths.items()}
+def load_all(paths: Mapping[str, str], request: Request, end: float, profile: bool = False) -> dict[str, Model]:
+    """The models of files, as many as begin to load in half of the time to ``end``: those that wait for a second look,
+    and the others loaded, several at once where loading one takes long. Raises RuntimeError as :func:`load`."""
+    until = (time.perf_counter() + end) / 2
 
-    def one(path: str) -> Model:
-        return (None if profile else kept(path, request)) or load(path, request, profile)
+    def one(path: str) -> Model | None:
+        if time.perf_counter() > until:
+            return None
+        waits = _waiting.pop(_key(path, request), None) if _waiting and not profile else None
+        return waits[0] if waits else load(path, request, profile)
 
     with ThreadPoolExecutor(cores()) as pool:
-        return dict(zip(paths, pool.map(one, paths.values())))  # noqa: B905  strict came with Python 3.10
+        loaded = (pool.map if BACKENDS[request["runtime"]].LASTING else map)(one, paths.values())
+        return {key: model for key, model in zip(paths, loaded) if model is not None}  # noqa: B905  Python 3.9
 
 
-def window(model: Model, window_ms: float) -> float:
-    """Low percentile of the run times within one window, in ms: bursts of other work only ever add."""
+def window(model: Model, window_ms: float, until: float = math.inf) -> float:
+    """Low percentile of the run times within one window, in ms: bursts of other work only ever add. At least three
+    runs, but none that begins after ``until`` beside the first."""
     model.run()  # caches of the model before are gone: not counted
     times: list[float] = []
     end = time.perf_counter() + window_ms / 1000
-    while len(times) < 3 or time.perf_counter() < end:
+    while not times or time.perf_counter() < (until if len(times) < 3 else min(end, until)):
         start = time.perf_counter()
         model.run()
         times.append(time.perf_counter() - start)
     return float(np.percentile(times, 10)) * 1000
 
 
-def kernel_pass(model: Model, request: Mapping[str, Any]) -> Kernels:
+def kernel_pass(model: Model, request: Request, until: float = math.inf) -> Kernels:
     """One pass of the runtime's profiler."""
     runs, end = 0, time.perf_counter() + 2 * request["window_ms"] / 1000
-    while runs < LEAST_RUNS or (runs < MOST_RUNS and time.perf_counter() < end):
+    while not runs or (time.perf_counter() < (until if runs < LEAST_RUNS else min(end, until)) and runs < MOST_RUNS):
         model.run()
         runs += 1
     return model.kernels()
@@ -247,19 +252,14 @@ _waiting: dict[tuple[Any, ...], tuple[Model, int]] = {}
 """Compiled models that were timed with their kernels, and the bytes of their files. A calibration times them again."""
 
 
-def keep(path: str, request: Mapping[str, Any], model: Model) -> None:
+def keep(path: str, request: Request, model: Model) -> None:
     """Have the model for the next request that times this file, unless too many wait."""
     size = Path(path).stat().st_size
     if sum(size for _, size in _waiting.values()) + size <= KEPT_BYTES:
         _waiting[_key(path, request)] = model, size
 
 
-def kept(path: str, request: Mapping[str, Any]) -> Model | None:
-    """The model of this file if it waits, which it does no longer."""
-    return _waiting.pop(_key(path, request), (None, 0))[0] if _waiting else None
-
-
-def _key(path: str, request: Mapping[str, Any]) -> tuple[Any, ...]:
+def _key(path: str, request: Request) -> tuple[Any, ...]:
     return request["runtime"], request["threads"], request["batch"], digest(Path(path))
 
 
@@ -276,48 +276,52 @@ def calm_rounds(windows: list[float], lowest_ms: float) -> int:
     return sum(window <= floor * (1 + CALM) for window in windows)
 
 
-def measure(request: Mapping[str, Any], known: Lowest) -> dict[str, Any]:
+def measure(request: Request, known: Lowest) -> dict[str, Any]:
     """All models in turn, round after round, until the two lowest windows of each agree and two rounds were calm, or
-    the rounds are up. ``known`` is read and brought up to date.
+    rounds or seconds are up. ``known`` is read and brought up to date.
 
     Rounds beyond the least hold the models that have not settled, and the first of the request beside them; all models
-    as long as there is no second calm round.
+    as long as there is no second calm round. With seconds, no more models are begun than can have a second window; the
+    others are not in the answer.
     """
     paths: dict[str, str] = request["models"]
-    models = load_all(paths, request)
-    for model in models.values():
-        model.run()
+    end = time.perf_counter() + request.get("seconds", math.inf)
+    lasting, wanted = BACKENDS[request["runtime"]].LASTING, request["kernel_passes"]
+    models = load_all(paths, request, end)
+    watched = load_all(paths, request, end, profile=True) if lasting and wanted else {}
     reference = digest(Path(paths[REFERENCE])) if REFERENCE in paths else None
     windows: dict[str, list[float]] = {key: [] for key in models}
     passes: dict[str, list[Kernels]] = {key: [] for key in models}
-    lasting = BACKENDS[request["runtime"]].LASTING
-    watched = load_all(paths, request, profile=True) if lasting and request["kernel_passes"] else {}
     first, before, began = next(iter(models), ""), busy_seconds(), time.perf_counter()
     for number in range(request["most_rounds"]):
         start = time.perf_counter()
         open_ = {key for key in models if not settled(windows[key], request["agree"])}
         if reference is not None and calm_rounds(windows[REFERENCE], known.get(reference, np.inf)) < LEAST_CALM:
             open_ = set(models)
-        if number >= request["least_rounds"] and not open_:
+        if (number >= request["least_rounds"] and not open_) or start > end:
             break
+        until = end if number else (start + end) / 2
         for key, model in models.items():
+            if time.perf_counter() > until and windows[first]:
+                break
             if number < request["least_rounds"] or key in open_ or key == first:
-                windows[key].append(window(model, request["window_ms"]))
-        if number < request["kernel_passes"]:
-            for key, path in paths.items():
-                model = watched[key] if lasting else load(path, request, profile=True)
-                passes[key].append(kernel_pass(model, request))
+                windows[key].append(window(model, request["window_ms"], end))
+            if number < wanted:
+                passes[key].append(kernel_pass(watched.get(key) or load(paths[key], request, True), request, end))
+        models = {key: model for key, model in models.items() if windows[key]}
         if number + 1 < request["most_rounds"]:
-            time.sleep(max(0.0, request["round_ms"] / 1000 - (time.perf_counter() - start)))
+            time.sleep(max(0.0, min(start + request["round_ms"] / 1000, end) - time.perf_counter()))
     if reference is not None:
         known[reference] = min([known.get(reference, np.inf), *windows[REFERENCE]])
     after, seconds = busy_seconds(), max(time.perf_counter() - began, 1e-9)
     busy = None if before is None or after is None else max(0.0, (after - before) / seconds)
-    kernels = {key: lowest(found) for key, found in passes.items() if found}
     for key, model in models.items():
-        if lasting and (request["kernel_passes"] or key == REFERENCE):
+        if lasting and (wanted or key == REFERENCE):
             keep(paths[key], request, model)
-    return {"windows_ms": windows, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}"}
+    kernels = {key: lowest(passes[key]) for key in models if passes[key]}
+    timed = {key: windows[key] for key in models if len(windows[key]) > 1 or not math.isfinite(end) or key == REFERENCE}
+    return {"windows_ms": timed, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}",
+            "seconds": seconds}  # fmt: skip
 
 
 def digest(path: Path) -> str:
@@ -327,22 +331,17 @@ def digest(path: Path) -> str:
 
 def lowest(passes: list[Kernels]) -> Kernels:
     """Of each node its lowest time over the passes."""
-    found: Kernels = {}
-    for kernels in passes:
-        for node, (kind, milliseconds) in kernels.items():
-            found[node] = (kind, min(milliseconds, found.get(node, (kind, milliseconds))[1]))
-    return found
+    nodes = dict.fromkeys(node for kernels in passes for node in kernels)
+    return {node: min((p[node] for p in passes if node in p), key=lambda kernel: kernel[1]) for node in nodes}
 
 
 def busy_seconds() -> float | None:
     """Seconds that all processes but this one have used since the machine was started, of the cores that this one may
     use; what a hypervisor took counts too. None where the system does not tell (it is Linux that does)."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
-    try:
-        ticks = busy_ticks(Path("/proc/stat").read_text(), cpus)
-    except OSError:
+    stat, cpus = Path("/proc/stat"), os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    if not stat.is_file():
         return None
-    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+    return busy_ticks(stat.read_text(), cpus) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
 
 
 def busy_ticks(stat: str, cpus: Collection[int]) -> int:
@@ -359,19 +358,40 @@ def session_config(device: Mapping[str, Any]) -> dict[str, str]:
     is not what was trained. Then others are taken. They are no better where there is VNNI, and 2.5 times as slow.
     """
     saturates = device.get("machine") in X64 and not VNNI.intersection(device.get("flags", ()))
-    return dict(EXACT_INTEGERS) if saturates else {}
+    return {"session.x64quantprecision": "1"} if saturates else {}
+
+
+def doubt_of(device: Mapping[str, Any], told: Collection[str]) -> str:
+    """What to say of a device whose sessions are told something that it may not need; nothing where that is known."""
+    untold = " or ".join(sorted(VNNI.difference(told))) if device["session_config"] else ""
+    said = f"nothing here tells whether this processor has {untold}: integers take kernels that may be slower"
+    return said if untold else ""
 
 
 @cache
-def processor() -> dict[str, Any]:
+def processor(cpuinfo: Path = CPUINFO) -> dict[str, Any]:
     """That of this machine."""
-    info = _cpuinfo()
+    info = read_cpuinfo(cpuinfo)
+    name = info.get("model name") or info.get("Model") or platform.processor() or "unknown"
+    flags = [flag for flag, there in told_flags(info).items() if there]
+    return {"machine": platform.machine(), "cpu": name, "flags": flags}
+
+
+def told_flags(info: Mapping[str, str]) -> dict[str, bool]:
+    """Whether the processor has each of the flags that Linux tells of, or elsewhere numpy, which knows fewer."""
     known = (info.get("flags") or info.get("Features") or "").split()
-    return {
-        "machine": platform.machine(),
-        "cpu": info.get("model name") or info.get("Model") or platform.processor() or "unknown",
-        "flags": [flag for flag in FLAGS if flag in known],
-    }
+    if known:
+        return {flag: flag in known for flag in FLAGS}
+    numpys: Any = sys.modules.get("numpy._core._multiarray_umath") or sys.modules["numpy.core._multiarray_umath"]
+    features = {name.lower(): there for name, there in numpys.__cpu_features__.items()}
+    return {flag: features[name] for flag in FLAGS if (name := flag.replace("_", "")) in features}
+
+
+def read_cpuinfo(path: Path = CPUINFO) -> dict[str, str]:
+    """What Linux tells of the first core; nothing elsewhere."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    pairs = [line.split(":", 1) for line in text.splitlines() if ":" in line]
+    return {key.strip(): value.strip() for key, value in reversed(pairs)}  # a board's own name stands at the end
 
 
 def device(runtime: str) -> dict[str, Any]:
@@ -399,24 +419,30 @@ def runtime_version(runtime: str) -> str | None:
 
 
 def _accelerator() -> str | None:
-    """The first graphics card's name, as its driver tells it."""
-    asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if shutil.which(asked[0]) is None:
+    """The first graphics card and its driver, as that tells them, and versions of what computes on it: the CUDA that
+    onnxruntime was built for, and libraries that pip installed."""
+    asked = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return (subprocess.run(asked, capture_output=True, text=True, check=False).stdout.splitlines() or [None])[0]
+    import onnxruntime
+
+    numbers = {"CUDA": getattr(onnxruntime, "cuda_version", None), **{n: runtime_version(n) for n in GPU}}
+    return ", ".join([*told.splitlines()[:1], *(f"{name} {number}" for name, number in numbers.items() if number)])
 
 
-def _cpuinfo() -> dict[str, str]:
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    pairs = [line.split(":", 1) for line in path.read_text(errors="replace").splitlines() if ":" in line]
-    # Of the first core; a board's own name stands at the end.
-    return {key.strip(): value.strip() for key, value in reversed(pairs)}
+def end_with(parent: int) -> None:
+    """End this process within a second of its parent, in the middle of a measurement too: nobody waits for it. A
+    closed standard input does not tell: who asks once closes it at once."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-def serve() -> None:
+def serve() -> int:
     """Answer requests until standard input closes."""
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     known: Lowest = {}
     answers, sys.stdout = sys.stdout, sys.stderr  # the runtime prints what it thinks of a provider
     for line in sys.stdin:
@@ -426,55 +452,31 @@ def serve() -> None:
             answer = {"error": " ".join(str(error).split()) or type(error).__name__}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    return 0
 
 
 def measure_kit(folder: Path) -> dict[str, Any]:
-    """Time the files of a kit on this device; the results hold the kit's own description.
-
-    Raises ValueError or OSError when the kit is damaged or this device cannot run it, RuntimeError with the runtime's
-    reason when it does not load a model.
-    """
+    """Time the files of a kit on this device; the results hold the kit's own description. Raises ValueError or OSError
+    when the kit is damaged or this device cannot run it, RuntimeError with the runtime's reason when that cannot."""
     kit: dict[str, Any] = json.loads((folder / KIT).read_text())
-    target, models = kit["target"], kit["models"]
+    target, files = kit["target"], {**kit["models"], **kit["probes"]}
     runtime = target["runtime"]
     if runtime_version(runtime) is None:
         package = runtime if len(PROVIDERS.get(runtime, ())) < 2 else "onnxruntime-gpu"
         raise ValueError(f"{runtime} is not installed here: pip install {package}")
     if target["threads"] > cores():
         raise ValueError(f"the kit asks for {target['threads']} threads, but this device has {cores()} cores")
-    probes = kit.get("probes", {})
-    for entry in [*models.values(), *probes.values()]:
+    for entry in files.values():
         if digest(folder / entry["file"]) != entry["sha256"]:
             raise ValueError(f"{entry['file']} is not the file that the kit was made with")
+    results: dict[str, Any] = {"kit": kit, "device": device(runtime), "answers": []}
+    if doubt := doubt_of(results["device"], told_flags(read_cpuinfo())):
+        sys.stderr.write(doubt + "\n")
     began, known = time.perf_counter(), Lowest()
-    keys, request = [key for key in models if key != REFERENCE], kit["request"]
-    results: dict[str, Any] = {"kit": kit, "device": device(runtime)}
-
-    def look(keys: list[str], request: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {key: {} for key in ("windows_ms", "kernels", "reference_ms", "sessions")}
-        busy: list[float] = []
-        for start in range(0, len(keys), kit["at_once"]):
-            chosen = [REFERENCE, *keys[start : start + kit["at_once"]]]
-            sys.stderr.write(f"measuring models {start + 1} to {start + len(chosen) - 1} of {len(keys)}\n")
-            paths = {key: str(folder / models[key]["file"]) for key in chosen}
-            answer = measure({**request, **target, "models": paths}, known)
-            found["windows_ms"].update(answer["windows_ms"])
-            found["reference_ms"].update(dict.fromkeys(chosen, min(answer["windows_ms"][REFERENCE])))
-            found["sessions"].update(dict.fromkeys(chosen, answer["session"]))
-            found["kernels"].update(answer["kernels"])
-            busy += [answer["busy_cores"]] if answer["busy_cores"] is not None else []
-        return {**found, "busy_cores": max(busy, default=None)}
-
-    results |= look(keys, request)
-    sys.stderr.write("the same models a second time\n")
-    shuffled = np.random.default_rng(0).permutation(keys).tolist()
-    rounds = min(SECOND_ROUNDS, request["most_rounds"])
-    results["again"] = look(shuffled, {**request, "kernel_passes": 0, "most_rounds": rounds})
-    if probes:
-        sys.stderr.write(f"measuring {len(probes)} single layers\n")
-        start, paths = time.perf_counter(), {key: str(folder / entry["file"]) for key, entry in probes.items()}
-        answer = measure({**kit["probe_request"], **target, "models": paths}, known)
-        results["probes"] = {**answer, "seconds": time.perf_counter() - start}
+    for part in kit["parts"]:
+        sys.stderr.write(f"{part['what']}: {len(part['keys'])} models\n")
+        paths = {key: str(folder / files[key]["file"]) for key in part["keys"]}
+        results["answers"].append(measure({**part["request"], **target, "models": paths}, known))
     return {**results, "seconds": time.perf_counter() - began, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
 
 
@@ -482,12 +484,10 @@ def main() -> int:
     """``python measure.py`` in a kit measures it; elsewhere requests are answered."""
     folder = Path(__file__).resolve().parent
     if not (folder / KIT).is_file():
-        serve()
-        return 0
+        return serve()
     try:
-        results = measure_kit(folder)
         partial = folder / "results.partial"
-        partial.write_text(json.dumps(results))
+        partial.write_text(json.dumps(measure_kit(folder)))
         partial.replace(folder / RESULTS)
     except Exception as error:  # noqa: BLE001  the runtimes raise types of their own that share no base
         sys.stderr.write(f"measure: {' '.join(str(error).split()) or type(error).__name__}.\n")
