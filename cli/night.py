@@ -99,15 +99,21 @@ def report(
         Path | None, typer.Option("--out", metavar="FILE", help="Where to write it; a folder for png and svg.")
     ] = None,
     form: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="html, md, csv, parquet, png or svg.")
-    ] = "html",
+        str | None,
+        typer.Option(
+            "--format", metavar="FORMAT", help="html, md, csv, parquet, png or svg; default: as --out ends, or html."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Write the report of a run. Example: nightpress report runs/plates --format md --out report.md"""
+    """Write the report of a run. Example: nightpress report runs/plates --out report.md"""
     from ..reports import FORMATS, summary
     from ..search.folder import read_run
     from ..spaces.errors import InputError
 
+    if form is None:
+        ending = out.suffix.removeprefix(".") if out is not None else ""
+        form = ending if ending in FORMATS else "html"
     if form not in FORMATS:
         raise InputError(f"--format must be one of {', '.join(FORMATS)}, but got {form!r}.")
     wanted = out or folder / FORMATS[form].default
@@ -141,6 +147,7 @@ def compare(
         emit({**data, **({"page": str(out)} if out is not None else {})})
         return
     table("Runs", data["runs"], ["run", "state", "hypervolume_common", "hypervolume_common_se", "trials", "front"])
+    table("What the first covers more than others", data["gains"])
     table("What differs", data["differences"])
     table("Which points dominate which", data["dominance"])
     table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])

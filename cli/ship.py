@@ -136,10 +136,11 @@ def finetune(
 
 
 def _figures(data: dict[str, Any]) -> str:
-    overlooked = f"; {data['forced']}" if data["forced"] else ""
-    predicted = "" if data["latency_measured"] else f" (predicted, not measured{overlooked})"
+    doubts = [] if data["latency_measured"] else ["predicted, not measured"]
+    doubts += [f"--force: {data['forced']}"] if data["forced"] else []
+    told = f" ({'; '.join(doubts)})" if doubts else ""
     return (
-        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms{predicted} against "
-        f"{data['reference_ms']:.3f} ms ({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB"
+        f"accuracy {data['accuracy']:.4f}, {data['latency_ms']:.3f} ms{told} "
+        f"against {data['reference_ms']:.3f} ms ({data['ratio']:.2f}× faster), {data['size_bytes'] / 1000:.0f} kB"
         + (f", agreement with torch {data['parity']['top1_agreement']:.2%}" if "parity" in data else "")
     )

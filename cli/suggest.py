@@ -38,15 +38,28 @@ def suggest(
     if json:
         emit(found)
         return
-    keys = ["trial", "accuracy", "latency_ms", "size_bytes"]
+    keys = ["trial", "accuracy", "accuracy_se", "latency_ms", "ratio", "size_bytes"]
     if found["verified"]:
-        table("Verified within the limits", found["verified"], keys)
+        table("Verified within the limits, none dominated by another", found["verified"], keys)
     else:
         say("No verified point is within the limits.")
+    if struck := [str(entry["trial"]) for entry in found["verified"] if entry["struck_out"]]:
+        say(f"The run's own limits struck out {', '.join(struck)} of them: nightpress export takes such with --force.")
     if not found["suggested"]:
         say("No untried policy is expected to be better.")
+        say(_basis(found["basis"]))
         return
     if caveat := found["suggested"][0]["forced"]:
         say(f"These numbers may not hold: {caveat}.")
     keys = ["digest", "accuracy", "accuracy_low", "accuracy_high", "latency_ms", "low_ms", "high_ms", "size_bytes"]
     table("Untried, expected to be better (90 % intervals)", found["suggested"], keys)
+    say(_basis(found["basis"]))
+
+
+def _basis(known: dict[str, Any]) -> str:
+    """What the accuracies of untried policies rest on."""
+    of = f"the mean of {known['verified']}" if known["verified"] else "as the given network's, since none was"
+    return (
+        f"Accuracies are those expected after the rung {known['rung']}, to which {known['seen']} trials came, on the "
+        f"test split: {100 * known['shift']:+.1f} points against the search split, {of} verified."
+    )

@@ -22,11 +22,11 @@ A compressed version of the model of task `{task}`, made by nightpress {version}
 | speed | {ratio:.2f}× ({ratio_low:.2f}× to {ratio_high:.2f}×) | 1× |
 | file | {size_bytes:,} bytes | {original_bytes} |
 
-- Accuracy: {runtime_name} on the whole test split ({samples} examples), weights from the rung `{rung}`{longer}. The
-  original's accuracy is the better of the given weights and of the uncompressed model after the same extra training.
-- Latency: batch {batch}, {threads} thread(s), {cpu}, {runtime_id} {runtime}; {how}.
+- Accuracy: {runtime_name} on the whole test split ({samples} examples), weights from the rung `{rung}`{longer}.
+{judged_against}- Latency: batch {batch}, {threads} thread(s), {cpu}, {runtime_id} {runtime}; {how}.
+- Speed: within the interval is what another measurement on this device may well give; below it `verify.py` fails.
 - Agreement with the fake-quantised torch model on the whole test split: top-1 {agreement:.2%}, largest difference of an
-  output {difference:.4f}.
+  output {difference:.2g}.
 - Layers that run on integer kernels, read back from the optimised graph: {integer_layers} of {layers}.
 
 ## How to run it
@@ -68,6 +68,7 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         version=version,
         accuracy=_accuracy(verified.quality.accuracy, verified.quality.accuracy_se),
         original=_original(origin.reference_accuracy),
+        judged_against=_judged_against(origin.reference_accuracy),
         latency_ms=verified.latency.latency_ms,
         known=_known(verified.latency),
         reference_ms=verified.latency.reference_ms,
@@ -85,7 +86,7 @@ def card(origin: Origin, verified: Verified, measured: Mapping[str, Any], versio
         runtime_name=RUNTIME_NAMES.get(target.runtime, target.runtime),
         runtime_id=target.runtime,
         program=_program(target, device),
-        how=_how(verified.latency),
+        how=_how(verified.latency, origin.forced),
         runtime=_line(device.get("runtime_version", "unknown")),
         agreement=verified.top1_agreement,
         difference=verified.max_abs_diff,
@@ -120,15 +121,16 @@ def _known(latency: Latency) -> str:
     return f"repeat error {latency.repeat_error:.1%}" if latency.repeat_error is not None else "repeat error unknown"
 
 
-def _how(latency: Latency) -> str:
-    """How the latency is known."""
+def _how(latency: Latency, forced: str | None) -> str:
+    """How the latency is known, and what does not hold of the profile that the search went by."""
+    overridden = f"; {_line(forced)}" if forced else ""
     if latency.measured:
         noisy = "" if latency.settled else "; the machine was so noisy that the two lowest windows never agreed"
-        return f"lowest of windows that were spread in time\n  and interleaved with the original{noisy}"
-    forced = f"; {_line(latency.forced)}" if latency.forced else ""
+        told = f";\n  **found by a profile that does not hold** (--force){overridden}" if forced else ""
+        return f"lowest of windows that were spread in time\n  and interleaved with the original{noisy}{told}"
     return (
-        f"**predicted, not measured** ({latency.low_ms:.3f} to {latency.high_ms:.3f} ms in 90 % of cases{forced}):\n  "
-        "`python verify.py` measures it on the device"
+        f"**predicted, not measured** ({latency.low_ms:.3f} to {latency.high_ms:.3f} ms in 90 % of cases{overridden})"
+        ":\n  `python verify.py` measures it on the device"
     )
 
 
@@ -142,6 +144,16 @@ def _original(known: Mapping[str, float | None] | None) -> str:
     longer = known["trained_longer"]
     after = f", after the same extra training {longer:.4f}" if longer is not None else ""
     return f"{known['counted']:.4f} (given weights {known['given']:.4f}{after})"
+
+
+def _judged_against(known: Mapping[str, float | None] | None) -> str:
+    """What the original's accuracy is that of, in a sentence."""
+    if known is None:
+        return ""
+    if known["trained_longer"] is None:
+        return "  The original's is that of the given weights; it had no extra training.\n"
+    longer = "of the uncompressed model after the same extra training"
+    return f"  The original's is the better of the given weights and {longer}.\n"
 
 
 def _distill(settings: Mapping[str, Any]) -> str:

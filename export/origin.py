@@ -1,12 +1,14 @@
 """Where an export comes from: what its files say of the night, the task and the target, but cannot measure."""
 
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from ..evaluators.latency.target import Target, fingerprint, fingerprint_to_dict, target_from_dict, target_to_dict
+from ..search.mark import is_ours
 from ..search.records import PICK, RunRecord, TrialRecord
 
 
@@ -16,6 +18,8 @@ class Origin:
 
     ``reference_accuracy`` is the original's: given, trained_longer, counted. ``truth_repeat`` is how far two
     independent measurements of one model lay apart in the night, as a share; None where that was not measured.
+    ``device`` is that of the latencies, empty where it is not known; ``forced`` says in what the profile that the
+    search went by differs from it or from the model, where --force overrode that.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Origin:
     approvals: tuple[Mapping[str, Any], ...] = ()
     epochs: float = 0.0
     """Of training after the night."""
+    forced: str | None = None
 
     @property
     def file_name(self) -> str:
@@ -66,6 +71,8 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
     """A trial's origin, from its run's record."""
     original = next((t for t in run.trials if t.name == "uncompressed"), None)
     found = run.target or {}
+    target = target_from_dict(found.get("target") or run.config["target"])
+    carried = trial.latency.forced if trial.latency is not None else None
     return Origin(
         name=str(run.state.get("task", "model")),
         task=_absolute(run.config["task"], run.config.get("base")),
@@ -74,8 +81,8 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
         trial=trial.number,
         digest=trial.digest,
         policy=trial.policy,
-        target=target_from_dict(found.get("target") or run.config["target"]),
-        device=found.get("device") or {},
+        target=target,
+        device=_device(run, target),
         digests={key: run.state.get(key) for key in ("model", "data", "code")},
         reference_accuracy=_reference_accuracy(run),
         original_bytes=original.size_bytes if original is not None else None,
@@ -84,7 +91,20 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
             {"action": PICK, **entry} for entry in run.approvals
             if entry.get("trial") == trial.number and entry.get("digest") == trial.digest
         ),
+        forced=carried or "; ".join(found.get("forced") or ()) or None,
     )  # fmt: skip
+
+
+def _device(run: RunRecord, target: Target) -> Mapping[str, Any]:
+    """The device that latencies hold for: the profile's. One that was taken by force may be of another, and what was
+    measured then was measured on the run's own machine, of which the record has nothing but the name; that is told
+    apart from its namesakes by the key of whoever began the run. A cluster may have measured anywhere."""
+    found = run.target or {}
+    if found.get("remote") or not found.get("forced"):
+        return found.get("device") or {}
+    alone = not (run.config.get("search") or {}).get("address")
+    here = alone and run.state.get("host") == socket.gethostname() and is_ours(run)
+    return fingerprint_to_dict(fingerprint(target)) if here else {}
 
 
 def _absolute(task: str, base: str | None) -> str:

@@ -136,6 +136,7 @@ def _card(trial: TrialRecord, allowed: Limits) -> dict[str, Any]:
             "top1_agreement": verified.top1_agreement,
             "max_abs_diff": verified.max_abs_diff,
             "bits_used": verified.bits_used,
+            "rate": verified.rate,
         },
     }
     return {key: value for key, value in rounded(card).items() if value is not None and value != []}

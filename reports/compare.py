@@ -1,14 +1,13 @@
 """Several runs beside each other: what differs between them, and which of their points are still on the front."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..search import pareto
 from ..search.pareto import losses, non_dominated
 from ..search.records import RunRecord, TrialRecord, row
-from .front import Losses, Point, front, hypervolumes, point, reference, verified_any
-from .noise import hypervolume_error, hypervolume_errors
+from .front import Limits, Losses, Point, front, hypervolumes, point, reference, verified_any
+from .noise import hypervolume_error, hypervolume_errors, noise_of_gain
 from .text import plain
 
 KINDS = {
@@ -33,8 +32,9 @@ class Covered(NamedTuple):
 
 
 def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The ``compare`` command's JSON: ``runs``, ``differences`` in config, data, device and code, the common ``front``,
-    and ``dominance``: which point of one run's front is better than which of another's.
+    """The ``compare`` command's JSON: ``runs``, ``gains`` of the run that covers most over each other one,
+    ``differences`` in config, data, device and code, the common ``front``, and ``dominance``: which point of one run's
+    front is better than which of another's.
 
     ``hypervolume`` is each run's own figure; ``hypervolume_common`` measures all fronts in the same box and can be
     compared. The common front holds the points of all runs that no point of any run dominates; accuracies on different
@@ -55,6 +55,7 @@ def compare_runs(runs: Sequence[RunRecord]) -> dict[str, Any]:
             }
             for run, covered in zip(runs, common, strict=True)
         ],
+        "gains": gains(runs, common),
         "differences": differences(runs),
         "front": _common_front(runs),
         "dominance": dominance(runs),
@@ -88,9 +89,36 @@ def _common_corner(runs: Sequence[RunRecord]) -> Losses | None:
     return max(accuracies), max(latencies), max(sizes)
 
 
-def beyond_noise(one: Covered, other: Covered) -> bool:
-    """Whether two hypervolumes differ by more than two standard errors of their difference."""
-    return abs(one.share - other.share) > 2 * math.hypot(one.error, other.error)
+def gains(runs: Sequence[RunRecord], common: Sequence[Covered | None]) -> list[dict[str, Any]]:
+    """How much more of the common box the run that covers most has than each other one, and what of it is chance: see
+    :class:`.noise.Gain`."""
+    corner = _common_corner(runs)
+    known = [(covered.share, run) for run, covered in zip(runs, common, strict=True) if covered is not None]
+    if corner is None or len(known) < 2:
+        return []
+    known.sort(key=lambda pair: -pair[0])
+    (most, best), *others = known
+    rows: list[dict[str, Any]] = []
+    for share, run in others:
+        found = noise_of_gain(
+            _points(best), _points(run), corner, Limits(), verified=True, same_items=_same_items(best, run)
+        )
+        rows.append({
+            "run": str(best.path), "over": str(run.path), "gain": most - share, "gain_se": found.error,
+            "gain_luck": found.luck, "paired": found.paired,
+        })  # fmt: skip
+    return rows
+
+
+def _same_items(one: RunRecord, other: RunRecord) -> bool:
+    """Whether both runs were judged on the same test items: the same network of the same task answered as many of them
+    and as many rightly. Their data's digests do not tell, since they leave out the search split, which varies."""
+
+    def known(run: RunRecord) -> list[Any]:
+        test: Mapping[str, Any] = (run.state.get("given") or {}).get("test") or {}
+        return [run.state.get("task"), run.state.get("model"), test.get("samples"), test.get("accuracy")]
+
+    return None not in known(one) and known(one) == known(other)
 
 
 def _points(run: RunRecord) -> list[tuple[TrialRecord, Point]]:

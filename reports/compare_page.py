@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..search import pareto
 from ..search.records import RunRecord, row
-from .compare import Covered, beyond_noise, compare_runs, kind_of
+from .compare import compare_runs, kind_of
 from .figure_base import AMBER, BLUE, GREEN, GREY, LOG_FROM, RED, blank, logarithmic, no_markup
 from .front import front, point
 from .html import fill, write_page
-from .text import UNKNOWN, accuracy, counted, cut, milliseconds, percent, size, title
+from .text import UNKNOWN, accuracy, counted, cut, digits, milliseconds, percent, size, title
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -65,14 +65,9 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
 def sentences(runs: Sequence[RunRecord], data: dict[str, Any]) -> list[str]:
     """Which run covers more and whether that is more than noise; what makes the comparison doubtful."""
     names = run_names(runs)
-    covered = [_covered(entry) for entry in data["runs"]]
-    known = [(one, name) for one, name in zip(covered, names, strict=True) if one is not None]
-    said: list[str] = []
-    if len(known) < 2:
-        said.append("There are not two fronts whose hypervolumes could be compared.")
-    else:
-        known.sort(key=lambda pair: -pair[0].share)
-        said += [_against(known[0], other) for other in known[1:]]
+    said = [_against(row, runs, names, data) for row in data["gains"]]
+    if not said:
+        said = ["There are not two fronts whose hypervolumes could be compared."]
     said += [_dominated(run, i, names, data) for i, run in enumerate(runs)]
     kinds = {kind_of(entry["what"]) for entry in data["differences"]}
     said += [f"The runs differ in {words}: compare with care." for kind, words in WARNINGS.items() if kind in kinds]
@@ -82,18 +77,16 @@ def sentences(runs: Sequence[RunRecord], data: dict[str, Any]) -> list[str]:
     return said
 
 
-def _covered(entry: dict[str, Any]) -> Covered | None:
-    """A run's share of the common box, as :func:`compare_runs` tells it."""
-    share = entry["hypervolume_common"]
-    return None if share is None else Covered(share, entry["hypervolume_common_se"])
-
-
-def _against(best: tuple[Covered, str], other: tuple[Covered, str]) -> str:
-    numbers = f"{percent(best[0].share)} ± {100 * best[0].error:.1f} of the common box against "
-    numbers += f"{percent(other[0].share)} ± {100 * other[0].error:.1f}"
-    if not beyond_noise(best[0], other[0]):
-        return f"{best[1]} and {other[1]} cover the same within noise: {numbers}."
-    return f"{best[1]} covers more than {other[1]}, by more than noise: {numbers}."
+def _against(row: dict[str, Any], runs: Sequence[RunRecord], names: Sequence[str], data: dict[str, Any]) -> str:
+    best, other = (_name_of(row[key], runs, names) for key in ("run", "over"))
+    shares = {entry["run"]: accuracy(entry["hypervolume_common"], entry["hypervolume_common_se"])
+              for entry in data["runs"]}  # fmt: skip
+    basis = "both answered the same test items" if row["paired"] else "their errors taken as independent"
+    gain = f"a gain of {digits(100 * row['gain'], 2)} ± {digits(100 * row['gain_se'], 2)} points ({basis})"
+    numbers = f"{shares[row['run']]} of the common box against {shares[row['over']]}, {gain}"
+    if row["gain"] - row["gain_luck"] <= 2 * row["gain_se"]:
+        return f"{best} and {other} cover the same within noise: {numbers}."
+    return f"{best} covers more than {other}, by more than noise: {numbers}."
 
 
 def _dominated(run: RunRecord, at: int, names: Sequence[str], data: dict[str, Any]) -> str:

@@ -201,7 +201,7 @@ def front_text(info: FrontInfo) -> str:
         f"{counted(on_front, 'point')} of {len(info.dots)} {'is' if on_front == 1 else 'are'} on the front"
         f" ({verified} exported and {remeasured})."
         if on_front
-        else f"There is no front: all {counted(len(info.dots), 'point')} shown lie beyond the limits."
+        else f"There is no front: all {counted(len(info.dots), 'point')} lie beyond the limits or were struck out."
     ]
     beyond = sum(not dot.within for dot in info.dots)
     if beyond and on_front:

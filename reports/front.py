@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..search import pareto
 from ..search.records import LEAST_AGREEMENT, Latency, Quality, RunRecord, TrialRecord, TrialState
 from .clock import clock
-from .text import milliseconds, percent, size
+from .text import digits, milliseconds, percent, size
 
 PICK_NAMES = {"best": "best", "knee": "knee", "accurate": "most accurate"}
 
@@ -75,15 +75,22 @@ def _point(quality: Quality | None, latency: Latency | None, size_bytes: int | N
 
 
 def breaches(allowed: Limits, found: Point) -> list[str]:
-    """A phrase for each limit that a point breaks."""
+    """A phrase for each limit that a point breaks, and by how much."""
     said: list[str] = []
     if allowed.max_latency_ms is not None and found.latency_ms > allowed.max_latency_ms:
-        said.append(f"{milliseconds(found.latency_ms)} is over {milliseconds(allowed.max_latency_ms)}")
+        over = _over(found.latency_ms, allowed.max_latency_ms)
+        said.append(f"{milliseconds(found.latency_ms)} is over {milliseconds(allowed.max_latency_ms)}{over}")
     if allowed.min_accuracy is not None and found.accuracy < allowed.min_accuracy:
-        said.append(f"{percent(found.accuracy)} is under {percent(allowed.min_accuracy)}")
+        short = f" by {digits(100 * (allowed.min_accuracy - found.accuracy), 2)} points"
+        said.append(f"{percent(found.accuracy)} is under {percent(allowed.min_accuracy)}{short}")
     if allowed.max_size_bytes is not None and found.size_bytes > allowed.max_size_bytes:
-        said.append(f"{size(found.size_bytes)} is over {size(allowed.max_size_bytes)}")
+        over = _over(found.size_bytes, allowed.max_size_bytes)
+        said.append(f"{size(found.size_bytes)} is over {size(allowed.max_size_bytes)}{over}")
     return said
+
+
+def _over(value: float, limit: float) -> str:
+    return f" by {digits(100 * (value / limit - 1), 2)} %" if limit else ""
 
 
 def verified_any(run: RunRecord) -> bool:
@@ -153,10 +160,40 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> TrialRecord | None:
     return uncompressed(run) or (beyond_limits(run) if trial.verified else None)
 
 
+def original_accuracy(run: RunRecord, trial: TrialRecord | None = None) -> float | None:
+    """What a drop is counted against: of verified points the better of the given weights and of the same after the
+    extra training, as the verification found them; or else the accuracy of :func:`origin_of` the trial, or of the
+    run's. None while neither is known."""
+    known = (run.state.get("reference_accuracy") or {}).get("counted")
+    if isinstance(known, int | float) and (verified_any(run) if trial is None else trial.verified is not None):
+        return float(known)
+    if trial is not None:
+        origin = origin_of(run, trial)
+    else:
+        origin = uncompressed(run) or (beyond_limits(run) if verified_any(run) else None)
+    found = point(origin) if origin else None
+    return found.accuracy if found is not None else None
+
+
 def beyond_limits(run: RunRecord) -> TrialRecord | None:
     """The uncompressed network as it was verified, where only the limits struck it out."""
     found = (t for t in run.trials if t.role == "baseline" and compresses_nothing(t) and t.struck_out and t.verified)
     return next((t for t in found if t.verified and t.verified.top1_agreement >= LEAST_AGREEMENT), None)
+
+
+def only_beyond(run: RunRecord) -> list[TrialRecord]:
+    """What was verified and struck out for the limits alone: its file agrees with torch, and what is compressed is
+    surely faster than the original."""
+
+    def sound(trial: TrialRecord) -> bool:
+        known, found = trial.verified, point(trial)
+        if known is None or known.struck_out is None or known.top1_agreement < LEAST_AGREEMENT or found is None:
+            return False
+        slowest = known.latency.latency_ms * (1 + (known.latency.repeat_error or 0.0))
+        faster = compresses_nothing(trial) or slowest < (known.latency.reference_ms or 0.0)
+        return faster and bool(breaches(limits(run), found))
+
+    return [trial for trial in run.trials if sound(trial)]
 
 
 def compresses_nothing(trial: TrialRecord) -> bool:
@@ -178,10 +215,9 @@ def rule(run: RunRecord) -> Rule:
     floor = limits(run).min_accuracy
     if floor is not None:
         return Rule(floor, f"within the limits (accuracy of at least {percent(floor)})")
-    origin = uncompressed(run) or (beyond_limits(run) if verified_any(run) else None)
-    origin_point = point(origin) if origin else None
-    if origin_point is not None:
-        return Rule(origin_point.accuracy - pareto.MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
+    original = original_accuracy(run)
+    if original is not None:
+        return Rule(original - pareto.MAX_DROP, "within 1.0 point of the uncompressed model's accuracy")
     accuracies = [found.accuracy for trial in front(run) if (found := point(trial))]
     best = max(accuracies, default=0.0)
     return Rule(best - pareto.MAX_DROP, "within 1.0 point of the most accurate trial")
@@ -222,9 +258,12 @@ def picked(run: RunRecord) -> list[tuple[TrialRecord, list[str]]]:
 
 def speedup(run: RunRecord, trial: TrialRecord) -> float | None:
     """How many times faster than the uncompressed model: measured beside it where that was done, else
-    against the uncompressed baseline's latency."""
+    against the uncompressed baseline's latency. It is as fast as itself: what its own two measurements differ by is
+    noise."""
     if trial.latency is None:
         return None
+    if origin_of(run, trial) is trial:
+        return 1.0
     if trial.latency.ratio is not None:
         return trial.latency.ratio
     origin = origin_of(run, trial)

@@ -3,16 +3,18 @@
 import base64
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..search import pareto
 from ..search.records import RunRecord, TrialRecord, Verified
-from .front import Losses, Point, breaches, limits, reference, sides
+from .front import Limits, Losses, Point, breaches, limits, only_beyond, point, reference, sides
 
 DRAWS = 64
 GAIN_DRAWS = 200
+Pairs = Sequence[tuple[TrialRecord, Point]]
 INTERVAL = 2 * 1.645
 """Standard deviations between the ends of a 90 % interval of a normal error."""
 
@@ -23,46 +25,110 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
     Accuracies move by their standard error, measured latencies by their repeat error, predicted ones by their
     interval; sizes are exact. Only points that are not dominated now are drawn, so a hidden point that chance holds
     down is not counted: the error is a little too small. It is that of one side alone; points that are judged on the
-    same items err together, so that their difference errs by less than both (:func:`gain_error`).
+    same items err together, so that their difference errs by less than both (:func:`gain_of`).
     """
     both, allowed = sides(run), limits(run)
     corner = reference(run, verified=both.verified)
 
-    def error(pairs: Sequence[tuple[TrialRecord, Point]]) -> float | None:
+    def error(pairs: Pairs) -> float | None:
         return hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner, both.verified)
 
     return {"search": error(both.search), "baselines": error(both.baselines)}
 
 
-def gain_error(run: RunRecord) -> float | None:
-    """Standard error of the search's relative hypervolume less the baselines'; None without a reference.
+class Gain(NamedTuple):
+    """One side's relative hypervolume less the other's, and how much of it is chance.
 
-    All verified points answered the same test items: the items are drawn with replacement, the same for every point
-    (non-parametric bootstrap), and each measured latency moves by its own error. Where some point's answers are not
-    known, both sides err apart (:func:`hypervolume_errors`), which is too much for points that err alike.
+    ``luck`` is what chance alone would make of it, were no point better than those of the other side that it has to
+    beat: of many noisy readings the best are too good, and the side with more points has more of them. ``error`` is the
+    standard error of that. ``paired`` says that what both sides err on together is left out.
     """
-    both, allowed = sides(run), limits(run)
+
+    gain: float
+    error: float
+    luck: float
+    paired: bool
+
+    @property
+    def shown(self) -> bool:
+        """Whether what luck leaves of it is more than two standard errors, which chance does in one of forty nights."""
+        return self.gain - self.luck > 2 * self.error
+
+
+def gain_of(run: RunRecord) -> Gain | None:
+    """What the search covers more than the baselines; None without a reference."""
+    both = sides(run)
     corner = reference(run, verified=both.verified)
     if corner is None:
         return None
-    search, rules = ([p for p in side if not breaches(allowed, p[1])] for side in (both.search, both.baselines))
-    correct = _answers([trial.verified for trial, _ in (*search, *rules)]) if both.verified else None
-    if correct is None:
-        return math.hypot(*(error or 0.0 for error in hypervolume_errors(run).values()))
-    losses = pareto.as_losses([found.losses for _, found in (*search, *rules)])
-    latency_errors = np.array([_spread(trial, verified=True)[1] for trial, _ in (*search, *rules)])
-    accuracy, items, rng = correct.mean(axis=1), correct.shape[1], np.random.default_rng(0)
-    gains: list[float] = []
+    struck = [(trial, found) for trial in only_beyond(run) if (found := point(trial))] if both.verified else []
+    search = [*both.search, *(pair for pair in struck if pair[0].role != "baseline")]
+    rules = [*both.baselines, *(pair for pair in struck if pair[0].role == "baseline")]
+    return noise_of_gain(search, rules, corner, limits(run), verified=both.verified, same_items=both.verified)
+
+
+def noise_of_gain(
+    one: Pairs, other: Pairs, corner: Losses, allowed: Limits, *, verified: bool, same_items: bool
+) -> Gain:  # fmt: skip
+    """What one side covers more than the other, beside what is drawn of it where it covers no more in truth: each point
+    of the one side as accurate as the best of the other that is as fast and as small, unless it is surely worse (a test
+    against the least favourable hypothesis; the bare spread of the gain called one of ten nights better in which no
+    point was). A point counts in a draw where it is within the limits then: one that misses by a hair is a rival, too.
+
+    With ``same_items`` all points answered the same test items: the items are drawn with replacement, the same for
+    every point (non-parametric bootstrap), and each measured latency moves by its own error. Without, or where some
+    point's answers are not known, each accuracy moves by its own error, which is too much for points that err alike.
+    """
+    most = np.array([
+        math.inf if allowed.min_accuracy is None else -allowed.min_accuracy,
+        allowed.max_latency_ms or math.inf, allowed.max_size_bytes or math.inf,
+    ])  # fmt: skip
+    one, other = ([pair for pair in side if _near(pair, most, verified)] for side in (one, other))
+    losses = pareto.as_losses([found.losses for _, found in (*one, *other)])
+    correct = _answers([trial.verified for trial, _ in (*one, *other)]) if same_items else None
+    errors = np.array([_spread(trial, verified) for trial, _ in (*one, *other)]).reshape(-1, 2)
+
+    def gain(points: npt.NDArray[np.float64]) -> float:
+        within = np.asarray((points <= most).all(axis=1), np.bool_)
+        ours, theirs = (
+            pareto.relative_hypervolume([(a, b, c) for a, b, c in side.tolist()], corner)
+            for side in (points[: len(one)][within[: len(one)]], points[len(one) :][within[len(one) :]])
+        )
+        return ours - theirs
+
+    rng, drawn, no_better = np.random.default_rng(0), list[float](), losses.copy()
+    no_better[: len(one), 0] = _no_better(losses, errors, len(one), corner)
     for _ in range(GAIN_DRAWS):
-        times_drawn = np.bincount(rng.integers(items, size=items), minlength=items).astype(np.float32)
-        drawn = losses.copy()
-        drawn[:, 0] -= correct @ times_drawn / items - accuracy
-        drawn[:, 1] *= np.maximum(0.0, 1 + rng.normal(size=len(drawn)) * latency_errors)
-        points = [(a, b, c) for a, b, c in drawn.tolist()]
-        sides_drawn = (points[: len(search)], points[len(search) :])
-        ours, theirs = (pareto.relative_hypervolume(side, corner) for side in sides_drawn)
-        gains.append(ours - theirs)
-    return float(np.std(gains, ddof=1))
+        moved = no_better.copy()
+        if correct is not None:
+            items = correct.shape[1]
+            times_drawn = np.bincount(rng.integers(items, size=items), minlength=items).astype(np.float32)
+            moved[:, 0] -= correct @ times_drawn / items - correct.mean(axis=1)
+        else:
+            moved[:, 0] += rng.normal(size=len(moved)) * errors[:, 0]
+        moved[:, 1] *= np.maximum(0.0, 1 + rng.normal(size=len(moved)) * errors[:, 1])
+        drawn.append(gain(moved))
+    luck = max(0.0, float(np.mean(drawn)))
+    return Gain(gain(losses), float(np.std(drawn, ddof=1)), luck, correct is not None)
+
+
+def _near(pair: tuple[TrialRecord, Point], most: npt.NDArray[np.float64], verified: bool) -> bool:
+    """Whether a point may be within the limits, ``most`` as losses, by three of its errors."""
+    (accuracy_error, latency_error), found = _spread(pair[0], verified), np.array(pair[1].losses)
+    return bool((found - 3 * np.array([accuracy_error, latency_error * found[1], 0]) <= most).all())
+
+
+def _no_better(
+    losses: npt.NDArray[np.float64], errors: npt.NDArray[np.float64], count: int, corner: Losses
+) -> npt.NDArray[np.float64]:
+    """Accuracies as losses of the first ``count`` points, were they no better than what they have to beat, shape
+    (count,)."""
+    ours, theirs = losses[:count], losses[count:]
+    as_fast = theirs[None, :, 1] <= ours[:, None, 1] * (1 + 2 * errors[:count, None, 1])
+    rivals = as_fast & (theirs[None, :, 2] <= ours[:, None, 2])
+    best = np.where(rivals, theirs[None, :, 0], corner[0]).min(axis=1, initial=corner[0])
+    surely_worse = ours[:, 0] > best + 2 * errors[:count, 0]
+    return np.where(surely_worse, ours[:, 0], best)
 
 
 def _answers(points: Sequence[Verified | None]) -> npt.NDArray[np.float32] | None:
@@ -80,9 +146,7 @@ def _answers(points: Sequence[Verified | None]) -> npt.NDArray[np.float32] | Non
     return np.array(rows, np.float32)
 
 
-def hypervolume_error(
-    pairs: Sequence[tuple[TrialRecord, Point]], corner: Losses | None, verified: bool
-) -> float | None:
+def hypervolume_error(pairs: Pairs, corner: Losses | None, verified: bool) -> float | None:
     """Standard error of the relative hypervolume of these points; None without a point or a reference. ``verified``:
     they stand where the verification saw them, as far as it did, and not where the search did."""
     if corner is None or not pairs:

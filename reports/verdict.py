@@ -10,6 +10,7 @@ from ..search.pareto import MAX_DROP
 from ..search.records import RunRecord, TrialRecord, TrialState, row
 from .front import (
     beyond_limits,
+    breaches,
     candidates,
     feasible,
     front,
@@ -17,7 +18,9 @@ from .front import (
     hypervolumes,
     late_gain,
     limits,
+    only_beyond,
     origin_of,
+    original_accuracy,
     picked,
     picks,
     point,
@@ -27,10 +30,12 @@ from .front import (
     speedup,
     verified_any,
 )
-from .noise import gain_error
+from .noise import Gain, gain_of
 from .text import accuracy, counted, cut, digits, milliseconds, percent, size, times, title
 
 FINISHED = frozenset({"done", "finished", "complete", "completed"})
+LEAST_LUCK = 0.05
+"""Points of hypervolume from which on it is worth a word."""
 FEW_TRIALS = 20
 """Below this many complete trials of the search, a good policy was hardly looked for."""
 NOISY = 0.05
@@ -101,7 +106,7 @@ def _asked(run: RunRecord) -> str:
 
 
 def _no_front(run: RunRecord) -> str:
-    known = candidates(run)
+    known = candidates(run) or only_beyond(run)
     if not known:
         return (
             "No trial has accuracy, latency and size all known"
@@ -113,7 +118,8 @@ def _no_front(run: RunRecord) -> str:
     numbers = (
         f"{milliseconds(found.latency_ms)}, {percent(found.accuracy)}, {size(found.size_bytes)}" if found else "unknown"
     )
-    return f"No trial is within the limits; {title(closest)} comes nearest ({numbers})."
+    missed = "; ".join(breaches(limits(run), found)) if found else "its figures are not known"
+    return f"No trial is within the limits; {title(closest)} comes nearest ({numbers}): {missed}."
 
 
 def _excess(run: RunRecord, trial: TrialRecord) -> float:
@@ -148,12 +154,12 @@ def _pick_sentence(run: RunRecord, trial: TrialRecord, labels: list[str]) -> str
 
 
 def drop_points(run: RunRecord, trial: TrialRecord) -> float | None:
-    """Points of accuracy above the uncompressed model's (below: negative); None for itself and the unknown."""
-    origin = origin_of(run, trial)
-    before, after = point(origin) if origin else None, point(trial)
-    if origin is None or before is None or after is None or origin is trial:
+    """Points of accuracy above the uncompressed model's, see :func:`original_accuracy` (below: negative); None for
+    itself and the unknown."""
+    before, after = original_accuracy(run, trial), point(trial)
+    if before is None or after is None or origin_of(run, trial) is trial:
         return None
-    return 100 * (after.accuracy - before.accuracy)
+    return 100 * (after.accuracy - before)
 
 
 def _drop(run: RunRecord, trial: TrialRecord) -> str:
@@ -177,10 +183,9 @@ def _against_baselines(run: RunRecord) -> list[str]:
             said.append(
                 f"The search covers {numbers}. Its points were chosen on this very split, so this shows nothing yet."
             )
-        elif search > rules and rules > 0:
-            said.append(_gain(search, rules, numbers, gain_error(run) or 0.0))
-        elif search > rules:
-            said.append(f"The search beat the baselines, which cover nothing within the limits: {numbers}.")
+        elif search > rules and (gain := gain_of(run)) is not None:
+            more = f"{100 * (search / rules - 1):.1f} % more hypervolume" if rules else "the rules cover nothing"
+            said.append(_gain(gain, more, numbers))
         elif search == rules == 0:
             said.append("Neither the search nor the baselines have a point that beats the reference point.")
         else:
@@ -188,19 +193,14 @@ def _against_baselines(run: RunRecord) -> list[str]:
     return [*said, *_best_against_baseline(run)]
 
 
-def _gain(search: float, rules: float, numbers: str, noise: float) -> str:
-    """Two standard errors are what chance alone does in one of twenty nights: within them, nothing was beaten."""
-    more = f"{100 * (search / rules - 1):.1f} % more hypervolume"
-    if noise <= 0:
-        return f"The search beat the baselines: {more} ({numbers})."
-    gained = digits(100 * (search - rules), 2)
-    points = f"{digits(200 * noise, 2)} points of noise (two standard errors)"
-    if search - rules > 2 * noise:
-        return f"The search beat the baselines: {more} ({numbers}), {gained} points, more than the {points}."
-    return (
-        f"Whether the search beat the baselines is not shown: it covers {numbers}; "
-        f"the gain of {gained} points is no more than the {points}."
-    )
+def _gain(gain: Gain, more: str, numbers: str) -> str:
+    gained = f"the gain of {digits(100 * gain.gain, 2)} points"
+    if 100 * gain.luck >= LEAST_LUCK:
+        gained += f", of which {digits(100 * gain.luck, 2)} are what luck makes of more points,"
+    noise = f"the {digits(200 * gain.error, 2)} points of noise (two standard errors)"
+    if gain.shown:
+        return f"The search beat the baselines: {more} ({numbers}); {gained} is more than {noise}."
+    return f"Whether the search beat the baselines is not shown: it covers {numbers}; {gained} is no more than {noise}."
 
 
 def _best_against_baseline(run: RunRecord) -> list[str]:

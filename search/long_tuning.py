@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,8 @@ from .surrogate import RUNGS
 from .worker import WORKER_LOST, Failure
 
 OUTCOME = "long.json"
+LENGTH = "long"
+"""Of long fine-tunes, which the drivers of a shared study agree on."""
 MOST_EPOCHS, LEAST_EPOCHS = 20, 4
 """Of a long fine-tune: what it can use, and what it should have. One of an epoch and a half left even the uncompressed
 ResNet-20 worse than it had been."""
@@ -266,16 +268,30 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
     """The length that lets the baselines and the finalists finish, from what the short fine-tunes took: rather fewer
     finalists than shorter ones; the config wins."""
     rungs, given = session.state["rungs"], session.config.finetune
-    if given.long_steps is not None or rungs.get("long_sized") or not rules:
+    known = session.store.known(LENGTH)
+    if rungs.get("long_sized") or rungs.get("long_told"):
+        return
+    if not rules:  # those of a shared study are another driver's
+        if known is not None:
+            _take_over(session, known, rungs["finalists"])
+        return
+    if given.long_steps is not None:
+        _decide_length(session, given.long_steps, "as the config has it")
+        session.update(rungs={**rungs, "long_told": True})
         return
     most = MOST_EPOCHS * rungs["epoch_steps"]
     enough = min(most, max(LONGER * rungs["short_steps"], LEAST_EPOCHS * rungs["epoch_steps"]))
     wanted = rungs["finalists"]
     fewest = wanted if given.finalists is not None else min(wanted, LEAST_FINALISTS)
     usual, stretched = (share * left_seconds for share in LONG_SHARES)
+    if known is not None:
+        enough = known["long_steps"]
     size = _affordable(session, rules, wanted, enough, usual)
     while size.steps < enough and size.finalists > fewest:
         size = _affordable(session, rules, size.finalists - 1, enough, usual)
+    if known is not None:
+        _take_over(session, known, size.finalists)
+        return
     if size.steps < enough:
         session.update(rungs={**rungs, "squeezed": True})
         size = _affordable(session, rules, fewest, enough, stretched)
@@ -288,14 +304,33 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
             )  # fmt: skip
     rungs = session.state["rungs"]
     steps = max(rungs["short_steps"], min(most, size.steps))
-    session.folder.decide(
-        "search", f"long fine-tunes of {steps} steps",
+    _decide_length(
+        session, steps,
         f"{size.rules} baselines that may come within the limits and {size.finalists} finalists, at what the short "
         f"ones took, fit into the time for it; {enough} steps are wanted",
         affordable=size.steps, least=rungs["short_steps"], wanted=enough, most=most,
-        learning_rate_times=round(math.sqrt(steps / rungs["short_steps"]), 2),
     )  # fmt: skip
+    found = {"long_steps": steps, "squeezed": bool(rungs.get("squeezed"))}
+    if (agreed := session.store.agreed(LENGTH, found)) != found:  # another driver was first by a moment
+        _take_over(session, agreed, size.finalists)
+        return
     session.update(rungs={**rungs, "long_steps": steps, "finalists": size.finalists, "long_sized": True})
+
+
+def _take_over(session: Session, known: Mapping[str, Any], finalists: int) -> None:
+    """Go by the length that the first driver of a shared study has: all their points stand on one front."""
+    _decide_length(
+        session, known["long_steps"], f"as the study has it, whose drivers compare their points; {finalists} finalists"
+    )
+    session.update(rungs={**session.state["rungs"], **known, "finalists": finalists, "long_sized": True})
+
+
+def _decide_length(session: Session, steps: int, reason: str, **evidence: float) -> None:
+    """Record how long long fine-tunes are, and by what that multiplies learning rates as far as the space allows."""
+    times = _rate_times(steps, session.state["rungs"]["short_steps"])
+    session.folder.decide(
+        "search", f"long fine-tunes of {steps} steps", reason, **evidence, learning_rate_times=round(times, 2)
+    )
 
 
 def _affordable(session: Session, rules: list[TrialRecord], finalists: int, enough: int, seconds: float) -> _Size:
@@ -370,15 +405,20 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 
 
 def _rate(session: Session, trial: TrialRecord) -> float:
-    """What the long fine-tune multiplies a policy's learning rate by: the square root of how many times as long as the
-    short one it is, up to the highest rate that the space offers.
+    """What the long fine-tune multiplies a policy's learning rate by: :func:`_rate_times`, up to the highest rate that
+    the space offers."""
+    rungs, own = session.state["rungs"], float(trial.policy["finetune"]["learning_rate"])
+    return max(1.0, min(_rate_times(rungs["long_steps"], rungs["short_steps"]), LEARNING_RATE[1] / max(own, 1e-9)))
+
+
+def _rate_times(long_steps: int, short_steps: int) -> float:
+    """The square root of how many times as long as the short fine-tune the long one is, at least 1.
 
     The search finds the rate by short fine-tunes, in which a low one is best; the more steps a fine-tune has, the
     higher a rate does it good (Zimmer, Spiegel and Pokutta 2023, "How I Learned to Stop Worrying and Love Retraining",
     who scale it linearly).
     """
-    rungs, own = session.state["rungs"], float(trial.policy["finetune"]["learning_rate"])
-    return max(1.0, min(math.sqrt(rungs["long_steps"] / rungs["short_steps"]), LEARNING_RATE[1] / max(own, 1e-9)))
+    return max(1.0, math.sqrt(long_steps / short_steps))
 
 
 def outcome_file(session: Session, number: int) -> Path:

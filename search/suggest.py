@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
+from ..evaluators.evaluate import Outcome
 from ..evaluators.inspect import inspect
 from ..evaluators.latency.profile import Profile, load_profile
 from ..evaluators.latency.target import Target, target_from_dict
+from ..evaluators.quality import Score
 from ..evaluators.task import load_task
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
@@ -26,9 +28,11 @@ from .experience import Experience
 from .folder import TARGET
 from .gain import expected_gain
 from .gain import target as aim_at
+from .pareto import losses, non_dominated
 from .proposals import sensitivity_of
-from .records import RunRecord, TrialRecord, row
-from .surrogate import Describer, Surrogate
+from .records import Quality, RunRecord, TrialRecord, row
+from .surrogate import RUNGS, Describer, Surrogate
+from .verification import strike
 
 Array = NDArray[np.float64]
 MOST_SUGGESTED = 5
@@ -91,44 +95,67 @@ def space_of_run(run: RunRecord, anatomy: Anatomy, target: Target) -> Space:
 
 
 def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
-    """The best verified points within the limits, and untried policies that are expected to add to them.
+    """The verified points within the limits that no other dominates, and untried policies expected to add to them.
 
-    Accuracies of untried policies are the surrogate's median and 90 % interval after the long fine-tune, moved by what
-    the verified trials lost on the test split against the search split; before there are any, what the given network
-    did. Raises InputError as :func:`known_of`.
+    What only the run's own limits struck out is judged by these limits instead. Accuracies of untried policies are the
+    surrogate's median and 90 % interval after ``basis.rung``, of which it saw ``seen`` trials, moved by ``shift``: what
+    the ``verified`` trials have more on the test split than on the search split; before there are any, what the given
+    network has. Raises InputError as :func:`known_of`.
     """
     known = known_of(run)
-    within = [t for t in run.trials if t.struck_out is None and _within(t, limits)]
+    within = _best([t for t in run.trials if _stands(t, limits)])
+    shift, verified = _split_shift(run)
     with threadpool_limits(limits=1, user_api="blas"):
-        found = _untried(run, known, limits, within, _split_shift(run), seed)
+        found = _untried(run, known, limits, within, shift, seed)
+    rung = known.surrogate.rung
     return {
         "run": str(run.path),
         "limits": {"max_latency_ms": limits.max_latency_ms, "min_accuracy": limits.min_accuracy,
                    "max_size_bytes": limits.max_size_bytes},
-        "verified": [row(t) for t in sorted(within, key=lambda t: t.latency.latency_ms if t.latency else 0.0)],
+        "verified": [row(t) for t in within],
         "suggested": found,
+        "basis": {"rung": str(RUNGS[rung]), "seen": sum(o.rung == rung for o in known.experience.observations()),
+                  "shift": shift, "verified": verified},
     }  # fmt: skip
 
 
-def _split_shift(run: RunRecord) -> float:
-    """How much higher accuracies are on the test split than on the search split: of all verified trials, since those
-    that were struck out for their test accuracy lost the most."""
+def _split_shift(run: RunRecord) -> tuple[float, int]:
+    """How much higher accuracies are on the test split than on the search split, and of how many trials that is the
+    mean: all that were verified, since those that were struck out for their test accuracy lost the most."""
     both = [(t.verified.quality, t.verified.search_quality) for t in run.trials if t.verified is not None]
     if both:
-        return float(np.mean([test.accuracy - search.accuracy for test, search in both]))
+        return float(np.mean([test.accuracy - search.accuracy for test, search in both])), len(both)
     given = run.state.get("given") or {}
-    return float(given["test"]["accuracy"] - given["search"]["accuracy"]) if {"test", "search"} <= set(given) else 0.0
+    known = {"test", "search"} <= set(given)
+    return float(given["test"]["accuracy"] - given["search"]["accuracy"]) if known else 0.0, 0
 
 
-def _within(trial: TrialRecord, limits: Limits) -> bool:
-    if trial.verified is None:
+def _stands(trial: TrialRecord, limits: Limits) -> bool:
+    """Whether a trial was verified and is not struck out by these limits, in place of the run's."""
+    known = trial.verified
+    if known is None:
         return False
-    accuracy, latency = trial.verified.quality.accuracy, trial.verified.latency.latency_ms
-    return (
-        (limits.min_accuracy is None or accuracy >= limits.min_accuracy)
-        and (limits.max_latency_ms is None or latency <= limits.max_latency_ms)
-        and (limits.max_size_bytes is None or trial.verified.size_bytes <= limits.max_size_bytes)
-    )
+    outcome = Outcome(
+        search=_score(known.search_quality), exported=_score(known.quality), size_bytes=known.size_bytes,
+        top1_agreement=known.top1_agreement,
+    )  # fmt: skip
+    return strike(limits, trial.name, outcome, known.latency) is None
+
+
+def _best(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Those that no other one dominates, fastest first."""
+    points = [
+        losses(known.quality.accuracy, known.latency.latency_ms, known.size_bytes)
+        for trial in trials
+        if (known := trial.verified)
+    ]
+    return [trials[i] for i in sorted(non_dominated(points), key=lambda i: points[i][1])]
+
+
+def _score(known: Quality) -> Score:
+    return Score(
+        accuracy=known.accuracy, accuracy_se=known.accuracy_se, samples=known.samples, seconds=known.seconds
+    )  # fmt: skip
 
 
 def _untried(

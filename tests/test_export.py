@@ -178,7 +178,9 @@ def test_the_card_s_numbers_are_those_of_the_record(finished: Finished, out: Pat
     assert "| latency | 0.013 ms (repeat error 5.0%) | 0.026 ms |" in text
     assert "| speed | 2.00× (1.74× to 2.30×) | 1× |" in text
     assert f"| file | {verified.size_bytes:,} bytes | 1,000,000 bytes |" in text
-    assert f"top-1 {verified.top1_agreement:.2%}" in text
+    assert f"top-1 {verified.top1_agreement:.2%}, largest difference" in text
+    assert f"output {verified.max_abs_diff:.2g}." in text
+    assert "the better of the given weights and of the uncompressed model after the same extra training." in text
     assert "(80 examples), weights from the rung `long`" in text
     assert "batch 1, 1 thread(s), Slow CPU, onnxruntime 9.9.9" in text
     assert "from the optimised graph: 2 of 4." in text
@@ -204,7 +206,7 @@ def test_the_card_s_program_runs(finished: Finished, out: Path, monkeypatch: pyt
     ("state", "trials", "expected"),
     [
         ({"reference_accuracy": {"given": 0.8, "trained_longer": None, "counted": 0.8}}, True,
-         ["| 0.8000 (given weights 0.8000) |", "1,000,000 bytes"]),
+         ["| 0.8000 (given weights 0.8000) |", "1,000,000 bytes", "of the given weights; it had no extra training."]),
         ({"reference_accuracy": None, "given": {"test": {"accuracy": 0.8, "accuracy_se": 0.01}}}, True,
          ["| 0.8000 (given weights 0.8000) |"]),
         ({"reference_accuracy": None, "given": {"test": {"accuracy": 31.5, "accuracy_se": None}}}, True,

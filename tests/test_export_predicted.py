@@ -1,6 +1,7 @@
-"""Where the night's device was another one, latencies are predictions: every file and line of an export says so."""
+"""Where the night's device or its profile's was another one: every file and line of an export says so."""
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 import exports
 import tiny
+from nightpress.evaluators.latency.target import Target, fingerprint, fingerprint_to_dict
 from nightpress.export import export_set, export_trial
 from nightpress.search.records import RunRecord, Verified
 from nightpress.search.store import Store, open_storage
@@ -82,4 +84,60 @@ def test_the_command_says_what_is_predicted(run: RunRecord, cli: tiny.Cli, tmp_p
     result = cli("export", folder, *which, "--out", tmp_path / "out")
     figures = [line for line in result.out.splitlines() if line.startswith("accuracy")]
     assert len(figures) == len(which)
-    assert all(f" ms (predicted, not measured; {FORCED}) against 0.400 ms" in line for line in figures)
+    assert all(f" ms (predicted, not measured; --force: {FORCED}) against 0.400 ms" in line for line in figures)
+
+
+# A profile of another device that was taken by force: what is measured, is measured here
+
+
+OTHER = {
+    **fingerprint_to_dict(fingerprint(Target())), "cpu": "Slow CPU", "machine": "x86_64", "flags": [], "cores": 64,
+    "session_config": {"session.x64quantprecision": "1"},
+}  # fmt: skip
+
+
+def forced(run: RunRecord, **state: str) -> RunRecord:
+    """The run as one that had another device's profile, on this machine unless ``state`` says otherwise."""
+    target = {**(run.target or {}), "device": OTHER, "forced": [FORCED]}
+    return replace(run, target=target, state={**run.state, "host": socket.gethostname(), **state})
+
+
+@pytest.mark.slow
+def test_what_was_measured_under_another_device_s_profile_names_the_device_that_measured(
+    run: RunRecord, cli: tiny.Cli, tmp_path: Path
+) -> None:
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    export_trial(run, run.trials[2], plain)
+    export_trial(forced(run), run.trials[2], out)
+
+    for name in ("runtime.json", "config.pbtxt"):
+        assert (out / name).read_text() == (plain / name).read_text()
+    manifest = json.loads((out / "manifest.json").read_text())
+    here = fingerprint_to_dict(fingerprint(Target()))
+    assert manifest["origin"]["device"] == here
+    assert (manifest["measured"]["latency_measured"], manifest["measured"]["forced"]) == (True, FORCED)
+    card = (out / "card.md").read_text()
+    assert "Slow CPU" not in card.replace(FORCED, "")
+    assert here["cpu"] in card
+    assert f"**found by a profile that does not hold** (--force); {FORCED}" in card
+    assert "--force" not in (plain / "card.md").read_text()
+    trained = cli("finetune", out, "--epochs", 0, "--out", tmp_path / "trained")
+    assert f" ms (--force: {FORCED}) against " in trained.out  # it was found so, whoever measures it later
+
+
+@pytest.mark.parametrize("state", [{"host": "elsewhere"}, {"mark": "of another user"}])
+def test_the_device_of_a_forced_run_from_elsewhere_is_not_known(
+    run: RunRecord, tmp_path: Path, state: dict[str, str]
+) -> None:
+    export_trial(forced(run, **state), run.trials[2], tmp_path / "out")
+    runtime = json.loads((tmp_path / "out" / "runtime.json").read_text())
+    assert (runtime["device"], runtime["session_config"]) == (None, {})
+    assert "unknown CPU" in (tmp_path / "out" / "card.md").read_text()
+
+
+def test_a_kit_s_device_stays_that_of_its_predictions(run: RunRecord, tmp_path: Path) -> None:
+    given = forced(run)
+    kit = replace(given, target={**(given.target or {}), "remote": True})
+    trial = replace(run.trials[2], verified=predicted(run.trials[2].verified, 0.5))
+    export_trial(kit, trial, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "runtime.json").read_text())["device"] == OTHER

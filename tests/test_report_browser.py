@@ -1,6 +1,7 @@
 """The report page in a real browser: it draws, answers clicks, and asks the network for nothing."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,6 +221,20 @@ def test_the_card_says_why_a_finalist_is_as_it_is(opened: Opened) -> None:
     opened.page.locator("#choose").select_option(str(next(t.number for t in NIGHT.trials if t.verified is None)))
     assert "Why this policy" not in card(opened.page)
     assert opened.complaints == []
+
+
+def test_the_card_says_at_how_many_times_its_rate_a_finalist_was_trained_long(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    best = picks(NIGHT)["best"]
+    assert best.verified is not None
+    for rate in (1.0, 2.5):
+        trained = replace(best, verified=replace(best.verified, rate=rate))
+        write_report(replace(NIGHT, trials=(trained,)), tmp_path / f"{rate}.html")
+        it = open_page(browser, tmp_path / f"{rate}.html")
+        assert ("2.50 times that learning rate" in card(it.page)) is (rate == 2.5)
+        assert ("times that learning rate" in card(it.page)) is (rate != 1)
+        it.page.close()
 
 
 def test_the_export_command_can_be_copied(opened: Opened) -> None:

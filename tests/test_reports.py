@@ -247,6 +247,8 @@ def test_ratio_of_a_prediction_is_against_the_uncompressed_baseline() -> None:
     night = run([original(latency_ms=1.0), trial(1, 0.9, 0.4)])
     assert speedup(night, night.trials[1]) == 2.5
     assert speedup(one_trial_run(), trial(0)) is None
+    itself = verify(original(0.9))  # 1.02 ms, and 0.87 ms where it was measured beside itself
+    assert speedup(run([itself]), itself) == 1
     assert shrinkage(one_trial_run(), trial(0)) is None
 
 

@@ -1,20 +1,24 @@
 """Several runs beside each other, and how much of a hypervolume is noise."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fakes_run import empty_run, full_run, hostile_run, limited, measured, original, run, runs, trial, verify
-from nightpress.reports.compare import beyond_noise, compare_runs, in_common_box, kind_of
+from nightpress.reports.compare import compare_runs, in_common_box, kind_of
 from nightpress.reports.compare_page import comparison_html, fronts_figure, run_names, sentences
 from nightpress.reports.front import front, hypervolumes, point
 from nightpress.reports.noise import hypervolume_errors
 from nightpress.search.records import RunRecord, TrialRecord
+from test_reports_noise import judged, some, without_answers
 
 
 def named(record: RunRecord, path: str, **state: Any) -> RunRecord:
@@ -27,7 +31,7 @@ SLOW = named(run([original(0.9), trial(1, 0.89, 0.4, 200_000)]), "runs/slow")
 
 def test_the_answer_has_the_keys_that_scripts_rely_on() -> None:
     data = compare_runs([FAST, SLOW])
-    assert list(data) == ["runs", "differences", "front", "dominance"]
+    assert list(data) == ["runs", "gains", "differences", "front", "dominance"]
     assert [entry["run"] for entry in data["runs"]] == ["runs/fast", "runs/slow"]
     assert {"run", "state", "hypervolume", "trials", "front"} <= set(data["runs"][0])
     assert data["runs"][0]["hypervolume"] == hypervolumes(FAST)["search"]
@@ -186,7 +190,43 @@ def test_where_not_all_rules_were_verified_noise_is_that_of_the_search() -> None
 
 def test_what_is_not_known_has_no_noise() -> None:
     assert hypervolume_errors(empty_run()) == {"search": None, "baselines": None}
-    one, other = in_common_box([FAST, FAST])
-    assert one is not None
-    assert other is not None
-    assert not beyond_noise(one, other)
+    [gain] = compare_runs([FAST, FAST])["gains"]
+    assert gain["gain"] <= 2 * gain["gain_se"]
+    assert compare_runs([FAST, empty_run()])["gains"] == []
+
+
+def of_one_task(correct: npt.NDArray[np.bool_], path: str, **given: float) -> RunRecord:
+    """A run of one point, judged on 10,000 test items, of which the given network answers 89 % rightly."""
+    test = {"samples": len(correct), "accuracy": 0.89, **given}
+    record = run([judged(trial(1, 0.8, 0.5, 500_000), correct)])
+    return named(record, path, task="plates", model="m0", given={"test": test, "search": test})
+
+
+def test_two_runs_of_one_task_differ_with_the_noise_of_the_items_that_they_answer_otherwise() -> None:
+    correct = some(0.8, 0)
+    base, better = of_one_task(correct, "runs/base"), of_one_task(correct | some(0.02, 1), "runs/better")
+    other_items = of_one_task(correct | some(0.02, 1), "runs/better", accuracy=0.88)
+
+    [paired], [apart] = (compare_runs([base, run])["gains"] for run in (better, other_items))
+
+    assert (paired["run"], paired["over"], paired["paired"]) == ("runs/better", "runs/base", True)
+    assert paired["gain"] == apart["gain"] > 2 * paired["gain_se"]
+    assert 0 < paired["gain_se"] < 0.5 * apart["gain_se"]
+    assert apart["gain_se"] == pytest.approx(
+        math.hypot(*(entry["hypervolume_common_se"] for entry in compare_runs([base, other_items])["runs"])), rel=0.25
+    )
+    said = sentences([base, better], compare_runs([base, better]))[0]
+    assert said.startswith("better covers more than base, by more than noise: ")
+    assert said.endswith(" points (both answered the same test items).")
+    said = sentences([base, other_items], compare_runs([base, other_items]))[0]
+    assert "cover the same within noise" in said
+    assert said.endswith(" points (their errors taken as independent).")
+
+
+@pytest.mark.parametrize("lost", ["answers", "task", "given"])
+def test_runs_of_which_it_is_not_known_what_they_were_judged_on_err_apart(lost: str) -> None:
+    correct = some(0.8, 0)
+    one, other = of_one_task(correct, "runs/one"), of_one_task(correct, "runs/other")
+    older = without_answers(other, 1) if lost == "answers" else named(other, "runs/other", **{lost: None})
+    assert compare_runs([one, other])["gains"][0]["paired"]
+    assert not compare_runs([one, older])["gains"][0]["paired"]

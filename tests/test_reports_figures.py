@@ -69,7 +69,7 @@ def test_front_picture_of_a_small_run() -> None:
         (0, "baseline", "test", True, True, ""),
         (1, "verified", "test", True, True, ""),
         (2, "struck out", "test", False, True, "slower"),
-        (3, "predicted", "search", False, False, "2.00 ms is over 1.00 ms"),
+        (3, "predicted", "search", False, False, "2.00 ms is over 1.00 ms by 100 %"),
     ]
     assert info.line == ((pytest.approx(0.51), 0.8), (pytest.approx(0.612), 0.9))
     assert info.labels == ((0, "best · most accurate"), (1, "knee"))

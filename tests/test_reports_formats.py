@@ -87,6 +87,8 @@ def test_formats_through_the_command_line(cli: tiny.Cli, folder: Path, tmp_path:
     assert data["files"] == [str(folder / "report.md")]
     assert (folder / "report.md").read_text().startswith("# run\n")
     assert cli("report", folder, "--format", "csv", "--out", tmp_path / "t.csv").code == 0
+    assert cli("report", folder, "--out", tmp_path / "r.md").code == 0
+    assert (tmp_path / "r.md").read_text().startswith("# ")
     assert (tmp_path / "t.csv").read_text().count("\n") == 4
     sentence = tiny.refused(cli("report", folder, "--format", "pdf"))
     assert sentence == "--format must be one of html, md, csv, parquet, png, svg, but got 'pdf'."

@@ -24,7 +24,7 @@ from fakes_run import (
 )
 from nightpress.reports.front import candidates, picks, rule
 from nightpress.reports.summary import summary, summary_table
-from nightpress.reports.verdict import answer, doubts, findings, verdict
+from nightpress.reports.verdict import answer, doubts, drop_points, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
 
 
@@ -166,7 +166,7 @@ def test_verdict_compares_with_uniform_compression(searched: TrialRecord, expect
         ),
         (
             limited([trial(0), trial(1, 0.9, 0.4)], max_latency_ms=0.3),
-            "trial 1 comes nearest (0.400 ms, 90.0 %, 500 kB)",
+            "trial 1 comes nearest (0.400 ms, 90.0 %, 500 kB): 0.400 ms is over 0.300 ms by 33 %.",
         ),
         (limited([trial(0, 0.8)], min_accuracy=0.9), "No trial is within the limits"),
         (limited([trial(0)], max_size_bytes=10), "No trial is within the limits"),
@@ -178,6 +178,20 @@ def test_verdict_compares_with_uniform_compression(searched: TrialRecord, expect
 )
 def test_verdict_says_what_is_missing(night: RunRecord, expected: str) -> None:
     assert expected in " ".join(findings(night))
+
+
+def test_where_the_limits_struck_out_all_that_was_verified_the_nearest_is_named() -> None:
+    near, far = (verify(trial(n, found, 0.4), struck_out="below") for n, found in ((1, 0.8996), (2, 0.8)))
+    slower = verify(trial(3, 0.95, 0.9), struck_out="not surely faster than the original")
+    wrong = verify(trial(4, 0.8999, 0.4), struck_out="agrees on only 80.0%", top1_agreement=0.8)
+    said = "No trial is within the limits; trial 1 comes nearest (0.408 ms, 90.0 %, 500 kB): "
+    assert findings(limited([far, near, slower, wrong], min_accuracy=0.9)) == [
+        said + "90.0 % is under 90.0 % by 0.040 points."
+    ]
+    assert "0.408 ms is over 0.300 ms by 36 %; 90.0 % is under 91.0 % by 1.0 points." in " ".join(
+        answer(limited([far, near], min_accuracy=0.91, max_latency_ms=0.3))
+    )
+    assert "passed verification; there is no front." in findings(limited([slower, wrong], min_accuracy=0.9))[0]
 
 
 def with_state(**state: Any) -> RunRecord:
@@ -207,10 +221,10 @@ def test_a_gain_is_judged_by_its_noise() -> None:
     near, far = (run([verify(original(0.9)), verify(trial(1, 0.898, ms, 300_000)), int8]) for ms in (0.498, 0.05))
     # Within the noise nothing was beaten, and gain and noise are told in the same unit.
     assert "Whether the search beat the baselines is not shown" in (said := " ".join(findings(near)))
-    assert "points is no more than the " in said
+    assert " is no more than the " in said
     assert "The search beat the baselines: " not in said
     assert "The search beat the baselines: " in (said := " ".join(findings(far)))
-    assert " points, more than the " in said
+    assert " is more than the " in said
 
 
 def test_a_rule_that_was_not_worth_a_long_fine_tune_does_not_spoil_the_comparison() -> None:
@@ -312,11 +326,26 @@ def test_best_keeps_the_accuracy_of_an_original_that_the_limits_strike_out() -> 
     assert rule(night).words == "within 1.0 point of the uncompressed model's accuracy"
 
 
+@pytest.mark.parametrize(("counted", "best", "drop"), [(0.888, False, 1.55), (None, True, 0.95)])
+def test_a_drop_is_counted_against_the_better_of_the_given_and_the_trained_weights(
+    counted: float | None, best: bool, drop: float
+) -> None:
+    """The given network had 88.8 %, and 88.2 after the extra training: no trial may gain by what that cost."""
+    night = run([verify(original(0.882)), verify(trial(1, 0.8725, 0.3))])
+    night = replace(night, state={**night.state, "reference_accuracy": {
+        "given": 0.888, "trained_longer": 0.882, "counted": counted,
+    }})  # fmt: skip
+
+    assert (picks(night).get("best") is night.trials[1]) is best
+    assert drop_points(night, night.trials[1]) == pytest.approx(-drop)
+    assert drop_points(night, night.trials[0]) is None
+
+
 def test_baselines_that_all_are_beyond_the_limits_cover_nothing() -> None:
     struck = verify(original(0.9), struck_out="measured 1.000 ms, above max_latency_ms 0.6")
     night = limited([struck, verify(trial(1, accuracy=0.895, latency_ms=0.3))], max_latency_ms=0.6)
     said = " ".join(verdict(night))
-    assert "The search beat the baselines, which cover nothing within the limits" in said
+    assert "The search beat the baselines: the rules cover nothing (" in said
     assert "No baseline is within the limits." in said
 
 

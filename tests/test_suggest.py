@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import fakes_run
 import tiny
 from nightpress.cli.config import load_config
 from nightpress.evaluators.latency.calibrate import calibrate
@@ -87,6 +89,57 @@ def test_without_verified_trials_accuracies_are_those_that_the_given_networks_sp
 
     assert before
     assert medians() == pytest.approx([accuracy - 0.08 for accuracy in before], abs=1e-3)
+
+
+def judge(run: Path, number: int, accuracy: float, latency_ms: float, struck_out: str, **more: Any) -> None:
+    """Verify a trial, beside an original of 0.87 ms, and strike it out."""
+    record = fakes_run.verify(fakes_run.trial(number, accuracy, latency_ms), struck_out=struck_out, **more)
+    assert record.verified is not None
+    Store(open_storage(run, None)).verify(number, record.verified)
+
+
+def test_what_only_the_limits_of_the_run_struck_out_is_judged_by_the_limits_asked_for(run: Path) -> None:
+    judge(run, 1, 0.85, 0.2, "test accuracy 0.8500 is below min_accuracy 0.9")
+    judge(run, 2, 0.85, 0.9, "not surely faster than the original: 0.918 ms against 0.870 ms")
+    judge(run, 4, 0.84, 0.3, "test accuracy 0.8400 is below min_accuracy 0.9")  # and worse than trial 1
+    judge(run, 3, 0.85, 0.2, "the exported file agrees with torch on only 80.0%", top1_agreement=0.8)
+
+    def within(least: float) -> list[int]:
+        return [entry["trial"] for entry in suggest(read_run(run), Limits(min_accuracy=least))["verified"]]
+
+    assert within(0.8) == [1]
+    assert within(0.86) == []
+
+
+def test_the_command_says_what_the_run_struck_out_and_what_its_accuracies_rest_on(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("suggest", run, "--max-latency-ms", 1e9)
+    basis = tiny.call(*words, "--json", capsys=capsys).json["basis"]
+    assert basis == {"rung": "short", "seen": 8, "shift": 0.0, "verified": 0}
+    assert "+0.0 points against the search split, as the given network's, since none was verified." in said(
+        words, capsys
+    )
+
+    for number in (1, 2):
+        lost = fakes_run.quality(0.9 + 0.01 * number, rung="long")
+        judge(
+            run,
+            number,
+            0.85 + 0.01 * number,
+            0.2 * number,
+            "test accuracy is below min_accuracy 0.9",
+            search_quality=lost,
+        )
+
+    text = said(words, capsys)
+    assert "The run's own limits struck out 1, 2 of them: nightpress export takes such with --force." in text
+    assert "after the rung short, to which 8 trials came, on the test split: -5.0 points" in text
+    assert "against the search split, the mean of 2 verified." in text
+
+
+def said(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> str:
+    return tiny.call(*words, capsys=capsys).out
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,8 @@ function training(trial) {
     ...new Map(trial.stages.filter((s) => (s.losses || []).length > 1).map((s) => [s.rung, s])).values(),
   ];
   const rows = settings(trial.policy);
+  const rate = trial.verified ? trial.verified.rate : 1;
+  if (rate !== 1) rows.push(["Long fine-tune", `${digits(rate)} times that learning rate`]);
   return el(
     "div",
     {},
