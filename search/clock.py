@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import NamedTuple
 
 # Shares of the whole night. What a phase does not use goes to the search, which takes all that is left
 # before the finalists must start.
@@ -29,12 +28,15 @@ NOTICED_SECONDS = 5.0
 """Sleeps and changes of the clock below this are nobody's business."""
 
 
-class Deadline(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Deadline:
     """When a night ends, in seconds since the epoch. ``fixed``: it is a time of day, which a change of the clock leaves
-    where it is; otherwise it is the end of a span, which moves with the clock."""
+    where it is; otherwise it is the end of a span, which moves with the clock. ``given``: when somebody said so, in
+    seconds since the epoch; a budget counts from then on, and a driver has much to import before its first phase."""
 
     epoch: float
     fixed: bool
+    given: float = field(default_factory=time.time, compare=False)
 
 
 def since_boot() -> float:
@@ -66,6 +68,8 @@ class Clock:
     times: Times = field(default_factory=Times)
     planned: dict[str, float] = field(default_factory=dict[str, float])
     """Seconds of the phases that were planned anew."""
+    before: float = 0.0
+    """Seconds of the night that had passed when this was made."""
     _start: float = 0.0
     _last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -83,8 +87,8 @@ class Clock:
 
     @property
     def spent_seconds(self) -> float:
-        """Awake since the driver started."""
-        return self.times.awake() - self._start
+        """Awake since the deadline was given."""
+        return self.before + self.times.awake() - self._start
 
     @property
     def total_seconds(self) -> float:

@@ -134,6 +134,8 @@ def _counts(trial: FrozenTrial) -> bool:
     state = optuna.trial.TrialState
     if trial.state is state.FAIL:
         return by_divergence(attrs.get("reason"))
+    if trial.state is state.PRUNED:  # so is what was never trained; what older versions stopped is COMPLETE to Optuna
+        return attrs.get("state") == TrialState.STOPPED
     return trial.state in {state.COMPLETE, state.RUNNING}
 
 

@@ -50,7 +50,8 @@ class NetAdaptSampler(PolicySampler):
         return None
 
     def cuts(self, policy: Policy) -> list[Policy]:
-        """The steps of a round from a policy, one for each group and block that it may cut."""
+        """The steps of a round from a policy, one for each group and block that it may cut: those that save the round's
+        latency, or, where none does, all."""
         key = digest(policy)
         if key not in self._rounds:
             wanted = (1 - STEP) * self._latency_ms(policy)
@@ -59,7 +60,10 @@ class NetAdaptSampler(PolicySampler):
             for name in blocks if self.space.blocks else ():
                 less = replace(policy, removed_blocks=(*policy.removed_blocks, name))
                 found.append(canonical(less, self.space.anatomy))
-            self._rounds[key] = [cut for cut in found if cut is not None and cut != policy]
+            cuts = [cut for cut in found if cut is not None and cut != policy]
+            # The most accurate cut wins, and that is the one that saves least: they must all save what was asked for.
+            reaching = [cut for cut in cuts if self._latency_ms(cut) <= wanted]
+            self._rounds[key] = reaching or cuts
         return self._rounds[key]
 
     def _cut(self, policy: Policy, name: str, wanted_ms: float) -> Policy | None:

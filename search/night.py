@@ -17,7 +17,7 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.plans import choices_of
 from ..spaces.policy import INT8, Policy, digest
-from . import finalists, long_tuning, planning, prepare
+from . import finalists, long_tuning, planning, prepare, sharing
 from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
@@ -132,7 +132,7 @@ def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> N
             own_policies(session.config.seeds, session.prepared.space)
             _runs_before(session)
         session.update(workers=session.workers)
-        planning.check_budget(session)
+        planning.check_budget(session, others=sharing.look(session))
     with session.phase("calibrate"):
         prepare.calibrate_target(session)
     planning.plan_verify(session)
@@ -164,6 +164,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
     """All that trains. Raises OverdueError when it would take the verification's time."""
     with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
+        sharing.agree(session)  # nothing refuses the night after this: no study keeps the word of one that never was
         _aim(session)
         _run_baselines(session, trials)
         note_gap(session)
@@ -294,7 +295,7 @@ def _enqueue_seeds(session: Session) -> None:
 def earlier_fronts(session: Session) -> list[Policy]:
     """A spread of the fronts of earlier runs of the same model, at most :data:`MOST_EARLIER`: by their accuracies as
     they were recorded and by what this target is predicted to take. Rules, which this night tries anyway, are not among
-    them. Raises InputError when one is not a run of the model."""
+    them. Raises InputError when one is a run of another task or model."""
     runs = _runs_before(session)
     if not runs:
         return []
@@ -328,6 +329,9 @@ def earlier_fronts(session: Session) -> list[Policy]:
 
 
 def _runs_before(session: Session) -> list[RunRecord]:
+    """Raises InputError when one is a run of another task or model. A task is its name: data may have been added to it
+    since, and the digest of what is trained on changes with the seed as well. Older runs do not know theirs."""
+    task = session.prepared.task.name
     runs = [read_run(Path(earlier)) for earlier in session.config.warm_start]
     for run in runs:
         if run.state.get("model") != session.prepared.anatomy.digest:
@@ -335,6 +339,8 @@ def _runs_before(session: Session) -> list[RunRecord]:
                 f"warm_start: {run.path} is a run of model {run.state.get('model')}, this one's is "
                 f"{session.prepared.anatomy.digest}."
             )
+        if run.state.get("task", task) != task:
+            raise InputError(f"warm_start: {run.path} is a run of task {run.state['task']!r}, this one's is {task!r}.")
     return runs
 
 
@@ -371,6 +377,6 @@ def _clock(config: RunConfig, deadline: Deadline | None, state: dict[str, Any], 
         late = length(now - deadline.epoch)
         raise InputError(f"The deadline passed {late} ago, while the night was starting; give it more time.")
     state["deadline_epoch"], state["deadline_fixed"] = deadline.epoch, deadline.fixed
-    clock = Clock(deadline.epoch, deadline.fixed)
+    clock = Clock(deadline.epoch, deadline.fixed, before=max(0.0, now - deadline.given))
     state["shares"] = clock.shares()
     return clock

@@ -35,6 +35,8 @@ LONG = "long:"
 """Study attribute with the accuracy of a trial's long fine-tune, by its number."""
 MEASURED = "measured:"
 """Study attribute with a trial's latency as it was measured after the trial had ended."""
+AGREED, PROPOSED = "agreed:", "proposed:"
+"""Study attributes: a value that all drivers go by, and what each of them would have taken."""
 _LATER = (LONG, MEASURED, "verified:", "hopeless:")
 TAKEN_SECONDS = 60.0
 """A driver that took a policy from the queue says so at once; after so long it must have died before it could."""
@@ -48,7 +50,7 @@ def open_reading(run: Path, url: str | None, study: str = STUDY) -> optuna.stora
     if url is None and not (run / JOURNAL).is_file():
         raise InputError(f"{run}: its study has not begun yet.")
     storage = open_storage(run, url, new=False) if url else optuna.storages.JournalStorage(ReadJournal(run / JOURNAL))
-    if not _has_study(storage, study):
+    if not has_study(storage, study):
         raise InputError(f"{run}: its study has not begun yet.")
     return storage
 
@@ -94,6 +96,24 @@ class Store:
         if known is None:
             self.study.set_user_attr("model", model)
         return len(self.trials())
+
+    def agreed(self, key: str, value: Any) -> Any:
+        """What all drivers of the study go by: the value that was the first to be asked with, whoever asked, as JSON
+        gives it back. A driver that is alone goes by its own."""
+        if self.driver is None:
+            return value
+        if (known := self.known(key)) is None:
+            own = f"{PROPOSED}{key}:{self.driver}"
+            if own not in self.study.user_attrs:
+                self.study.set_user_attr(own, value)  # before it claims the key, so that who holds it has a value
+            holder = self.claims.take(f"{AGREED}{key}") or self.driver
+            known = self.study.user_attrs[f"{PROPOSED}{key}:{holder}"]
+            self.study.set_user_attr(f"{AGREED}{key}", known)
+        return known
+
+    def known(self, key: str) -> Any:
+        """What the study's drivers agreed on, None while none has asked."""
+        return self.study.user_attrs.get(f"{AGREED}{key}")
 
     def ask(self, wanted: int = 1) -> Trial:
         """The next proposal, one of so many that are wanted at once; first those that a killed driver had asked for and
@@ -180,13 +200,14 @@ class Store:
         self.tell(number)
 
     def tell(self, number: int) -> None:
-        """Tell the sampler of a trial whose state is on record."""
+        """Tell the sampler of a trial whose state is on record. Objectives are those of the short fine-tune alone: a
+        lower rung's accuracy beside them would be taken for a worse policy's."""
         record = self.trial(number)
         self._changed.add(number)
         quality, latency = record.quality, record.latency
-        if record.state in {TrialState.COMPLETE, TrialState.STOPPED} and quality and latency and record.size_bytes:
+        if record.state is TrialState.COMPLETE and quality and latency and record.size_bytes:
             self.study.tell(number, [quality.accuracy, latency.latency_ms, float(record.size_bytes)])
-        elif record.state is TrialState.INFEASIBLE:
+        elif record.state in {TrialState.STOPPED, TrialState.INFEASIBLE}:
             self.study.tell(number, state=optuna.trial.TrialState.PRUNED)
         else:
             self.study.tell(number, state=optuna.trial.TrialState.FAIL)
@@ -318,14 +339,14 @@ def check_schema(schema: object) -> None:
 def _study_of(
     storage: optuna.storages.BaseStorage, name: str, sampler: optuna.samplers.BaseSampler | None
 ) -> optuna.Study:
-    if _has_study(storage, name):  # a reader leaves no mark in the record
+    if has_study(storage, name):  # a reader leaves no mark in the record
         return optuna.load_study(study_name=name, storage=storage, sampler=sampler)
     return optuna.create_study(
         storage=storage, study_name=name, directions=DIRECTIONS, sampler=sampler, load_if_exists=True
     )
 
 
-def _has_study(storage: optuna.storages.BaseStorage, name: str) -> bool:
+def has_study(storage: optuna.storages.BaseStorage, name: str) -> bool:
     return name in [study.study_name for study in storage.get_all_studies()]
 
 
@@ -345,7 +366,7 @@ def read_study(run: Path, url: str | None, study: str = STUDY) -> StudyRecord:
     if url is not None:
         storage = open_storage(run, url, new=False)
         try:
-            if not _has_study(storage, study):
+            if not has_study(storage, study):
                 return StudyRecord()
             store = Store(storage, study=study)
             return StudyRecord(store.trials(), store.approvals())

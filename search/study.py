@@ -98,7 +98,8 @@ def end_study(session: Session) -> None:
     """Choose the rungs from what the study has shown, however many policies came to its end."""
     rungs = session.state["rungs"]
     seen = [t for t in session.store.trials() if t.looks and t.state is TrialState.COMPLETE and t.reused_from is None]
-    found, part, bn = choose(seen, rungs["looks"], rungs["short_steps"])
+    found, *own = choose(seen, rungs["looks"], rungs["short_steps"])
+    part, bn = session.store.agreed("part", own)
     told = [f"{_named(c)} {c.rank_correlation:.2f} (90 %: {c.low:.2f} to {c.high:.2f})" for c in found]
     reason = f"{len(seen)} of {rungs['study']} policies went through the whole short fine-tune"
     if told:
@@ -106,6 +107,8 @@ def end_study(session: Session) -> None:
         reason += "clearly worse than the best"
     else:
         reason += f", too few or too alike to say how well a part of it ranks; {LEAST_PAIRS} that differ would do"
+    if [part, bn] != own:
+        reason += "; another driver of the study was the first to end it, and its choice holds"
     said = f"a rung after {part} of {rungs['short_steps']} steps" if part else "no rung in the short fine-tune"
     session.folder.decide(
         "search", said + ("" if bn else ", none before it"), reason,

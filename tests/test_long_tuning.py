@@ -53,7 +53,8 @@ def outcome(job: Job, pace: float) -> Outcome:
 
 def judged(
     folder: Path, *, hours: float = 2.0, least: float | None = 0.87, record: BaseStorage | None = None,
-    finetune: FineTuneConfig | None = None, pace: float = 1.0, untouched: float | None = None, **limits: Any,
+    finetune: FineTuneConfig | None = None, pace: float = 1.0, untouched: float | None = None,
+    driver: str | None = None, **limits: Any,
 ) -> Session:  # fmt: skip
     """A night whose rules have had their short fine-tune: 50 s for one, as much as an hour has seventy-two of.
     ``untouched`` is the accuracy of rules that cut nothing before any fine-tune."""
@@ -70,7 +71,7 @@ def judged(
         "rungs": {"short_steps": SHORT, "long_steps": 2 * EPOCH, "finalists": 8, "epoch_steps": EPOCH},
         "reference": {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6},
     }  # fmt: skip
-    store, runner = Store(record or InMemoryStorage()), Instant(lambda job: outcome(job, pace))
+    store, runner = Store(record or InMemoryStorage(), driver=driver), Instant(lambda job: outcome(job, pace))
     session.provide(
         store=store, jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print),
         prepared=Prepared(task=TASK, anatomy=SPACE.anatomy, space=SPACE, train_items=64 * EPOCH, step_ms=140),
@@ -89,6 +90,8 @@ def finish(
     enqueue(session, policy, role, name)
     trial = store.study.ask()
     store.begin(trial, policy, 0.0)
+    if store.driver is not None:
+        store.note(trial.number, driver=store.driver)
     latency = {"latency_ms": latency_ms, "low_ms": 0.8 * latency_ms, "high_ms": 1.2 * latency_ms, "measured": False}
     store.note(trial.number, predicted=latency, size_bytes=80_000, macs=1, params=1)
     for rung, seconds in (("bn", 1.0), ("short", 50.0)):
@@ -376,6 +379,35 @@ def test_the_config_fixes_the_length_and_the_number_of_finalists(tmp_path: Path,
     session.state["rungs"] |= given
     train_rules(session)
     assert session.state["rungs"] | given == session.state["rungs"]
+
+
+def test_drivers_of_a_study_train_their_finalists_equally_long(tmp_path: Path) -> None:
+    """The second one joins late, and the rules are those of the first."""
+    record = InMemoryStorage()
+    one = judged(tmp_path / "one", record=record, driver="one")
+    size_long(one)
+    other = judged(tmp_path / "other", hours=0.7, record=record, driver="other")
+    size_long(other)
+    alone = judged(tmp_path / "alone", hours=0.7)
+    size_long(alone)
+
+    lengths = [session.state["rungs"]["long_steps"] for session in (one, other, alone)]
+    assert lengths[0] == lengths[1] != lengths[2]
+    other.update()
+    assert [d["reason"] for d in read_run(tmp_path / "other").decisions][-1].startswith("as the study has it")
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(4 * SHORT, 2.0), (SHORT // 2, 1.0)])
+def test_a_length_in_the_config_is_told_once_with_what_it_does_to_learning_rates(
+    tmp_path: Path, steps: int, rate: float
+) -> None:
+    session = judged(tmp_path, finetune=FineTuneConfig(long_steps=steps))
+    session.state["rungs"] |= {"long_steps": steps}
+    for _ in range(2):
+        size_long(session)
+    [told] = [d for d in read_run(tmp_path).decisions if d["decision"] == f"long fine-tunes of {steps} steps"]
+    assert told["reason"] == "as the config has it"
+    assert told["evidence"] == {"learning_rate_times": rate}
 
 
 def test_before_its_first_trial_the_search_keeps_for_the_finalists_what_they_will_take(tmp_path: Path) -> None:

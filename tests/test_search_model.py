@@ -345,7 +345,7 @@ HARSH = [trial(10 + i, macs=50_000, accuracies=(0.20, 0.90), latency_ms=0.1) for
 def test_a_harsh_policy_is_judged_by_what_harsh_ones_gained() -> None:
     record = trial(99, macs=50_000, accuracies=(0.2,), latency_ms=0.09)
 
-    assert Judge([*MILD, *HARSH]).likely_gain(record) == pytest.approx(0.7)
+    assert Judge([*MILD, *HARSH]).hope(record) == pytest.approx(0.2 + 0.7 + 0.01)
     assert Judge([*MILD, *HARSH]).verdict(record) is None  # faster than all others, and it may reach 0.9
 
 
@@ -354,7 +354,7 @@ def test_a_trial_that_cannot_reach_the_front_any_more_is_stopped() -> None:
     found = Judge(MILD).verdict(record)
 
     assert found is not None
-    assert found.reason == "even 0.9200 would be dominated"
+    assert found.reason == "even 0.9500 would be dominated"  # no less than what they came to
     assert Judge(MILD).verdict(replace(record, role="seed")) is None
 
 

@@ -1,11 +1,13 @@
 """A night that begins with what earlier ones found: a few policies of their fronts, which it can train."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from nightpress.search.config import Limits
@@ -15,6 +17,7 @@ from nightpress.search.records import TrialState
 from nightpress.search.session import Prepared, Session
 from nightpress.search.storages import open_storage
 from nightpress.search.trials import enqueue
+from nightpress.spaces.errors import InputError
 from nightpress.spaces.plans import Choices, policy_at
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import Space, canonical, uniform
@@ -144,3 +147,22 @@ def test_policies_beyond_a_limit_of_this_night_are_not_among_its_first_trials(tm
     session.config = replace(session.config, limits=Limits(max_latency_ms=between_ms))
 
     assert digests(earlier_fronts(session)) == digests(tried[:1])
+
+
+def test_a_run_of_another_task_is_refused_though_its_model_has_the_same_shape(tmp_path: Path) -> None:
+    before = earlier(tmp_path / "before", narrowed([0.5]))
+    state = json.loads((before / "state.json").read_text())
+    (before / "state.json").write_text(json.dumps({**state, "task": "signs"}))
+
+    message = rf"^warm_start: {before} is a run of task 'signs', this one's is '{TASK.name}'\.$"
+    with pytest.raises(InputError, match=message):
+        earlier_fronts(next_night(tmp_path / "next", before))
+
+
+def test_a_run_of_the_same_task_with_other_data_or_of_an_older_version_is_taken(tmp_path: Path) -> None:
+    before = earlier(tmp_path / "before", narrowed([0.5]))
+    state = json.loads((before / "state.json").read_text())
+    assert "task" not in state
+    for name, known in {"older": {}, "more data": {"task": TASK.name, "data": "another digest"}}.items():
+        (before / "state.json").write_text(json.dumps({**state, **known}))
+        assert len(earlier_fronts(next_night(tmp_path / name, before))) == 1
