@@ -22,8 +22,16 @@ from ..evaluators.data import Arrays, materialise, split_search
 from ..evaluators.evaluate import GIVEN, SENSITIVITY, Evaluator, Job, Recipe
 from ..evaluators.importance import saliency, scores
 from ..evaluators.inspect import inspect, network_of
-from ..evaluators.latency.capabilities import MEASURED_BESIDE, beside_profile, capabilities, capabilities_from_dict
+from ..evaluators.latency.capabilities import (
+    MEASURED_BESIDE,
+    Capabilities,
+    beside_profile,
+    capabilities,
+    capabilities_from_dict,
+    measure_capabilities,
+)
 from ..evaluators.latency.profile import is_remote, load_profile
+from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
@@ -103,12 +111,17 @@ def _jobs(session: Session, recipe: Recipe) -> Jobs:
 def _capable(session: Session, config: RunConfig) -> RunConfig:
     """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
     and a resumed night keeps those that it began with."""
-    if config.target_profile is not None or session.places.target_node:
+    if config.target_profile is not None:
+        return config
+    if session.places.target_node and config.target.runtime not in PROVIDERS:  # what it runs, its own graph would tell
+        session.folder.decide(
+            "inspect", "took the usual channel steps", f"what a node's {config.target.runtime} can do is not measured"
+        )
         return config
     known = session.state.get("capabilities")
     if known is None:
         session.update(activity="measuring what the target can do")
-        known = capabilities(config.target).to_dict()
+        known = _measured(session, config).to_dict()
         session.update(capabilities=known)
     found = capabilities_from_dict(known)
     target = found.applied(config.target, [LayerBits(weights=w, activations=a) for w in config.space.bits.weights
@@ -123,6 +136,13 @@ def _capable(session: Session, config: RunConfig) -> RunConfig:
     )  # fmt: skip
     session.config = replace(config, target=target)
     return session.config
+
+
+def _measured(session: Session, config: RunConfig) -> Capabilities:
+    if not session.places.target_node:
+        return capabilities(config.target)
+    with session.places.timer(config.target, lambda timings: None) as timer:
+        return measure_capabilities(config.target, timer)
 
 
 def _data_digest(train: Arrays) -> str:

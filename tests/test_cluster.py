@@ -13,6 +13,7 @@ import pytest
 
 from fakes_jobs import Acting, job
 from nightpress.evaluators.evaluate import Outcome
+from nightpress.evaluators.latency.capabilities import measure_capabilities
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.search.cluster import Needs, connect
 from nightpress.search.config import AUTO, RAY, Resources, SearchConfig
@@ -131,6 +132,9 @@ def test_a_lost_node_loses_no_job_and_the_target_node_is_where_models_are_timed(
         assert cluster.has_target
         timer = NodeTimer(cluster, Target())
         assert timer.fingerprint() == fingerprint(Target())
+        capable = measure_capabilities(Target(), timer)
+        assert {(w.weights, w.activations): w.kernel for w in capable.widths}[8, 8] == "int8"
+        assert len(capable.stairs) >= 2
         with pytest.raises(InputError, match=r"node nightpress_target: target.threads must be between 1 and"):
             NodeTimer(cluster, Target(threads=999)).check()
 

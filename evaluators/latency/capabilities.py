@@ -5,6 +5,7 @@ Probes are pairs of layers around a width, written by the same builder as every 
 and fusions that a pruned network meets.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -151,15 +152,15 @@ def capabilities(target: Target, *, fresh: bool = False) -> Capabilities:
     return found
 
 
-def measure_capabilities(target: Target) -> Capabilities:
-    """Time all probes. Raises MeasurementError."""
+def measure_capabilities(target: Target, timer: Timer | None = None) -> Capabilities:
+    """Time all probes, by a ``timer`` of another machine on that one. Raises MeasurementError."""
     start = time.perf_counter()
     plans = probes()
     with tempfile.TemporaryDirectory(prefix="nightpress-") as folder:
         files = {key: Path(folder) / f"{number}.onnx" for number, key in enumerate(plans)}
         for key, path in files.items():
             write_random(plans[key], path)
-        with Timer(target) as timer:
+        with Timer(target) if timer is None else contextlib.nullcontext(timer) as timer:
             timings = timer.time(files, None, window_ms=WINDOW_MS, round_ms=ROUND_MS, most_rounds=MOST_ROUNDS)
             if target.runtime in PROVIDERS:  # the profiler tells the kernels of each provider
                 bits = {key: files[key] for key in map(_bits_key, PAIRS)}
