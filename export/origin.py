@@ -1,14 +1,12 @@
 """Where an export comes from: what its files say of the night, the task and the target, but cannot measure."""
 
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from ..evaluators.latency.target import Target, fingerprint, fingerprint_to_dict, target_from_dict, target_to_dict
-from ..search.mark import is_ours
 from ..search.records import PICK, RunRecord, TrialRecord
 
 
@@ -82,7 +80,7 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
         digest=trial.digest,
         policy=trial.policy,
         target=target,
-        device=_device(run, target),
+        device=_device(run),
         digests={key: run.state.get(key) for key in ("model", "data", "code")},
         reference_accuracy=_reference_accuracy(run),
         original_bytes=original.size_bytes if original is not None else None,
@@ -95,16 +93,14 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
     )  # fmt: skip
 
 
-def _device(run: RunRecord, target: Target) -> Mapping[str, Any]:
-    """The device that latencies hold for: the profile's. One that was taken by force may be of another, and what was
-    measured then was measured on the run's own machine, of which the record has nothing but the name; that is told
-    apart from its namesakes by the key of whoever began the run. A cluster may have measured anywhere."""
+def _device(run: RunRecord) -> Mapping[str, Any]:
+    """The device that latencies hold for: of a kit the profile's, else the one that the night measured on, which a
+    profile that was taken by force is not of. Older runs did not record it."""
     found = run.target or {}
-    if found.get("remote") or not found.get("forced"):
+    measured_on: Mapping[str, Any] | None = run.state.get("device")
+    if found.get("remote") or (measured_on is None and not found.get("forced")):
         return found.get("device") or {}
-    alone = not (run.config.get("search") or {}).get("address")
-    here = alone and run.state.get("host") == socket.gethostname() and is_ours(run)
-    return fingerprint_to_dict(fingerprint(target)) if here else {}
+    return measured_on or {}
 
 
 def _absolute(task: str, base: str | None) -> str:

@@ -31,6 +31,7 @@ from ..evaluators.latency.capabilities import (
     measure_capabilities,
 )
 from ..evaluators.latency.profile import is_remote, load_profile
+from ..evaluators.latency.target import fingerprint_to_dict
 from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
@@ -284,13 +285,12 @@ def _between(value: float, low: int, high: int) -> int:
 def calibrate_target(session: Session) -> None:
     """Load the run's profile, or the config's, or measure one here and now; then check the limits."""
     config, anatomy = session.config, session.prepared.anatomy
-    own = session.folder.path / TARGET
+    own, here = session.folder.path / TARGET, session.places.fingerprint(config.target)
     begun = own.is_file()
     if begun:
         forced = config.force or bool(session.state.get("forced"))
-        profile = load_profile(own, anatomy, here=session.places.fingerprint(config.target), force=forced)
+        profile = load_profile(own, anatomy, here=here, force=forced)
     elif config.target_profile is not None:
-        here = session.places.fingerprint(config.target)
         profile = load_profile(Path(config.target_profile), anatomy, here=here, force=config.force)
     else:
         profile = measure_target(session)
@@ -302,7 +302,7 @@ def calibrate_target(session: Session) -> None:
     for difference in profile.forced:
         log.warning("the profile is used all the same: %s", difference)
         session.folder.decide("calibrate", "the profile is used all the same", difference)
-    session.update(forced=session.forced)
+    session.update(forced=session.forced, device=fingerprint_to_dict(here))
 
 
 def _beside_profile(session: Session) -> dict[str, Any]:
