@@ -1,5 +1,6 @@
 """Convolutions that torch's kernels for CPUs cannot be trusted with, said in another way."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,11 +21,11 @@ def is_risky(layer: nn.Module) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """Computes what torch's does. Where that is risky, the inputs between the strides, which a kernel of one pixel
-    never sees, are left out first; without a stride nothing goes wrong."""
+    """Computes what torch's does. Where its gradient is risky, the inputs between the strides, which a kernel of one
+    pixel never sees, are left out first; without a stride nothing goes wrong."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not is_risky(self):
+        if not (torch.is_grad_enabled() and is_risky(self)):
             return super()._conv_forward(input, weight, bias)
         down, right = self.stride
         return F.conv2d(input[..., ::down, ::right], weight, bias)
