@@ -32,7 +32,7 @@ from ..search.prepare import space_of
 from ..search.proposals import baselines
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import Policy, digest
+from ..spaces.policy import INT8, Policy, digest
 from .output import write_file
 
 log = logging.getLogger("nightpress")
@@ -88,7 +88,9 @@ def _drawing(anatomy: Anatomy, target: Target, seed: int) -> tuple[Callable[[int
     """Draws random policies of the space; and those that every calibration measures."""
     space = space_of(anatomy, RunConfig(task="", base=None, out=Path(), target=target))
     generator = np.random.default_rng(seed)
-    return lambda count: [space.random(generator) for _ in range(count)], list(baselines(anatomy, True).values())
+    return lambda count: [space.random(generator) for _ in range(count)], list(
+        baselines(anatomy, True, integers=space.integers or INT8).values()
+    )
 
 
 def warn_of_noise(timings: Mapping[str, Timing], *, elsewhere: bool = False) -> None:

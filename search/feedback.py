@@ -12,7 +12,7 @@ from ..evaluators.latency.nodes import Matcher
 from ..evaluators.latency.predictor import LEAST_DRIFT, LEAST_POINTS
 from ..evaluators.latency.profile import Point, Profile, drift, point_of
 from ..spaces.errors import InputError
-from ..spaces.policy import Policy
+from ..spaces.policy import INT8, Policy
 from .clock import ENDING, Clock
 from .proposals import baselines
 from .session import Session
@@ -32,7 +32,9 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     def draw(count: int) -> list[Policy]:
         return [prepared.space.random(generator) for _ in range(count)]
 
-    always, candidates = list(baselines(prepared.anatomy, bool(config.space.distill)).values()), list[Policy]()
+    integers = prepared.space.integers or INT8
+    always = list(baselines(prepared.anatomy, bool(config.space.distill), integers=integers).values())
+    candidates = list[Policy]()
     if policies is None and config.calibration_policies is not None:
         policies = [*draw(max(LEAST_POINTS, config.calibration_policies)), *always]
         candidates = draw(CANDIDATES)

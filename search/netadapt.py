@@ -6,7 +6,7 @@ import numpy as np
 from optuna.study import Study
 
 from ..spaces.plans import choices_of
-from ..spaces.policy import INT8, Policy, digest
+from ..spaces.policy import Policy, digest
 from ..spaces.space import canonical, uniform
 from .policy_sampler import PolicySampler
 
@@ -36,7 +36,7 @@ class NetAdaptSampler(PolicySampler):
             qualities = tried[digest(cut)].user_attrs.get("qualities", [])
             return max((q["accuracy"] for q in qualities[-1:]), default=-np.inf)
 
-        bits = INT8 if INT8 in self.space.bit_choices else self.space.bit_choices[0]
+        bits = self.space.integers or self.space.bit_choices[0]
         policy = uniform(self.space.anatomy, width=1, bits=bits)
         while cuts := self.cuts(policy):
             untried = next((cut for cut in cuts if digest(cut) not in tried), None)

@@ -16,7 +16,7 @@ import yaml
 from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.plans import choices_of
-from ..spaces.policy import INT8, Policy, digest
+from ..spaces.policy import Policy, digest
 from . import finalists, long_tuning, planning, prepare, sharing
 from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
@@ -281,7 +281,7 @@ def _enqueue_seeds(session: Session) -> None:
     _enqueue(session, "seed", [(policy, None) for policy in seeds])
     if own:
         session.folder.decide("sensitivity", f"enqueued {len(own)} policies of the user", "seeds")
-    if INT8 in prepared.space.bit_choices:
+    if prepared.space.integers is not None:
         reason = "from uniform INT8, each step the cut with the most time and bytes saved per damage"
     else:
         reason = "each step the cut with the most time and bytes saved per damage"

@@ -37,7 +37,7 @@ from ..evaluators.task import Task, check_task, load_task, picked
 from ..evaluators.training import Trainer, probe
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
-from ..spaces.policy import Distill, LayerBits, Policy
+from ..spaces.policy import INT8, Distill, LayerBits, Policy
 from ..spaces.space import Offer, Space
 from . import limits, study
 from .config import RunConfig
@@ -135,6 +135,12 @@ def _capable(session: Session, config: RunConfig) -> RunConfig:
         f"precision costs {1000 * found.change_ms:.1f} µs on {found.change_elements} numbers",
         settled=found.settled,
     )  # fmt: skip
+    if target.integer_bits < 8:
+        session.folder.decide(
+            "inspect",
+            f"integer weights have {target.integer_bits} bits",
+            "those of 8 take slower kernels on this target",
+        )
     session.config = replace(config, target=target)
     return session.config
 
@@ -266,7 +272,10 @@ def size_rungs(session: Session) -> None:
 def rules_of(session: Session) -> dict[str, Policy]:
     """The simple rules of this night, global magnitude among them."""
     prepared = session.prepared
-    return baselines(prepared.anatomy, bool(session.config.space.distill), magnitudes(prepared.task, prepared.anatomy))
+    return baselines(
+        prepared.anatomy, bool(session.config.space.distill), magnitudes(prepared.task, prepared.anatomy),
+        prepared.space.integers or INT8,
+    )  # fmt: skip
 
 
 def magnitudes(task: Task, anatomy: Anatomy) -> dict[str, list[float]] | None:

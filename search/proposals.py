@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..spaces.anatomy import Anatomy
 from ..spaces.errors import InputError
 from ..spaces.plans import choices_of
-from ..spaces.policy import FP32, INT8, Distill, Policy, policy_from_json
+from ..spaces.policy import FP32, INT8, Distill, LayerBits, Policy, policy_from_json
 from ..spaces.space import Space, bits_name, canonical, check_policy, uniform
 from .costs import Costs, ManyCosts
 from .records import UNCOMPRESSED
@@ -41,9 +41,10 @@ class Sensitivity:
 
 
 def baselines(
-    anatomy: Anatomy, distill: bool, scores: Mapping[str, Sequence[float]] | None = None
+    anatomy: Anatomy, distill: bool, scores: Mapping[str, Sequence[float]] | None = None, integers: LayerBits = INT8
 ) -> dict[str, Policy]:
-    """The simple rules that a search must beat, by name. The uncompressed model is trained without distillation.
+    """The simple rules that a search must beat, by name. The uncompressed model is trained without distillation. INT8
+    layers have the bits ``integers``, of whose weights the target may run 7 faster.
 
     ``scores`` are the channels' magnitudes by group, each group's with a mean of 1; without them there is no global
     magnitude among the rules.
@@ -52,15 +53,15 @@ def baselines(
     like = Policy(model=anatomy.digest) if distill else plain
     rules = {
         UNCOMPRESSED: canonical(plain, anatomy),
-        "uniform INT8": uniform(anatomy, width=1, bits=INT8, like=like),
+        "uniform INT8": uniform(anatomy, width=1, bits=integers, like=like),
     }
     if not anatomy.groups:
         return rules
     for width in (0.75, 0.5, 0.25):
         rules[f"uniform {width:.0%} fp32"] = uniform(anatomy, width=width, bits=FP32, like=like)
-        rules[f"uniform {width:.0%} INT8"] = uniform(anatomy, width=width, bits=INT8, like=like)
+        rules[f"uniform {width:.0%} INT8"] = uniform(anatomy, width=width, bits=integers, like=like)
     for width in (0.5, 0.25) if scores else ():
-        rules[f"global magnitude {width:.0%} INT8"] = global_magnitude(anatomy, scores or {}, width, like)
+        rules[f"global magnitude {width:.0%} INT8"] = global_magnitude(anatomy, scores or {}, width, like, integers)
     return rules
 
 
@@ -69,17 +70,19 @@ def rule_count(space: Space) -> int:
     counted, since their twins are nearly always better (see :func:`pointless`)."""
     scores = {group.name: [1.0] * group.channels for group in space.anatomy.groups}
     rules = baselines(space.anatomy, distill=True, scores=scores)
-    twins = sum(name.endswith("fp32") for name in rules) if INT8 in space.bit_choices else 0
+    twins = sum(name.endswith("fp32") for name in rules) if space.integers is not None else 0
     return len(rules) - twins + (len(GREEDY_WIDTHS) if scores else 0)
 
 
-def global_magnitude(anatomy: Anatomy, scores: Mapping[str, Sequence[float]], width: float, like: Policy) -> Policy:
+def global_magnitude(
+    anatomy: Anatomy, scores: Mapping[str, Sequence[float]], width: float, like: Policy, integers: LayerBits = INT8
+) -> Policy:
     """All layers in INT8; of all channels together the weakest go until the share ``width`` is left (Han et al. 2015,
     with channels for weights)."""
     everything = np.sort(np.concatenate([np.asarray(scores[g.name], dtype=np.float64) for g in anatomy.groups]))
     threshold = everything[min(len(everything) - 1, round((1 - width) * len(everything)))]
     ratios = {g.name: float(np.mean(np.asarray(scores[g.name]) < threshold)) for g in anatomy.groups}
-    bits = {layer.name: INT8 for layer in anatomy.layers}
+    bits = {layer.name: integers for layer in anatomy.layers}
     return canonical(replace(like, prune={n: min(r, 0.999) for n, r in ratios.items()}, bits=bits), anatomy)
 
 
@@ -105,7 +108,7 @@ def probes(space: Space) -> dict[tuple[str, str, str], Policy]:
     for block in space.anatomy.blocks if space.blocks else ():
         found["block", block.name, ""] = canonical(replace(plain, removed_blocks=(block.name,)), space.anatomy)
     for pair in space.bit_choices:
-        if pair.weights < 8:  # eight bits cost next to nothing: not worth a probe a layer
+        if pair.weights < 7:  # seven bits cost next to nothing: not worth a probe a layer
             for layer in space.anatomy.layers:
                 found["bits", layer.name, bits_name(pair)] = replace(plain, bits={layer.name: pair})
     return found
@@ -137,7 +140,7 @@ def greedy_walk(space: Space, sensitivity: Sensitivity, costs: ManyCosts, count:
         """Time and size count alike, as ratios; shape (n,)."""
         return np.log(costs(choices_of(space.anatomy, policies))).sum(axis=1)
 
-    start = INT8 if INT8 in space.bit_choices else space.bit_choices[0]
+    start = space.integers or space.bit_choices[0]
     walk = [uniform(space.anatomy, width=1, bits=start)]
     [price_now] = price(walk)
     while cuts := _cuts(space, walk[-1]):
@@ -172,10 +175,18 @@ def own_policies(files: Sequence[str], space: Space) -> list[Policy]:
             text = Path(name).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"seeds: {name} cannot be read: {error}.") from None
-        policy = policy_from_json(text, f"seeds: {name}")
+        policy = _as_run(policy_from_json(text, f"seeds: {name}"), space)
         check_policy(policy, space.anatomy, space.bit_choices, f"seeds: {name}")
         found.append(canonical(policy, space.anatomy))
     return found
+
+
+def _as_run(policy: Policy, space: Space) -> Policy:
+    """Integers of eight bits as the target runs them."""
+    if space.integers is None or INT8 in space.bit_choices:
+        return policy
+    bits = {name: space.integers if pair == INT8 else pair for name, pair in policy.bits.items()}
+    return replace(policy, bits=bits)
 
 
 def greedy_rules(walk: Sequence[Policy], rules: Mapping[str, Policy], costs: Costs) -> dict[str, Policy]:

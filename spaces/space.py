@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +59,11 @@ class Space(Offer):
     anatomy: Anatomy
     max_ratio: float
     bit_choices: tuple[LayerBits, ...]
+
+    @property
+    def integers(self) -> LayerBits | None:
+        """The most exact of the pairs that run on integers, None where none does."""
+        return max((pair for pair in self.bit_choices if pair.int8), key=astuple, default=None)
 
     def sample(self, suggest: Suggest) -> Policy:
         """One policy, asked choice by choice; every parameter is always asked, so the space is flat."""

@@ -481,8 +481,8 @@ def test_a_target_is_a_profile_file_beside_the_config(load: Load, tmp_path: Path
 
 
 NO_PROFILES = ["[]", "{}", "not json", '{"target": {}}', 2000 * "[", '{"target": {"disabled_optimizers": [], "x": 1}}']
-REFUSED = {text: "not a profile of nightpress calibrate" for text in NO_PROFILES}
-REFUSED['{"target": {"disabled_optimizers": null}}'] = "target.disabled_optimizers must be a list of texts, but got None"
+REFUSED = dict.fromkeys(NO_PROFILES, "not a profile of nightpress calibrate")
+REFUSED['{"target": {"disabled_optimizers": null}}'] = "target.disabled_optimizers must be a list of texts, but got"
 
 
 @pytest.mark.parametrize("text", REFUSED)

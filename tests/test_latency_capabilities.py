@@ -1,6 +1,7 @@
 """What a target can do, by measurement, and what the space makes of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,11 @@ from nightpress.evaluators.latency.capabilities import (
     steps_of,
 )
 from nightpress.evaluators.latency.target import CHANNEL_STEPS, Target, target_from_dict, target_to_dict
-from nightpress.spaces.policy import FP32, INT8, LayerBits
+from nightpress.search.proposals import Sensitivity, baselines, greedy_walk, own_policies
+from nightpress.spaces.policy import FP32, INT8, LayerBits, policy_to_json
+from nightpress.spaces.space import Space, uniform
+from strategies import toy_anatomy
+from test_search import batch_costs_of
 
 WIDTHS = NARROW + WIDE
 
@@ -62,7 +67,7 @@ def test_a_target_is_measured_once_and_told_to_space_profile_and_report() -> Non
     found = capabilities(Target())
 
     assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
-        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (7, 8): "int8", (4, 8): "int8"
     }  # fmt: skip
     assert found.integer_kernels
     assert all(width.speedup > 0 for width in found.widths)
@@ -92,6 +97,46 @@ def test_integers_alone_on_a_device_without_them_take_the_steps_of_fp32() -> Non
 
     assert target.channel_steps == ((0, 8), (64, 8))
     assert target.bit_choices((8,), (8,)) == (FP32,)
+
+
+def capable(seven: float, *, settled: bool = True) -> Capabilities:
+    """A device whose integers of 7 bits are so many times as fast as those of 8."""
+    stairs = (Stair(name=f"{CONV} {kind}", points=tuple(treads(4).items())) for kind in ("fp32", "INT8"))
+    widths = ((8, 1.2), (7, 1.2 * seven))
+    return Capabilities(
+        stairs=tuple(stairs), change_ms=0.0, change_elements=1, settled=settled, seconds=1.0,
+        widths=tuple(Width(weights=w, activations=8, kernel="int8", speedup=speedup) for w, speedup in widths),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("seven", "settled", "bits"), [(1.5, True, 7), (1.05, True, 8), (1.5, False, 8)])
+def test_where_seven_bits_are_clearly_faster_than_eight_integers_have_seven(
+    seven: float, settled: bool, bits: int
+) -> None:
+    target = capable(seven, settled=settled).applied(Target())
+
+    assert target.bit_choices((8, 32), (8, 32)) == (
+        FP32, LayerBits(weights=bits, activations=8), LayerBits(weights=8, activations=32),
+    )  # fmt: skip
+    assert target.bit_choices((7, 8), (8,)) == tuple(LayerBits(weights=w, activations=8) for w in sorted({7, bits}))
+
+
+def test_rules_walk_and_the_user_s_own_integers_are_as_the_target_runs_them(tmp_path: Path) -> None:
+    target = capable(1.5).applied(Target())
+    anatomy = toy_anatomy()
+    space = Space(anatomy=anatomy, max_ratio=0.8, bit_choices=target.bit_choices((8, 32), (8, 32)))
+    seven = LayerBits(weights=7, activations=8)
+    assert space.integers == seven
+    own = tmp_path / "own.json"
+    own.write_text(policy_to_json(uniform(anatomy, width=0.5, bits=INT8)))
+
+    rules = baselines(anatomy, distill=True, integers=seven)
+    walk = greedy_walk(space, Sensitivity(), batch_costs_of(anatomy), 3)
+    [seed] = own_policies([str(own)], space)
+
+    for policy in (*(rules[name] for name in rules if name.endswith("INT8")), *walk, seed):
+        assert set(policy.bits.values()) == {seven}
+        assert space.contains(policy)
 
 
 def test_without_integer_kernels_the_space_offers_none() -> None:

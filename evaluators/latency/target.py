@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from ...spaces.errors import InputError
-from ...spaces.policy import FP32, INT8, LayerBits
+from ...spaces.policy import FP32, LayerBits
 from . import timer
 from .recorded import are_texts, is_whole
 
@@ -28,18 +28,25 @@ class Target:
     """(from this width on, this step), by width; measured where the target was calibrated."""
     integer_kernels: bool = True
     """Whether layers of 8 bits run on integers."""
+    integer_bits: int = 8
+    """Of the weights of layers that run on integers: 7 where the target was measured to take slower kernels for 8."""
 
     def bit_choices(self, weights: tuple[int, ...], activations: tuple[int, ...]) -> tuple[LayerBits, ...]:
         """(weights, activations) pairs worth offering: fp32, integer kernels, and weights stored small.
 
         Fewer than 8 bits run on the INT8 kernel and save neither time nor raw bytes: they are offered only because
-        the user listed them. Weights of 16 bits are computed with in 32; no kernel takes activations of 16.
+        the user listed them, but for ``integer_bits`` in the place of 8. Weights of 16 bits are computed with in 32; no
+        kernel takes activations of 16.
         """
         pairs = [FP32] if 32 in weights and 32 in activations else []
         pairs += [LayerBits(weights=16)] if 16 in weights and 32 in activations else []
         for width in sorted(w for w in weights if w <= 8 and self.integer_kernels):
-            pairs += [LayerBits(weights=width, activations=a) for a in sorted(activations) if a != 16]
-        return tuple(pairs) or (INT8 if self.integer_kernels else FP32,)
+            pairs += [
+                LayerBits(weights=min(width, self.integer_bits) if a <= 8 else width, activations=a)
+                for a in sorted(activations) if a != 16
+            ]  # fmt: skip
+        integers = LayerBits(weights=self.integer_bits, activations=8)
+        return tuple(dict.fromkeys(pairs)) or (integers if self.integer_kernels else FP32,)
 
     def channel_step(self, channels: int) -> int:
         """The step on which the kernels run well for a layer of this width."""
@@ -173,4 +180,5 @@ _TARGET_RULES: Rules = {
     "disabled_optimizers": (are_texts, "a list of texts"),
     "channel_steps": (_are_steps, "a list of [width, step] by width, the first of width 0"),
     "integer_kernels": (lambda value: isinstance(value, bool), "true or false"),
+    "integer_bits": (lambda value: is_whole(value) and value <= 8, "a whole number from 1 to 8"),
 }  # fmt: skip
