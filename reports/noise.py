@@ -51,7 +51,7 @@ class Gain(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether what luck leaves of it is more than two standard errors, which chance does in one of forty nights."""
+        """Whether what luck leaves of it is more than two standard errors: by chance in about one of twenty nights."""
         return self.gain - self.luck > 2 * self.error
 
 

@@ -64,20 +64,25 @@ def measure_target(session: Session, policies: list[Policy] | None = None) -> Pr
     return profile
 
 
-def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping[str, Timing],
-              sizes: Mapping[str, int]) -> None:  # fmt: skip
+def feed_back(
+    session: Session, policies: Mapping[str, Policy], timings: Mapping[str, Timing], sizes: Mapping[str, int],
+    *, recalibrate: bool = True,
+) -> float:  # fmt: skip
     """Add measurements of policies, by the keys of their timings, to the profile and fit it again. Where the reference
-    has drifted beyond its repeat error, the calibration's policies are measured again first. A profile that is used
-    although it is of another device learns nothing from this one."""
+    has drifted beyond its repeat error, the calibration's policies are measured again first, if that is asked for. A
+    profile that is used although it is of another device learns nothing from this one. Returns how many times as slow
+    as by the profile the device is now."""
     if session.profile.forced:
-        return
+        return 1.0
     profile, reference, level = session.profile, timings.get(REFERENCE), 1.0
     moved = drift(profile, reference) if reference is not None else 0.0
     if reference is not None and abs(moved) > max(LEAST_DRIFT, profile.reference_repeat_error, reference.repeat_error):
         evidence = {"reference_ms": reference.latency_ms, "calibrated_ms": profile.reference_ms}
         reason = f"the uncompressed model took {reference.latency_ms:.3g} ms, {moved:+.1%} against the calibration"
         level = 1 + moved
-        if has_time(session.clock, profile.seconds):
+        if not recalibrate:
+            session.folder.decide("search", "times are taken at the calibration's pace", reason, **evidence)
+        elif has_time(session.clock, profile.seconds):
             session.folder.decide("search", "calibrate the target again", reason, **evidence)
             try:
                 profile, level = measure_target(session, [p.policy for p in profile.points]), 1.0
@@ -100,6 +105,7 @@ def feed_back(session: Session, policies: Mapping[str, Policy], timings: Mapping
         f"{profile.predictor.design}: held-out error {after.mape:.1%} over {after.n}, before {before.mape:.1%} over "
         f"{before.n}",
     )  # fmt: skip
+    return level
 
 
 def _at_level(point: Point, level: float) -> Point:

@@ -38,8 +38,9 @@ def remeasure_seconds(session: Session) -> float:
     return min(MOST_REMEASURED, session.store.tally().begun) * session.profile.seconds_each
 
 
-def remeasure_front(session: Session) -> None:
-    """Measure what is on the predicted front or within its error of it, before finalists are chosen."""
+def remeasure_front(session: Session, *, over: bool = True) -> None:
+    """Measure what is on the predicted front or within its error of it, before finalists are chosen. While the search
+    is not ``over``, times are taken at the calibration's pace: trials of two paces would stand on one front."""
     trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
     near = _near_front(session, trials)[:MOST_REMEASURED]
     if not near or session.profile.remote:
@@ -55,9 +56,10 @@ def remeasure_front(session: Session) -> None:
         session.trouble(f"the front is not measured, its latencies are predictions: {error}")
         session.folder.decide("search", "the front was not re-measured", str(error))
         return
+    level = feed_back(session, policies, timings, sizes, recalibrate=over)
     for trial in near:
-        session.store.remeasure(trial.number, latency_of(timings[str(trial.number)], session.forced))
-    feed_back(session, policies, timings, sizes)
+        found = latency_of(timings[str(trial.number)], session.forced)
+        session.store.remeasure(trial.number, found if over else found.at_pace(level))
     session.folder.decide(
         "search",
         f"re-measured {len(near)} policies",

@@ -271,9 +271,10 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
     known = session.store.known(LENGTH)
     if rungs.get("long_sized") or rungs.get("long_told"):
         return
-    if not rules:  # those of a shared study are another driver's
-        if known is not None:
-            _take_over(session, known, rungs["finalists"])
+    if not rules:  # those of a shared study are another driver's, who may be slower, or gone
+        if session.store.driver is not None and given.long_steps is None:
+            own = {"long_steps": max(rungs["short_steps"], rungs["long_steps"]), "squeezed": False}
+            _take_over(session, session.store.agreed(LENGTH, own), rungs["finalists"])
         return
     if given.long_steps is not None:
         _decide_length(session, given.long_steps, "as the config has it")
@@ -290,7 +291,7 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
     while size.steps < enough and size.finalists > fewest:
         size = _affordable(session, rules, size.finalists - 1, enough, usual)
     if known is not None:
-        _take_over(session, known, size.finalists)
+        _take_over(session, known, size.finalists, affordable=size.steps)
         return
     if size.steps < enough:
         session.update(rungs={**rungs, "squeezed": True})
@@ -312,16 +313,17 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
     )  # fmt: skip
     found = {"long_steps": steps, "squeezed": bool(rungs.get("squeezed"))}
     if (agreed := session.store.agreed(LENGTH, found)) != found:  # another driver was first by a moment
-        _take_over(session, agreed, size.finalists)
+        _take_over(session, agreed, size.finalists, affordable=size.steps)
         return
     session.update(rungs={**rungs, "long_steps": steps, "finalists": size.finalists, "long_sized": True})
 
 
-def _take_over(session: Session, known: Mapping[str, Any], finalists: int) -> None:
+def _take_over(session: Session, known: Mapping[str, Any], finalists: int, **evidence: float) -> None:
     """Go by the length that the first driver of a shared study has: all their points stand on one front."""
-    _decide_length(
-        session, known["long_steps"], f"as the study has it, whose drivers compare their points; {finalists} finalists"
-    )
+    reason = f"as the study has it, whose drivers compare their points; {finalists} finalists"
+    if evidence.get("affordable", math.inf) < known["long_steps"]:
+        reason += f", of whom this run has time for {evidence['affordable']:.0f} steps each: some will be left out"
+    _decide_length(session, known["long_steps"], reason, **evidence)
     session.update(rungs={**session.state["rungs"], **known, "finalists": finalists, "long_sized": True})
 
 

@@ -27,9 +27,9 @@ LOOK_SECONDS = 20.0
 """How often the search looks at the disk and at what the finalists will need."""
 TARGET_LOOKS = (2 / 3, 1 / 3)
 """Shares of a search's time that are left when it looks at the target: what lies near the front is measured and fed
-back, and a device that has drifted is calibrated again while there is something to propose by it."""
-LOOK_SHARE = 0.1
-"""Of the time that is left: what such a look may take, a calibration included. A shorter search has one at its end."""
+back, while there is something to propose by it."""
+LOOK_SHARE = 0.03
+"""Of the time that is left: what such a look may take. A shorter search has one at its end."""
 
 
 def search(session: Session, trials: Trials) -> None:
@@ -117,8 +117,8 @@ class _TargetLooks:
         if not self._due or left > self._due[0]:
             return
         self._due = [due for due in self._due if due < left]
-        if finalists.remeasure_seconds(self._session) + self._session.profile.seconds <= LOOK_SHARE * left:
-            finalists.remeasure_front(self._session)
+        if finalists.remeasure_seconds(self._session) <= LOOK_SHARE * left:
+            finalists.remeasure_front(self._session, over=False)
 
 
 def _learned(session: Session, trials: Trials, reason: str) -> bool:

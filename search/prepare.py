@@ -120,6 +120,8 @@ def _capable(session: Session, config: RunConfig) -> RunConfig:
         )
         return config
     known = session.state.get("capabilities")
+    if known is None and "rungs" in session.state:  # an older version began without asking a node
+        return config
     if known is None:
         session.update(activity="measuring what the target can do")
         known = _measured(session, config).to_dict()

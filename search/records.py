@@ -4,7 +4,7 @@ Reports and exports read these; they need neither the model nor the study.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,14 @@ class Latency:
         return cls(
             latency_ms=latency_ms, low_ms=latency_ms / (1 + repeat_error), high_ms=latency_ms * (1 + repeat_error),
             measured=True, repeat_error=repeat_error, reference_ms=reference_ms, settled=settled, forced=forced,
+        )  # fmt: skip
+
+    def at_pace(self, slower: float) -> "Latency":
+        """The same on a device that is so many times as fast."""
+        reference_ms = None if self.reference_ms is None else self.reference_ms / slower
+        return replace(
+            self, latency_ms=self.latency_ms / slower, low_ms=self.low_ms / slower, high_ms=self.high_ms / slower,
+            reference_ms=reference_ms,
         )  # fmt: skip
 
     @property

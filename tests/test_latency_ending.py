@@ -60,7 +60,7 @@ def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
         slowest = found[REFERENCE].latency_ms / 1000
 
         assert seconds < 16 + 10 * slowest  # the run that is going on, one that counts, and a noisy machine
-        assert list(found) == [REFERENCE, *list(models)[: len(found) - 1]]
+        assert list(found) == [REFERENCE, *(key for key in models if key in found)]
         assert 0 < len(found) - 1 < 40
         assert all(len(timing.windows_ms) >= 2 for key, timing in found.items() if key != REFERENCE)
         assert all(timing.kernels for timing in found.values())

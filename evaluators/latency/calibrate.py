@@ -107,6 +107,10 @@ def calibrate_until_flat(
 
 def _check_enough(measured: int, asked: int, reference: Timing | None, seconds: float) -> None:
     """Raises InputError where there are too few policies for a predictor."""
+    if reference is not None and asked <= measured < LEAST_POINTS:
+        raise InputError(
+            f"A calibration needs {LEAST_POINTS} different policies, but this model's space has only {measured}."
+        )
     if reference is None or measured < LEAST_POINTS:
         each = "not even the uncompressed model was timed" if reference is None else (
             f"the uncompressed model takes {reference.latency_ms:,.0f} ms an inference"

@@ -433,10 +433,10 @@ def _accelerator() -> str | None:
 
 
 def end_with(parent: int) -> None:
-    """End this process within a second of its parent, in the middle of a measurement too: nobody waits for it. A
-    closed standard input does not tell: who asks once closes it at once."""
+    """End this process within a second of its parent; a closed standard input may be that of one who asks once."""
     while os.getppid() == parent:
         time.sleep(1)
+    scratch().cleanup()
     os._exit(1)
 
 
