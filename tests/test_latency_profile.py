@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from nightpress.evaluators.latency.calibrate import calibrate
-from nightpress.evaluators.latency.profile import Point, Profile, load_profile, measured_elsewhere, profile_to_dict
+from nightpress.evaluators.latency.profile import (
+    LEAST_INFERENCES,
+    Point,
+    Profile,
+    load_profile,
+    measured_elsewhere,
+    profile_to_dict,
+)
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.spaces.anatomy import Anatomy, Op
 from nightpress.spaces.errors import InputError
@@ -48,6 +55,11 @@ def written(folder: Path, change: Callable[[dict[str, Any]], object] = lambda da
 def test_seconds_of_a_kit_s_device_are_none_of_this_machine() -> None:
     assert calibrated().seconds_each == pytest.approx(calibrated().seconds / 12)
     assert replace(calibrated(), remote=True).seconds_each == 0.0
+
+
+def test_a_calibration_that_was_cut_short_does_not_make_measurements_cheap() -> None:
+    slow = replace(calibrated(), points=tuple(replace(point, latency_ms=400.0) for point in calibrated().points))
+    assert slow.seconds_each == pytest.approx(0.4 * LEAST_INFERENCES)
 
 
 def test_more_measurements_do_not_make_each_cheaper() -> None:

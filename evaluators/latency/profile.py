@@ -36,6 +36,8 @@ from .units import Worker
 VERSION = 2
 CHUNK = 10_000
 """Policies predicted at once, to bound memory."""
+LEAST_INFERENCES = 30
+"""Of a whole measurement with times of nodes: four windows of four runs, three passes of five."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +83,13 @@ class Profile:
 
     @property
     def seconds_each(self) -> float:
-        """Seconds of this machine that measuring a policy takes, as it did during the calibration; 0 for a kit's
-        profile, whose device nothing here can measure."""
-        return 0.0 if self.remote else self.seconds / max(1, len(self.points))
+        """Seconds of this machine that measuring a policy takes, as it did during the calibration, and at least the
+        inferences of a measurement that no time limit cuts short; 0 for a kit's profile, whose device nothing here can
+        measure."""
+        if self.remote or not self.points:
+            return 0.0
+        inference_ms = float(np.median([point.latency_ms for point in self.points]))
+        return max(self.seconds / len(self.points), LEAST_INFERENCES * inference_ms / 1000)
 
     def predict(self, policies: Sequence[Policy] | Choices) -> NDArray[np.float64]:
         """Latency of each policy and the ends of its 90 % interval in ms, shape (n, 3).
