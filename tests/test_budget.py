@@ -91,8 +91,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> tiny.Place:
 def test_the_command_that_follows_the_advice_goes_on_to_calibrate(place: tiny.Place, tmp_path: Path) -> None:
     """A budget counts from the command, and a process has much to import before its night begins."""
     config = tiny.config_for(place, tmp_path)
-    sentence = tiny.refused(tiny.nightpress("run", config, "--budget", "6s", "--json"))
-    found = ADVICE.search(sentence)
+    found = None
+    for budget in ("6s", "12s", "24s"):  # on a busy machine the shortest are over before the night begins
+        found = found or ADVICE.search(tiny.refused(tiny.nightpress("run", config, "--budget", budget, "--json")))
+        if found is not None:
+            break
     assert found is not None
 
     with tiny.driver("run", config, "--budget", found[1].replace(" ", "").replace("min", "m"), "--json") as night:

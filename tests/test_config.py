@@ -71,6 +71,7 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
             "disabled_optimizers": ("WeightBiasQuantization",),
             "channel_steps": ((0, 4), (64, 8)),
             "integer_kernels": True,
+            "integer_bits": 8,
         },
         "target_profile": None,
         "seed": 0,

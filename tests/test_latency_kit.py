@@ -86,7 +86,7 @@ def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Pa
     found = read_results(kit.folder / timer.RESULTS, ANATOMY).capabilities
     assert found is not None
     assert {(w.weights, w.activations): w.kernel for w in found.widths} == {
-        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (4, 8): "int8"
+        (32, 32): "fp32", (16, 32): "fp32", (8, 32): "fp32", (8, 8): "int8", (7, 8): "int8", (4, 8): "int8"
     }  # fmt: skip
     assert all(ms > 0 for stair in found.stairs for _, ms in stair.points)
 
