@@ -10,17 +10,14 @@ import pytest
 
 from nightpress.search.encoding import Encoder
 from nightpress.search.experience import Experience
-from nightpress.search.policy_sampler import TrialSuggest
 from nightpress.search.records import DIVERGED, NOT_CONTINUED, TrialState
 from nightpress.search.sampler import make_sampler
 from nightpress.search.storages import open_storage
 from nightpress.search.store import Store, read_study
-from nightpress.spaces.policy import FP32, INT8, Policy, digest
-from nightpress.spaces.space import Space
-from strategies import toy_anatomy
-from test_search import accuracy_of, batch_costs_of, costs_of, quality
+from nightpress.spaces.policy import digest
+from test_batch import SPACE, ask
+from test_search import accuracy_of, batch_costs_of, quality
 
-SPACE = Space(anatomy=toy_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8))
 LOST = 0.3
 """What a policy lacks at its lowest rung."""
 Stop = Callable[[Store, int], None]
@@ -39,16 +36,6 @@ def as_before(store: Store, number: int) -> None:
     store.study.tell(number, [-loss, latency_ms, size_bytes])
 
 
-def begin(store: Store) -> tuple[int, Policy]:
-    trial = store.study.ask()
-    policy = SPACE.sample(TrialSuggest(trial))
-    store.begin(trial, policy, 0.0)
-    latency_ms, size = costs_of(SPACE.anatomy)(policy)
-    known = {"latency_ms": latency_ms, "low_ms": latency_ms, "high_ms": latency_ms, "measured": False}
-    store.note(trial.number, size_bytes=size, predicted=known)
-    return trial.number, policy
-
-
 def search(folder: Path, count: int, sampler: str = "random", stop: Stop = as_now) -> Store:
     """Trials of which each third is finished, and the others are stopped at their lowest rung or were never trained."""
     folder.mkdir(exist_ok=True)
@@ -56,7 +43,7 @@ def search(folder: Path, count: int, sampler: str = "random", stop: Stop = as_no
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         store = Store(open_storage(folder, None), make_sampler(sampler, 0, 0, SPACE, batch_costs_of(SPACE.anatomy)))
     for i in range(count):
-        number, policy = begin(store)
+        number, policy = ask(store)
         if i % 3 == 2:
             store.finish(number, TrialState.INFEASIBLE, finished=1.0, reason="beyond max_latency_ms by 5%")
             continue
@@ -128,7 +115,7 @@ def test_a_study_of_an_older_version_teaches_what_one_of_today_does(tmp_path: Pa
 
 def test_what_was_stopped_is_never_proposed_again_nor_taken_for_a_failure(tmp_path: Path) -> None:
     store = search(tmp_path, 6)
-    number, policy = begin(store)
+    number, policy = ask(store)
     store.finish(number, TrialState.FAILED, finished=1.0, reason=f"{DIVERGED}: nan")
 
     found = learned(store)
@@ -140,7 +127,7 @@ def test_what_was_stopped_is_never_proposed_again_nor_taken_for_a_failure(tmp_pa
 
 def test_a_driver_that_was_killed_before_it_told_of_a_stopped_trial_tells_when_it_comes_back(tmp_path: Path) -> None:
     store = search(tmp_path, 3)
-    number, policy = begin(store)
+    number, policy = ask(store)
     store.note_quality(number, quality(accuracy_of(policy) - LOST, "bn"))
     store.note(number, reason=NOT_CONTINUED, finished=1.0, state="STOPPED")
 
