@@ -73,12 +73,11 @@ class Experience:
             done = trial.state in {TrialState.COMPLETE, TrialState.STOPPED} or trial.diverged
             if not done or trial.reused_from is not None or trial.latency is None or trial.size_bytes is None:
                 continue
-            seen = [*trial.qualities, *([trial.long] if trial.long else [])]
             row = self._encoder.row(policy_from_dict(dict(trial.policy), f"trial {trial.number}"))
             entries.append(
                 _Entry(
                     row=row, costs=(trial.latency.latency_ms, float(trial.size_bytes)),
-                    seen=_observations(row, [(q.rung, q.accuracy, q.accuracy_se) for q in seen]),
+                    seen=_observations(row, [(q.rung, q.accuracy, q.accuracy_se) for q in trial.seen]),
                     full=trial.state is TrialState.COMPLETE, diverged=trial.diverged,
                 )
             )  # fmt: skip

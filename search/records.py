@@ -168,6 +168,11 @@ class TrialRecord:
         return self.qualities[-1] if self.qualities else None
 
     @property
+    def seen(self) -> tuple[Quality, ...]:
+        """All that it has shown on the search split, its long fine-tune last."""
+        return (*self.qualities, *((self.long,) if self.long is not None else ()))
+
+    @property
     def diverged(self) -> bool:
         """Whether it FAILED by its own policy."""
         return self.state is TrialState.FAILED and by_divergence(self.reason)

@@ -114,14 +114,9 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
                    "max_size_bytes": limits.max_size_bytes},
         "verified": [row(t) for t in within],
         "suggested": found,
-        "basis": {"rung": str(RUNGS[rung]), "seen": sum(RUNGS[rung] in _rungs(t) for t in run.trials),
+        "basis": {"rung": str(RUNGS[rung]), "seen": sum(any(q.rung == RUNGS[rung] for q in t.seen) for t in run.trials),
                   "shift": shift, "verified": verified},
     }  # fmt: skip
-
-
-def _rungs(trial: TrialRecord) -> set[str]:
-    """Those at which the trial was judged."""
-    return {quality.rung for quality in (*trial.qualities, *([trial.long] if trial.long is not None else []))}
 
 
 def _split_shift(run: RunRecord) -> tuple[float, int]:
