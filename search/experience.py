@@ -17,7 +17,8 @@ from .store import LONG, MEASURED
 from .surrogate import RUNGS, Observation
 
 Array = NDArray[np.float64]
-_SHORT = RUNGS.index(Rung.SHORT)
+SHORT = RUNGS.index(Rung.SHORT)
+"""How far a trial of the search goes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class Experience:
             found = [seen for entry in self._entries for seen in entry.seen]
         else:
             found = [entry.seen[-1] for entry in self._entries if entry.full and entry.seen]
-        worst = min((o for o in found if o.rung == _SHORT), key=lambda o: o.accuracy, default=None)
+        worst = min((o for o in found if o.rung == SHORT), key=lambda o: o.accuracy, default=None)
         if worst is not None:
             found += [replace(worst, row=entry.row) for entry in self._entries if entry.diverged]
         return found

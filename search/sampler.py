@@ -23,18 +23,15 @@ from .batch import CANDIDATES, MOST, TOGETHER, Batch, Looked
 from .breeding import PARENTS, breed, crowded, fresh, population
 from .costs import ManyCosts, trial_effort
 from .encoding import Encoder
-from .experience import Experience
+from .experience import SHORT, Experience
 from .gain import Target, expected_gain, front_of, target
 from .memory import Memory
 from .netadapt import NetAdaptSampler
 from .policy_sampler import PolicySampler
 from .proposals import Sensitivity
-from .records import Rung
-from .surrogate import RUNGS, Describer, Kernel, Surrogate
+from .surrogate import Describer, Kernel, Surrogate
 
 LEAST_TRIALS = 6
-SHORT = RUNGS.index(Rung.SHORT)
-"""How far a trial of the search goes."""
 SCREENED = 250
 """Of a generation: those whose uncertainty is looked at."""
 REFIT = 1.15
