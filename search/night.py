@@ -17,7 +17,7 @@ from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
 from ..spaces.plans import choices_of
 from ..spaces.policy import Policy, digest
-from . import finalists, long_tuning, planning, prepare, sharing
+from . import finalists, long_length, long_tuning, planning, prepare, sharing
 from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
@@ -174,7 +174,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         _aim(session)
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
-        end = long_tuning.size_long(session)
+        end = long_length.size_long(session)
         if search_by is search:
             run_first(session, trials)
         long_tuning.train_rules(session, end)

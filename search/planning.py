@@ -8,7 +8,8 @@ from ..spaces.errors import InputError
 from .clock import SHARES, length
 from .finalists import choose, complete
 from .folder import TARGET
-from .long_tuning import LEAST_PACE, MOST_EPOCHS, a_finalist, in_all, long_costs, ours, waits, within_reach
+from .long_length import LEAST_PACE, MOST_EPOCHS, a_finalist, in_all, long_costs, ours, within_reach
+from .long_tuning import waits
 from .prepare import COMPRESSED_STEP, FINALISTS_WANTED, LEAST_STEPS
 from .proposals import rule_count
 from .session import Session

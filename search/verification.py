@@ -12,7 +12,8 @@ from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from .config import Limits
 from .disk import drop_below
-from .long_tuning import load_outcome, outcome_file, untrained
+from .long_length import untrained
+from .long_tuning import load_outcome, outcome_file
 from .records import LEAST_AGREEMENT, UNCOMPRESSED, Latency, Rung, TrialRecord, Verified
 from .session import Session, latency_of, quality_of
 from .store import policy_of

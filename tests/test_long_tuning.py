@@ -18,7 +18,8 @@ from nightpress.search.config import FineTuneConfig, Limits, RunConfig
 from nightpress.search.finalists import choose, reachable
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.jobs import Jobs
-from nightpress.search.long_tuning import long_costs, outcome_file, size_long, train_lessons, train_long, train_rules
+from nightpress.search.long_length import long_costs, size_long
+from nightpress.search.long_tuning import outcome_file, train_lessons, train_long, train_rules
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
 from nightpress.search.records import Quality, TrialState
