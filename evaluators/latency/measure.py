@@ -141,7 +141,7 @@ class Timer:
         self.target = target
         self._listener = listener
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("timer.py"))],
+            [sys.executable, str(Path(__file__).with_name("timer.py")), str(os.getpid())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 

@@ -440,9 +440,9 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-def serve() -> int:
+def serve(parent: int) -> int:
     """Answer requests until standard input closes."""
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     known: Lowest = {}
     answers, sys.stdout = sys.stdout, sys.stderr  # the runtime prints what it thinks of a provider
     for line in sys.stdin:
@@ -484,7 +484,7 @@ def main() -> int:
     """``python measure.py`` in a kit measures it; elsewhere requests are answered."""
     folder = Path(__file__).resolve().parent
     if not (folder / KIT).is_file():
-        return serve()
+        return serve(int(sys.argv[1]) if sys.argv[1:] else os.getppid())  # who asks may be gone before this begins
     try:
         partial = folder / "results.partial"
         partial.write_text(json.dumps(measure_kit(folder)))
