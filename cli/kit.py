@@ -38,7 +38,7 @@ def kit(
     from ..evaluators.latency.timer import RESULTS
     from ..export.folder import staged
     from ..spaces.errors import InputError
-    from .measuring import write_kit_of
+    from .measuring import as_measured, write_kit_of
 
     log_to_stderr()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not force:
@@ -46,7 +46,7 @@ def kit(
     _, anatomy, where = find_anatomy(task, target, runs_here=False, threads=threads, batch=batch)
     try:
         with staged(out, force=force or out.is_dir()) as folder:
-            made = write_kit_of(anatomy, where, folder, count, seed)
+            made = write_kit_of(anatomy, as_measured(where, Path(target)), folder, count, seed)
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror}.") from None
     if host is not None:

@@ -19,7 +19,7 @@ from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import inspect, network_of
 from ..evaluators.latency.calibrate import CANDIDATES, calibrate, calibrate_until_flat, covering, stages_to_list
-from ..evaluators.latency.capabilities import beside_profile, capabilities, probes
+from ..evaluators.latency.capabilities import FASTER, beside_profile, capabilities, probes, read_capabilities
 from ..evaluators.latency.kit import read_results, write_kit
 from ..evaluators.latency.measure import AGREE, Timer, Timing, noise_warnings
 from ..evaluators.latency.profile import Profile, profile_of, profile_to_dict
@@ -72,8 +72,20 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
     except ValueError as error:
         raise InputError(f"{results}: no predictor fits these times: {error}.") from None
     able = beside_profile(found.capabilities) if found.capabilities is not None else None
+    if found.capabilities is not None and found.capabilities.integer_bits < found.target.integer_bits:
+        log.warning(
+            "on that device integers of %d bits are at least %g times as fast as those of %d, which this kit holds: "
+            "nightpress kit TASK --target %s --out DIR makes one that holds them",
+            found.capabilities.integer_bits, FASTER, found.target.integer_bits, out,
+        )  # fmt: skip
     told = _write_profile(replace(profile, remote=True, date=found.date), out, able)
     return {**told, "stages": [], "stopped": "all that the kit held"}
+
+
+def as_measured(target: Target, profile: Path) -> Target:
+    """A target with the bits that the integers of its device should have, where an earlier profile of it says so."""
+    known = read_capabilities(profile)
+    return target if known is None else replace(target, integer_bits=known.integer_bits)
 
 
 def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: int) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import tiny
+from nightpress.cli.config import read_target
 from nightpress.cli.kit import measure_over_ssh
-from nightpress.cli.measuring import calibrate_from_results
+from nightpress.cli.measuring import as_measured, calibrate_from_results, write_kit_of
 from nightpress.evaluators.latency import timer
 from nightpress.evaluators.latency.capabilities import beside_profile, capabilities_from_dict, probes
 from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
@@ -24,10 +25,11 @@ from nightpress.evaluators.latency.measure import REFERENCE, settings
 from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint, target_to_dict
 from nightpress.spaces.errors import InputError
-from nightpress.spaces.policy import Policy, digest
+from nightpress.spaces.policy import LayerBits, Policy, digest
 from strategies import space_of, toy_anatomy
 
 ANATOMY = toy_anatomy()
+SEVEN = LayerBits(weights=7, activations=8)
 # What a device with one core sees.
 PINNED = """
 import os, runpy, sys
@@ -98,6 +100,30 @@ def test_what_another_device_can_do_stands_in_its_profile(kit: Kit, tmp_path: Pa
     target = load_profile(tmp_path / "there.json", ANATOMY).target
     # The kit's policies were drawn on the steps that it was written with.
     assert (target.integer_kernels, target.channel_steps) == (True, Target().channel_steps)
+
+
+@pytest.mark.slow
+def test_a_device_on_which_seven_bits_are_faster_gets_a_kit_of_seven(
+    kit: Kit, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def quicken(data: dict[str, Any]) -> None:
+        probed = data["answers"][2]["windows_ms"]
+        probed.update({key: [min(times) / (2 if key == f"bits {SEVEN}" else 1)] * 2 for key, times in probed.items()})
+
+    profile = tmp_path / "there.json"
+    calibrate_from_results(ANATOMY, results_with(kit, tmp_path, quicken), profile)
+
+    assert f"which this kit holds: nightpress kit TASK --target {profile} --out DIR makes one" in caplog.messages[-1]
+    first = read_target(profile)
+    assert first.integer_bits == 8  # the kit's policies
+    again = as_measured(first, profile)
+    write_kit_of(ANATOMY, again, tmp_path / "seven", 3, 0)
+    description = json.loads((tmp_path / "seven" / timer.KIT).read_text())
+    bits = {tuple(pair.values()) for policy in description["policies"].values() for pair in policy["bits"].values()}
+    assert (7, 8) in bits
+    assert (8, 8) not in bits
+    assert description["settings"]["integer_bits"] == 7
+    assert as_measured(first, tmp_path / "nothing") == first
 
 
 @pytest.mark.slow

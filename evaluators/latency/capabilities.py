@@ -124,6 +124,15 @@ class Capabilities:
 MEASURED_BESIDE = ("capabilities", "staircases")
 
 
+def read_capabilities(profile: Path) -> Capabilities | None:
+    """What a profile's file holds of them beside the profile; None where nothing was measured, or not whole."""
+    try:
+        data: dict[str, Any] = json.loads(profile.read_text())
+        return capabilities_from_dict({**data["capabilities"], "staircases": data["staircases"]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def beside_profile(found: Capabilities) -> dict[str, Any]:
     """What a profile's file holds of the capabilities: the staircases under a key of their own, which reports read."""
     data = found.to_dict()
