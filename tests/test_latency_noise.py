@@ -58,8 +58,8 @@ def test_what_disturbed_a_measurement_is_said_with_its_figures() -> None:
     busy, unsettled = noise_warnings(DISTURBED)
     assert busy.startswith("other processes used 1.2 cores on average while latencies were measured (load ")
     assert unsettled == (
-        "this machine is so noisy that the windows of 3 models never agreed within 2% (the two lowest lie up to 12.5% "
-        "apart): their latencies are marked"
+        "this machine is so noisy that the windows of 3 of 4 models never agreed within 2% (the two lowest lie up to "
+        "12.5% apart): the latencies of these are marked"
     )
 
 
@@ -69,7 +69,7 @@ def test_what_disturbed_another_device_is_said_without_the_load_of_this_one() ->
         "other processes used 1.2 cores on average while latencies were measured: measure the kit again without them, "
         "or the figures hold for a busy machine"
     )
-    assert unsettled.startswith("the device is so noisy that the windows of 3 models never agreed within 2% (the two ")
+    assert unsettled.startswith("the device is so noisy that the windows of 3 of 4 models never agreed within 2% (the ")
 
 
 # user nice system idle iowait irq softirq steal guest guest_nice

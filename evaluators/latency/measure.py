@@ -114,9 +114,9 @@ def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False) ->
         )
     if apart:
         found.append(
-            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {len(apart)} models "
-            f"never agreed within {AGREE:.0%} (the two lowest lie up to {max(apart):.1%} apart): their latencies are "
-            "marked"
+            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {len(apart)} of "
+            f"{len(timings)} models never agreed within {AGREE:.0%} (the two lowest lie up to {max(apart):.1%} apart): "
+            "the latencies of these are marked"
         )
     return found
 
