@@ -1,4 +1,4 @@
-"""A population search over thousands of policies, tens of thousands where each is quick to price; none is trained."""
+"""A population search over tens of thousands of policies, none of which is trained."""
 
 from collections.abc import Callable, Collection, Iterator
 
@@ -10,7 +10,7 @@ from .encoding import Encoder
 
 Array = NDArray[np.float64]
 GENERATIONS = 8
-POPULATION, MOST_POPULATION = 900, 4_000
+POPULATION, MOST_POPULATION = 2_500, 4_000
 """Of a generation: where a policy has :data:`WIDE` columns or more, and at most."""
 WIDE = 120
 PARENTS = 200

@@ -131,6 +131,7 @@ class Planner:
                 self.in_blocks[self.index[name]].append(number)
             self.aliases[self.index[block.output]].append((number, self.index[block.source]))
         self._axes()
+        self._last: tuple[Choices, Plans] | None = None
 
     def _axes(self) -> None:
         """Number the axes that pruning changes; axes that change alike share a number."""
@@ -168,7 +169,12 @@ class Planner:
         return np.vstack([self._sizes[:, None] - self._lost @ gone, np.ones((1, len(kept)))])
 
     def plans(self, choices: Choices) -> Plans:
-        """The plans of a batch."""
+        """The plans of a batch; those of the last one are kept, for its sizes are asked for after its latencies."""
+        if self._last is None or self._last[0] is not choices:
+            self._last = choices, self._plans(choices)
+        return self._last[1]
+
+    def _plans(self, choices: Choices) -> Plans:
         count, axes = len(choices), self.axes(choices.kept)
         removed = pack_rows(choices.removed.T)
         bits = np.ascontiguousarray(choices.bits.T)

@@ -364,7 +364,7 @@ def test_where_nothing_alike_was_finished_nothing_is_stopped() -> None:
     assert Judge(MILD).verdict(record) is None
 
 
-@pytest.mark.parametrize(("columns", "policies"), [(10, 4000), (27, 4000), (60, 1800), (120, 900), (300, 900)])
+@pytest.mark.parametrize(("columns", "policies"), [(27, 4000), (75, 4000), (100, 3000), (120, 2500), (300, 2500)])
 def test_a_generation_has_as_many_policies_as_are_priced_in_the_same_time(columns: int, policies: int) -> None:
     assert population(columns) == policies
 
