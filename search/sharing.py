@@ -1,9 +1,10 @@
 """What drivers that share a study must have in common, since all their trials stand on one front.
 
 Who comes first says what a short fine-tune is, from its own budget; the others take it over. What is the user's word
-(task, seed, target, limits) must be the same in all of them.
+(task, seed, target, limits, space) must be the same in all of them.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +29,8 @@ def terms_of(session: Session) -> dict[str, Any]:
         **{f"target.{key}": getattr(config.target, key) for key in ("runtime", "threads", "batch")},
         # A policy is evaluated once: one driver's refusal would be everybody's.
         **{f"limits.{key}": value for key, value in asdict(config.limits).items()},
+        # What is on offer is one for a parameter of a study; as it comes back from the storage, where tuples are lists.
+        **{f"space.{key}": value for key, value in json.loads(json.dumps(asdict(config.space))).items()},
         **{f"finetune.{key}": value for key, value in asdict(config.finetune).items() if key != "finalists"},
     }  # fmt: skip
 
@@ -56,7 +59,8 @@ def agree(session: Session) -> None:
     store, rungs = session.store, session.state["rungs"]
     if store.driver is None or session.state.get("agreed"):
         return
-    terms = {**terms_of(session), "device": session.profile.device.cpu}
+    target = session.config.target  # as it was measured
+    terms = {**terms_of(session), "device": session.profile.device.cpu, "target.integer_bits": target.integer_bits}
     _check(session, store.agreed(TERMS, terms), terms)
     own = {key: rungs[key] for key in LENGTHS if key in rungs}
     taken: dict[str, Any] = store.agreed(RUNGS, own)

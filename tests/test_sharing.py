@@ -16,9 +16,10 @@ import optuna
 import pytest
 
 import tiny
+from nightpress.evaluators.latency.target import Target
 from nightpress.search import sharing
 from nightpress.search.claims import DatabaseClaims
-from nightpress.search.config import FineTuneConfig, Limits, RunConfig
+from nightpress.search.config import FineTuneConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from nightpress.search.folder import read_run
 from nightpress.search.session import Session
 from nightpress.search.storages import close, open_storage
@@ -168,6 +169,10 @@ def test_a_driver_that_is_alone_goes_by_its_own(tmp_path: Path) -> None:
         ({"finetune": FineTuneConfig(short_steps=24)}, "with finetune.short_steps None, this run's is 24"),
         ({"target": replace(RunConfig(task="t", base=None, out=Path()).target, threads=2)},
          "with target.threads 1, this run's is 2"),
+        ({"space": SpaceConfig(prune=PruneConfig(max_ratio=0.5))},
+         "with space.prune {'max_ratio': 0.8}, this run's is {'max_ratio': 0.5}"),
+        ({"space": SpaceConfig(importance=("l1", "l2"))},
+         "with space.importance ['l2'], this run's is ['l1', 'l2']"),
     ],
 )  # fmt: skip
 def test_another_search_is_refused_before_anything_is_measured_and_when_both_began_at_once(
@@ -187,6 +192,15 @@ def test_another_device_is_refused(join: Join) -> None:
     sharing.agree(join("a", SHORTER))
     with pytest.raises(InputError, match=r"is a search with device 'x1', this run's is 'y2'; choose another name\.$"):
         sharing.agree(join("b", SHORTER, cpu="y2"))
+
+
+def test_integers_of_other_bits_are_refused_once_they_are_measured(join: Join) -> None:
+    """A parameter of a study has one list of choices."""
+    sharing.agree(join("a", SHORTER))
+    other = join("b", SHORTER, target=Target(integer_bits=7))
+    assert sharing.look(other) == 0
+    with pytest.raises(InputError, match=r"is a search with target\.integer_bits 8, this run's is 7; choose another"):
+        sharing.agree(other)
 
 
 def test_more_finalists_are_no_other_search(join: Join) -> None:
