@@ -14,7 +14,7 @@ from .clock import ENDING
 from .disk import find_room, free_disk, is_full
 from .finalists import beyond, choose, complete, expected_accuracies, hopeful, surrogate_of
 from .long_length import long_seconds, ours, rate_times, rules_of, short_accuracy, size_long, untrained
-from .records import UNCOMPRESSED, Rung, TrialRecord
+from .records import DIVERGED, UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
 from .sampler import NightpressSampler
 from .session import Session, quality_of
@@ -134,14 +134,17 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
     if not find_room(session, needed):
         session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the disk is full")
         return
-    one = float(long_seconds(session, trials).mean())
+    one, again = float(long_seconds(session, trials).mean()), list[TrialRecord]()
     session.update(activity=f"{len(waiting)} long fine-tunes to go")
     for number, result in session.run_all(_worthwhile(session, waiting), end + one):
         if is_full(result):
             free_disk(session, needed)
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
-            if result.kind != WORKER_LOST and not is_full(result):
+            if result.kind == DIVERGED and _rate(session, trial := session.store.trial(number)) > 1:
+                session.own_rate.add(number)
+                again.append(trial)
+            elif result.kind != WORKER_LOST and not is_full(result):
                 session.long_failed.add(number)
         else:
             # In this order: what is killed in between is trained once more, and nothing that it taught is missed.
@@ -149,6 +152,12 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
             save_outcome(session, number, result)
         session.update(activity=f"{len(waiting)} long fine-tunes to go")
     session.update(activity=None)
+    if again:
+        session.folder.decide(
+            "finalists", f"long fine-tunes of trials {', '.join(str(t.number) for t in again)} once more",
+            "they diverged: now at the learning rates at which the short ones did not",
+        )  # fmt: skip
+        _train(session, again, end)
     if waiting:
         session.folder.decide("finalists", f"{len(waiting)} long fine-tunes left out", "the deadline")
 
@@ -207,8 +216,10 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 
 
 def _rate(session: Session, trial: TrialRecord) -> float:
-    """What the long fine-tune multiplies a policy's learning rate by: :func:`_rate_times`, up to the highest rate that
-    the space offers."""
+    """What the long fine-tune multiplies a policy's learning rate by: :func:`rate_times`, up to the highest rate that
+    the space offers; nothing once it has diverged so."""
+    if trial.number in session.own_rate:
+        return 1.0
     rungs, own = session.state["rungs"], float(trial.policy["finetune"]["learning_rate"])
     return max(1.0, min(rate_times(rungs["long_steps"], rungs["short_steps"]), LEARNING_RATE[1] / max(own, 1e-9)))
 

@@ -1,6 +1,5 @@
 """The long fine-tune: which rules get it, and how long it is."""
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from nightpress.search.long_length import long_costs, size_long
 from nightpress.search.long_tuning import outcome_file, train_lessons, train_long, train_rules
 from nightpress.search.planning import plan_finalists
 from nightpress.search.proposals import baselines
-from nightpress.search.records import Quality, TrialState
+from nightpress.search.records import DIVERGED, Quality, TrialState
 from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
 from nightpress.search.split_gap import note_gap, search_limits
@@ -272,17 +271,29 @@ def test_rules_within_the_limits_are_trained_the_most_promising_first(tmp_path: 
     assert trained(session)[:4] == ["uncompressed", "uniform INT8", "uniform 75% fp32", "uniform 75% INT8"]
 
 
-def test_a_long_fine_tune_that_fails_by_itself_is_not_tried_again(tmp_path: Path) -> None:
-    session = judged(tmp_path, least=None)
+def rates_of(folder: Path, kind: str, below: float) -> list[float]:
+    """At which rates a rule is trained long that fails with ``kind`` at this one and above it."""
+    folder.mkdir()
+    session, policy = judged(folder, least=None), RULES["uniform 75% INT8"]
 
-    def diverging(job: Job) -> Outcome | Failure:
-        return Failure("DivergedError", "nan") if job.policy == RULES["uniform 75% INT8"] else outcome(job, 1.0)
+    def failing(job: Job) -> Outcome | Failure:
+        return Failure(kind, "nan") if job.policy == policy and job.rate >= below else outcome(job, 1.0)
 
-    session.provide(jobs=Jobs(Instant(diverging), 64, expected_seconds=lambda job: 1.0, tell=print))
-    train_rules(session)
-    train_rules(session)
+    runner = Instant(failing)
+    session.provide(jobs=Jobs(runner, 64, expected_seconds=lambda job: 1.0, tell=print))
+    for _ in range(2):
+        train_rules(session)
+    assert set(trained(session)) == set(RULES)
+    return [job.rate for _, job in runner.asked if job.policy == policy]
 
-    assert sorted(Counter(trained(session)).values()) == [1] * len(RULES)
+
+def test_a_long_fine_tune_that_diverged_is_tried_once_more_at_the_policy_s_own_rate(tmp_path: Path) -> None:
+    """Anything else would only fail again."""
+    high = rates_of(tmp_path / "a", "ValueError", below=0.0)
+    assert len(high) == 1
+    assert high[0] > 1
+    assert rates_of(tmp_path / "b", DIVERGED, below=1.01) == [*high, 1.0]
+    assert rates_of(tmp_path / "c", DIVERGED, below=0.0) == [*high, 1.0]
 
 
 def test_without_a_limit_on_accuracy_every_rule_is_trained(tmp_path: Path) -> None:
