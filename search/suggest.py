@@ -21,7 +21,7 @@ from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
-from .breeding import POPULATION, breed, crowded, fresh
+from .breeding import breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
 from .encoding import Encoder
 from .experience import Experience
@@ -37,6 +37,8 @@ from .verification import strike
 Array = NDArray[np.float64]
 MOST_SUGGESTED = 5
 CANDIDATES = 48
+POPULATION = 450
+"""Of a generation. Each is looked at closely here, so there are fewer than in a proposal: a person waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,14 +172,18 @@ def _untried(
     ])  # fmt: skip
     front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))
              for t in within if t.verified]  # fmt: skip
-    aim = aim_at(np.array(front).reshape(len(front), 3), corner)
+    # Hardly anything will be more accurate than the best of all that was tried: see NightpressSampler.
+    top = float(surrogate.scale.down(surrogate.mean(known.experience.rows)).max())
+    aim = aim_at(np.array(front).reshape(len(front), 3), corner, top if top > corner[0] else np.inf)
 
     def worth(rows: Array) -> Array:
         costs = known.costs(rows)
         mean, spread = surrogate.predict(rows)
+        median = surrogate.scale.down(mean)
         gains = expected_gain(mean, spread, surrogate.scale, costs, aim)
+        gains[_behind(np.column_stack([median, costs]), aim.front)] = 0
         beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
-        short = np.maximum(corner[0] - surrogate.scale.down(mean), 0)
+        short = np.maximum(corner[0] - median, 0)
         found = np.where(gains > 1e-12, gains, -beyond - 1e-3 * short)
         return np.where(np.isnan(costs[:, 0]), -np.inf, found)
 
@@ -188,8 +194,7 @@ def _untried(
         return found
 
     generator = np.random.default_rng(seed)
-    # Each row is looked at closely here, so there are fewer of them: a person waits.
-    rows = breed(encoder, known.experience.rows, spread_out, generator, POPULATION // 2)
+    rows = breed(encoder, known.experience.rows, spread_out, generator, POPULATION)
     rows = rows[~crowded(encoder.networks(rows), 1)]  # a network counts once, with the fine-tune that suits it best
     candidates = list(islice(fresh(encoder, rows, known.experience.digests), CANDIDATES))
     if not candidates:
@@ -209,6 +214,13 @@ def _untried(
         aim = aim.with_point(float(median[best]), costs[best])
     median, low, high = (np.clip(values + shift, 0, 1) for values in (median, low, high))
     return [_entry(known, policies[i], float(median[i]), float(low[i]), float(high[i])) for i in chosen]
+
+
+def _behind(points: Array, front: Array) -> NDArray[np.bool_]:
+    """Which points (accuracy, latency in ms, bytes) are no better in anything than one of the front, shape (n,). Luck
+    alone could make them better: worth a trial while a search goes on, and not what is expected of them."""
+    worse = (points[:, None, :1] <= front[:, :1]) & (points[:, None, 1:] >= front[:, 1:]).all(axis=2, keepdims=True)
+    return worse.any(axis=2).any(axis=1)
 
 
 def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: float) -> dict[str, Any]:

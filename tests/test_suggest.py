@@ -91,8 +91,8 @@ def test_without_verified_trials_accuracies_are_those_that_the_given_networks_sp
     assert medians() == pytest.approx([accuracy - 0.08 for accuracy in before], abs=1e-3)
 
 
-def judge(run: Path, number: int, accuracy: float, latency_ms: float, struck_out: str, **more: Any) -> None:
-    """Verify a trial, beside an original of 0.87 ms, and strike it out."""
+def judge(run: Path, number: int, accuracy: float, latency_ms: float, struck_out: str | None, **more: Any) -> None:
+    """Verify a trial, beside an original of 0.87 ms, and strike it out where it says why."""
     record = fakes_run.verify(fakes_run.trial(number, accuracy, latency_ms), struck_out=struck_out, **more)
     assert record.verified is not None
     Store(open_storage(run, None)).verify(number, record.verified)
@@ -109,6 +109,19 @@ def test_what_only_the_limits_of_the_run_struck_out_is_judged_by_the_limits_aske
 
     assert within(0.8) == [1]
     assert within(0.86) == []
+
+
+def test_no_suggestion_is_expected_to_be_worse_in_everything_than_a_verified_point(run: Path) -> None:
+    """Luck alone might make it better, which is worth a trial only while a search goes on."""
+    reference_ms = json.loads((run / "state.json").read_text())["reference"]["latency_ms"]
+    judge(run, 1, 0.88, 0.57 * reference_ms, None, size_bytes=2000)
+    found = suggest(read_run(run), Limits(min_accuracy=0.6))
+    [point] = found["verified"]
+
+    assert found["suggested"]
+    for entry in found["suggested"]:
+        better = entry["latency_ms"] < point["latency_ms"] or entry["size_bytes"] < point["size_bytes"]
+        assert better or entry["accuracy"] > point["accuracy"]
 
 
 def test_the_command_says_what_the_run_struck_out_and_what_its_accuracies_rest_on(
