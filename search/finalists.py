@@ -86,7 +86,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
 
     Accuracies are those to be expected after the long fine-tune: harsh policies gain most by it, so choosing by the
     short one would leave the fast end of the front out, and of many trials the luckiest would be taken for the best. A
-    trial below ``min_accuracy`` is a candidate where that may still bring it there.
+    trial below ``min_accuracy`` is a candidate where that may still bring it there, or where nothing may come there.
     """
     trials = [t for t in complete(session, "search") if beyond(session, t) is None]
     if not trials:
@@ -96,9 +96,8 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     later, _, hope = surrogate.scale.interval(mean, error)
     points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
     within = [i for i, t in enumerate(trials) if least is None or hope[i] >= least or hopeful(session, t)]
+    within = within or list(range(len(trials)))  # where none may come within, the nearest show how far it is
     front = [within[i] for i in non_dominated(points[within])]
-    if not front:
-        return []
     reference = session.state["reference"]
     floor = least_accuracy(reference, search_limits(session))
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)

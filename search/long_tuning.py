@@ -18,7 +18,7 @@ from .records import DIVERGED, UNCOMPRESSED, Rung, TrialRecord
 from .rungs import judge_rungs
 from .sampler import NightpressSampler
 from .session import Session, quality_of
-from .split_gap import search_limits
+from .split_gap import note_long_gap, search_limits
 from .store import policy_of
 from .surrogate import RUNGS
 from .worker import WORKER_LOST, Failure
@@ -149,6 +149,8 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         else:
             # In this order: what is killed in between is trained once more, and nothing that it taught is missed.
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))
+            if (trial := session.store.trial(number)).role == "baseline" and not untrained(session, trial):
+                note_long_gap(session, trial.name, result)
             save_outcome(session, number, result)
         session.update(activity=f"{len(waiting)} long fine-tunes to go")
     session.update(activity=None)

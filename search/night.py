@@ -178,6 +178,7 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
         if search_by is search:
             run_first(session, trials)
         long_tuning.train_rules(session, end)
+        _aim(session)  # by what they tell of the splits
         planning.more_to_verify(session, long_tuning.train_lessons(session, end))
         search_by(session, trials)
         finalists.remeasure_front(session)

@@ -220,7 +220,7 @@ def _behind(points: Array, front: Array) -> NDArray[np.bool_]:
     """Which points (accuracy, latency in ms, bytes) are no better in anything than one of the front, shape (n,). Luck
     alone could make them better: worth a trial while a search goes on, and not what is expected of them."""
     worse = (points[:, None, :1] <= front[:, :1]) & (points[:, None, 1:] >= front[:, 1:]).all(axis=2, keepdims=True)
-    return worse.any(axis=2).any(axis=1)
+    return np.asarray(worse.any(axis=(1, 2)), dtype=np.bool_)
 
 
 def _entry(known: Known, policy: Policy, accuracy: float, low: float, high: float) -> dict[str, Any]:
