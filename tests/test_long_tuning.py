@@ -24,7 +24,6 @@ from nightpress.search.proposals import baselines
 from nightpress.search.records import DIVERGED, Quality, TrialState
 from nightpress.search.sampler import make_sampler
 from nightpress.search.session import Prepared, Session
-from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.search.store import Store, policy_of
 from nightpress.search.trials import enqueue
 from nightpress.search.worker import Failure
@@ -134,24 +133,6 @@ def test_the_first_finalist_is_the_fastest_that_is_likely_to_keep_its_accuracy(
 ) -> None:
     """Half of the channels leave 83 % after the short fine-tune and 88 % after the long one."""
     assert chosen(tmp_path, least=least, cuts=[0.25, 0.5, 0.75])[0] == fastest
-
-
-def test_where_the_search_split_is_remembered_less_is_allowed_to_be_lost_on_it(tmp_path: Path) -> None:
-    """The uncompressed network has 96.8 % there after its short fine-tune, and 92 % on the test split: 86 % on that
-    are 90 % here, and half of the channels leave 88 %."""
-    session = judged(tmp_path, least=0.86)
-    session.state["given"]["test"] = {"accuracy": 0.92, "accuracy_se": 0.004}
-    note_gap(session)
-
-    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.048 - 0.005)
-    assert [d["decision"] for d in read_run(tmp_path).decisions] == ["min_accuracy is 0.9030 on the search split"]
-    assert chosen_of(session, cuts=[0.25, 0.5, 0.75])[0] == 0.25
-
-
-def test_a_test_split_that_is_as_easy_leaves_the_limit_where_it_is(tmp_path: Path) -> None:
-    session = judged(tmp_path, least=0.86)
-    note_gap(session)
-    assert search_limits(session) == session.config.limits
 
 
 def test_steps_of_the_walk_that_no_fine_tune_would_bring_within_the_limit_are_not_taken(tmp_path: Path) -> None:
