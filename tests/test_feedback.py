@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from nightpress.evaluators.latency.calibrate import calibrate
-from nightpress.evaluators.latency.measure import MeasurementError, Timing, measure_policies
+from nightpress.evaluators.latency.insitu import UnseenKernelError
+from nightpress.evaluators.latency.measure import REFERENCE, MeasurementError, Timing, measure_policies
 from nightpress.evaluators.latency.target import Target
 from nightpress.search.clock import Clock, Times
 from nightpress.search.config import RunConfig
-from nightpress.search.feedback import feed_back
+from nightpress.search.feedback import feed_back, measure_unseen
 from nightpress.search.folder import RunFolder, read_run
 from nightpress.search.session import Prepared, Session
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import FP32, INT8, Policy
+from nightpress.spaces.space import uniform
 from strategies import FormulaTimer, space_of, toy_anatomy
 from test_planning import TASK
 
@@ -122,12 +124,47 @@ def test_a_device_that_is_lost_while_it_is_calibrated_again_takes_no_measurement
 
 def test_what_a_device_that_has_drifted_took_is_learned_at_the_pace_of_its_calibration(tmp_path: Path) -> None:
     """Where there is no other calibration: mixed, times of two paces would make one poor predictor."""
-    session, fresh = night(tmp_path, Device(lost=True)), some(3, 9)
+    session, fresh = night(tmp_path, Device(lost=True)), some(7, 9)
 
     timings = fed(session, 2.0, fresh)
 
     pace = (timings["0"].reference_ms or 0.0) / session.profile.reference_ms
     assert pace == pytest.approx(2.0, rel=0.05)
-    assert [p.latency_ms for p in session.profile.points[-3:]] == pytest.approx(
-        [timings[str(i)].latency_ms / pace for i in range(3)]
+    assert [p.latency_ms for p in session.profile.points[-7:]] == pytest.approx(
+        [timings[str(i)].latency_ms / 2 for i in range(7)], rel=0.05
     )
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_where_the_uncompressed_network_alone_is_slower_what_was_measured_stays_as_it_is(
+    tmp_path: Path, count: int
+) -> None:
+    """A neighbour that takes memory bandwidth slows large fp32 weights down; and of one policy nobody knows."""
+    session, named = night(tmp_path, Device(lost=True)), {str(i): p for i, p in enumerate(some(count, 9))}
+    timings, sizes = measure_policies(ANATOMY, named, Target(), Paced(1.0))
+    slow = tuple(1.1 * ms for ms in timings[REFERENCE].windows_ms)
+    timings[REFERENCE] = replace(timings[REFERENCE], windows_ms=slow)
+
+    level = feed_back(session, named, timings, sizes, recalibrate=False)
+
+    assert decisions(tmp_path)[0] == "times are taken as they are"
+    assert level == 1
+    assert [p.latency_ms for p in session.profile.points[-count:]] == pytest.approx(
+        [timings[key].latency_ms for key in named], rel=0.01
+    )
+
+
+def test_a_kernel_that_is_first_met_on_a_device_that_drifted_is_learned(tmp_path: Path) -> None:
+    """In the middle of the search, in which nothing is calibrated again."""
+    session = night(tmp_path, Device(1.3))
+    floats = replace(SPACE, bit_choices=(FP32,))
+    generator = np.random.default_rng(0)
+    session.keep_profile(calibrate(ANATOMY, [floats.random(generator) for _ in range(12)], Target(), timer=Paced(1.0)))
+    policy = uniform(ANATOMY, width=1, bits=INT8)
+    with pytest.raises(UnseenKernelError) as unseen:
+        session.profile.predict([policy])
+
+    measure_unseen(session, policy, unseen.value)
+
+    assert "calibrate the target again" not in decisions(tmp_path)
+    assert session.profile.predict([policy])[0, 0] > 0

@@ -211,6 +211,17 @@ def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:
         predictor.predict(choices_of(ANATOMY, [floats[0], integers]))
 
 
+def test_a_kind_of_kernel_that_ran_only_where_no_node_was_timed_is_learned_of_whole_models() -> None:
+    """A measurement of one in a file without times of nodes ended in an error."""
+    floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]
+    known = measured([*floats, *(uniform(ANATOMY, width=width, bits=INT8) for width in (1, 0.75, 0.5))])
+
+    predictor = fit(replace(known, timed=[*known.timed[:20], None, None, None]))
+
+    assert not predictor.design.startswith("units")
+    assert errors(predictor, [uniform(ANATOMY, width=1, bits=INT8)]).max() < 0.3
+
+
 def test_a_kind_of_kernel_that_the_profiler_has_no_time_for_is_predicted_all_the_same() -> None:
     known = measured(known_policies(40, 3))
     kept = np.array([op.kind != "linear" for op in ANATOMY.ops])

@@ -121,10 +121,11 @@ def _fit(measured: Measured, seed: int) -> Predictor:
     held: dict[str, Array] = {}
     final: dict[str, Callable[[], Predict]] = {}
     profiled = np.array([t is not None for t in measured.timed])
-    measured = _of_one_level(measured, profiled, folds)
+    by_units = bool(profiled.sum() >= LEAST_POINTS) and _all_learned(measured, profiled)
+    measured = _of_one_level(measured, profiled if by_units else None, folds)
     latency_ms = measured.latency_ms
     units: InSitu | None = None
-    if profiled.sum() >= LEAST_POINTS:
+    if by_units:
         units = _learned(measured, everything & profiled)
         sums, features = _out_of_fold_units(measured, profiled, folds)
         held["units"] = sums * _scales(sums, latency_ms, folds)
@@ -205,12 +206,13 @@ def spearman(first: Sequence[float] | Array, second: Sequence[float] | Array) ->
 # Levels of sessions
 
 
-def _of_one_level(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) -> Measured:
-    """The latencies as if all had been timed in a session of the middle level."""
+def _of_one_level(measured: Measured, profiled: Mask | None, folds: NDArray[np.int64]) -> Measured:
+    """The latencies as if all had been timed in a session of the middle level; ``profiled`` None where units are not
+    learned."""
     found = measured
     if len(np.unique(measured.sessions)) > 1:
         for _ in range(_LEVELLINGS):  # what is expected was learned from sessions of all levels
-            if profiled.sum() >= LEAST_POINTS:
+            if profiled is not None:
                 expected = _out_of_fold_units(found, profiled, folds)[0]
             else:
                 terms = aggregate(found.work, columns_of(found.work))
@@ -243,6 +245,13 @@ def session_levels(left: Array, sessions: NDArray[np.int64]) -> Array:
 
 def _learned(measured: Measured, use: Mask) -> InSitu:
     return learn(measured.work, measured.timed, measured.latency_ms, use, measured.operations)
+
+
+def _all_learned(measured: Measured, profiled: Mask) -> bool:
+    """Whether each kind of kernel runs in a policy whose nodes were timed: a sum of units can say nothing of others."""
+    learned, work = _learned(measured, profiled), measured.work
+    converted = {name for name, amounts in work.conversions.items() if amounts[:, 0].any()}
+    return converted <= learned.conversions.keys() and all(units.kind in learned.kinds for units in work.units)
 
 
 def _out_of_fold_units(measured: Measured, profiled: Mask, folds: NDArray[np.int64]) -> tuple[Array, Array]:
