@@ -14,11 +14,11 @@ from .experience import Experience
 from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .promotion import least_accuracy
-from .records import TrialRecord, TrialState
+from .records import Rung, TrialRecord, TrialState
 from .session import Session, latency_of
 from .split_gap import search_limits
 from .store import policy_of
-from .surrogate import Describer, Surrogate, kept_accuracy
+from .surrogate import RUNGS, Describer, Surrogate, kept_accuracy
 
 MOST_REMEASURED = 30
 Array = NDArray[np.float64]
@@ -91,7 +91,9 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     trials = [t for t in complete(session, "search") if beyond(session, t) is None]
     if not trials:
         return []
-    surrogate, least = surrogate_of(session), search_limits(session).min_accuracy
+    surrogate = surrogate_of(session)
+    limits = search_limits(session, RUNGS[surrogate.rung])
+    least = limits.min_accuracy
     mean, error = surrogate.predict(_rows(surrogate, trials))
     later, _, hope = surrogate.scale.interval(mean, error)
     points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
@@ -99,7 +101,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     within = within or list(range(len(trials)))  # where none may come within, the nearest show how far it is
     front = [within[i] for i in non_dominated(points[within])]
     reference = session.state["reference"]
-    floor = least_accuracy(reference, search_limits(session))
+    floor = least_accuracy(reference, limits)
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])
@@ -141,7 +143,7 @@ def _likely_pick(
     rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
     pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be.
     ``mean`` and ``error`` are of the trials' u, each of shape (n,)."""
-    least = kept_accuracy(surrogate, search_limits(session).min_accuracy)
+    least = kept_accuracy(surrogate, search_limits(session, RUNGS[surrogate.rung]).min_accuracy)
     fastest_ms = min(
         (
             t.latency.latency_ms
@@ -171,7 +173,7 @@ def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
     """Those that may come within ``min_accuracy``: even the upper end of what is expected of them must not lose twice
     of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
     such a limit, and where no accuracy is known because every rule failed."""
-    least = search_limits(session).min_accuracy
+    least = search_limits(session, Rung.SHORT).min_accuracy
     if least is None or not policies or not any(t.state is TrialState.COMPLETE for t in session.store.trials()):
         return list(policies)
     surrogate = surrogate_of(session)
@@ -182,7 +184,7 @@ def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
 
 def hopeful(session: Session, trial: TrialRecord) -> bool:
     """Within the limits by what was seen of it, or within its error."""
-    least, quality = search_limits(session).min_accuracy, trial.quality
+    least, quality = search_limits(session, Rung.SHORT).min_accuracy, trial.quality
     return (
         quality is not None
         and (least is None or quality.accuracy + 2 * (quality.accuracy_se or 0) >= least)

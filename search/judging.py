@@ -58,7 +58,7 @@ class Judging:
         prepared, rungs = session.prepared, session.state["rungs"]
         items, batch = prepared.train_items, session.config.finetune.batch_size
         first, look, part = first_steps(items, batch), look_steps(items, batch), rungs.get("part_steps") or 0
-        reference, limits = session.state["reference"], search_limits(session)
+        reference, limits = session.state["reference"], search_limits(session, Rung.SHORT)
         least = min(reference["accuracy"], least_accuracy(reference, limits)) if self._least is None else self._least
         corner = (least, *corner_of(reference, limits)[1:])
         found: list[Worth | None] = []

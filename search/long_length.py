@@ -68,8 +68,10 @@ def _size_long(session: Session, rules: list[TrialRecord], left_seconds: float) 
         _take_over(session, known, size.finalists, affordable=size.steps)
         return
     if size.steps < enough:
-        session.update(rungs={**rungs, "squeezed": True})
         size = _affordable(session, rules, fewest, enough, stretched)
+        if size.steps < enough:
+            session.update(rungs={**rungs, "squeezed": True})
+            size = _affordable(session, rules, fewest, enough, stretched)
         size = size._replace(steps=min(size.steps, enough))
         if kept := [str(t.name) for t in rules if untrained(session, t)]:
             session.folder.decide(
@@ -135,7 +137,7 @@ def within_reach(session: Session, rule: TrialRecord, rules: list[TrialRecord], 
         return True
     if beyond(session, rule) is not None:
         return False
-    least = search_limits(session).min_accuracy
+    least = search_limits(session, Rung.SHORT).min_accuracy
     if least is None or hopeful(session, rule):
         return True
     top = max(session.state["given"]["search"]["accuracy"], *(short_accuracy(t) for t in rules))
@@ -153,7 +155,8 @@ def untrained(session: Session, trial: TrialRecord) -> bool:
     if low is None or short is None or not rungs.get("squeezed"):
         return False
     given = session.state["given"]["search"]["accuracy"]
-    return low.accuracy > short.accuracy and low.accuracy + (low.accuracy_se or 0.0) >= given
+    noise = math.hypot(low.accuracy_se or 0.0, short.accuracy_se or 0.0)  # the lowest rung looks at fewer items
+    return low.accuracy > short.accuracy + noise and low.accuracy + (low.accuracy_se or 0.0) >= given
 
 
 def a_finalist(session: Session, rules: list[TrialRecord]) -> Array:

@@ -24,6 +24,9 @@ from .surrogate import RUNGS
 from .worker import WORKER_LOST, Failure
 
 OUTCOME = "long.json"
+FAILED, OWN_RATE = "long_failed", "own_rate"
+"""Of the state: trials whose long fine-tune failed, and would only fail again; those that diverged at a higher learning
+rate than their own."""
 MOST_FURTHER = 16
 """Finalists beyond the planned ones, where there is time for them at the end."""
 SURE = 1.3
@@ -120,7 +123,7 @@ def _train_next(session: Session, end: float, most: int, *, more: int = 0, why: 
 
 def waits(session: Session, trial: TrialRecord) -> bool:
     """Whether its long fine-tune is still to come."""
-    over = trial.number in session.long_failed or outcome_file(session, trial.number).is_file()
+    over = trial.number in session.state.get(FAILED, ()) or outcome_file(session, trial.number).is_file()
     return trial.struck_out is None and not over
 
 
@@ -142,10 +145,10 @@ def _train(session: Session, trials: list[TrialRecord], end: float) -> None:
         if isinstance(result, Failure):
             session.folder.decide("finalists", f"trial {number} failed", f"{result.kind}: {result.text}")
             if result.kind == DIVERGED and _rate(session, trial := session.store.trial(number)) > 1:
-                session.own_rate.add(number)
+                session.update(**{OWN_RATE: [*session.state.get(OWN_RATE, ()), number]})
                 again.append(trial)
             elif result.kind != WORKER_LOST and not is_full(result):
-                session.long_failed.add(number)
+                session.update(**{FAILED: [*session.state.get(FAILED, ()), number]})
         else:
             # In this order: what is killed in between is trained once more, and nothing that it taught is missed.
             session.store.note_long(number, quality_of(result.search, Rung.LONG, "search", seconds=result.seconds))
@@ -193,7 +196,7 @@ def _hopeless(session: Session, rule: TrialRecord) -> bool:
 
 def _expected(session: Session, rule: TrialRecord) -> tuple[str, dict[str, float]] | None:
     """That a rule is expected to end below ``min_accuracy``, with the figures; None while it may reach it."""
-    least = search_limits(session).min_accuracy
+    least = search_limits(session, Rung.LONG).min_accuracy
     if least is None or hopeful(session, rule):
         return None
     surrogate = surrogate_of(session)
@@ -220,7 +223,7 @@ def _job(session: Session, trial: TrialRecord) -> Job:
 def _rate(session: Session, trial: TrialRecord) -> float:
     """What the long fine-tune multiplies a policy's learning rate by: :func:`rate_times`, up to the highest rate that
     the space offers; nothing once it has diverged so."""
-    if trial.number in session.own_rate:
+    if trial.number in session.state.get(OWN_RATE, ()):
         return 1.0
     rungs, own = session.state["rungs"], float(trial.policy["finetune"]["learning_rate"])
     return max(1.0, min(rate_times(rungs["long_steps"], rungs["short_steps"]), LEARNING_RATE[1] / max(own, 1e-9)))

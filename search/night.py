@@ -30,7 +30,7 @@ from .policy_sampler import PolicySampler
 from .process import WorkerProcess
 from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
-from .records import RunRecord, TrialState
+from .records import Rung, RunRecord, TrialState
 from .resolved import check_same, resolved_config
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import InterruptionError, OverdueError, Session
@@ -224,7 +224,10 @@ def _aim(session: Session) -> None:
         sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
-        sampler.reference = losses(*corner_of(session.state["reference"], search_limits(session)))
+        sampler.reference, sampler.reference_long = (
+            losses(*corner_of(session.state["reference"], search_limits(session, rung)))
+            for rung in (Rung.SHORT, Rung.LONG)
+        )
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
@@ -319,7 +322,7 @@ def earlier_fronts(session: Session) -> list[Policy]:
     points = [losses(inside[i][1], *costs[i].tolist()) for i in priced]
     # Accuracies are those of short fine-tunes, which a long one may raise: none is too low here.
     least = min((-point[0] for point in points), default=0.0) - MAX_DROP
-    _, latency_ms, size_bytes = corner_of(session.state["reference"], search_limits(session))
+    _, latency_ms, size_bytes = corner_of(session.state["reference"], session.config.limits)
     chosen = spread(points, losses(least, latency_ms, size_bytes), MOST_EARLIER)
     names = ", ".join(str(run.path) for run in runs)
     session.folder.decide(

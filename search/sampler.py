@@ -29,7 +29,8 @@ from .memory import Memory
 from .netadapt import NetAdaptSampler
 from .policy_sampler import PolicySampler
 from .proposals import Sensitivity
-from .surrogate import Describer, Kernel, Surrogate
+from .records import Rung
+from .surrogate import RUNGS, Describer, Kernel, Surrogate
 
 LEAST_TRIALS = 6
 SCREENED = 250
@@ -95,6 +96,8 @@ class NightpressSampler(PolicySampler):
     sensitivity: Sensitivity = field(default_factory=Sensitivity)
     reference: tuple[float, float, float] | None = None
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
+    reference_long: tuple[float, float, float] | None = None
+    """The same of accuracies after the long fine-tune, where it differs."""
     options: Options = field(default_factory=Options)
     memory: Memory | None = None
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
@@ -132,7 +135,8 @@ class NightpressSampler(PolicySampler):
         if len(known.rows) < LEAST_TRIALS or self.reference is None or not known.observations(cheap=self.options.rungs):
             return self.space.random(generator)
         surrogate = self.surrogate()
-        aim, best_known = self._aim(surrogate, self.reference)
+        long = self.reference_long if RUNGS[surrogate.rung] == Rung.LONG else None
+        aim, best_known = self._aim(surrogate, long or self.reference)
         looked = Looked(lambda rows: self._worth(rows, surrogate, aim))
         best = next(fresh(self.encoder, self._bred(looked, best_known, generator), known.digests), None)
         if best is None:

@@ -79,10 +79,6 @@ class Session:
     stop: bool = False
     followers: tuple[str, ...] = ()
     """Phases whose time the running one must not touch, whatever it is busy with."""
-    long_failed: set[int] = field(default_factory=set[int])
-    """Trials whose long fine-tune failed under this driver: it would only fail again."""
-    own_rate: set[int] = field(default_factory=set[int])
-    """Trials whose long fine-tune diverged at a higher learning rate than their own."""
     unmeasurable: bool = False
     """Whether a kind of kernel that was never measured could not be measured either: no further one is tried."""
     _told: float = 0.0  # of the minute line

@@ -45,12 +45,12 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
     """Compare the splits again by a baseline's long fine-tune: the uncompressed network's, or, until there is that, the
     first one's. With 6.2 points by the short fine-tune and 2.2 after ten epochs, ResNet-20's own limit was out of reach
     of every network, and a night ended without a finalist."""
-    least, known = session.config.limits.min_accuracy, session.state.get("long_gap_of")
+    least, known = session.config.limits.min_accuracy, session.state.get("long_gap")
     if least is None or found.exported is None or (known is not None and name != UNCOMPRESSED):
         return
     noise = math.hypot(found.search.accuracy_se or 0.0, found.exported.accuracy_se or 0.0)
     gap = max(0.0, found.search.accuracy - found.exported.accuracy - noise)
-    session.update(split_gap=gap, long_gap_of=name)
+    session.update(long_gap=gap)
     session.folder.decide(
         "search", f"min_accuracy is {least + gap:.4f} on the search split after a long fine-tune",
         f"after its own {name} has {found.search.accuracy:.1%} there, and {found.exported.accuracy:.1%} on the test "
@@ -58,19 +58,20 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
     )  # fmt: skip
 
 
-def search_limits(session: Session) -> Limits:
-    """The user's limits for accuracies on the search split after the long fine-tune. What a trial must show before it
-    is another matter: see :func:`least_short`."""
-    limits = session.config.limits
+def search_limits(session: Session, rung: str) -> Limits:
+    """The user's limits for accuracies on the search split at this rung. What a trial must show at the short one so
+    that a long one may still bring it within them is another matter: see :func:`least_short`."""
+    limits, gap = session.config.limits, session.state.get("split_gap", 0.0)
     if limits.min_accuracy is None:
         return limits
-    return replace(limits, min_accuracy=limits.min_accuracy + session.state.get("split_gap", 0.0))
+    gap = session.state.get("long_gap", gap) if rung == Rung.LONG else gap
+    return replace(limits, min_accuracy=limits.min_accuracy + gap)
 
 
 def least_short(session: Session) -> float | None:
     """The accuracy after the short fine-tune below which no long one reaches ``min_accuracy``: less than that by the
     most that any gained which came near it. None without that limit, and while no long one has come so far."""
-    least = search_limits(session).min_accuracy
+    least = search_limits(session, Rung.LONG).min_accuracy
     if least is None:
         return None
     longs = session.store.longs()

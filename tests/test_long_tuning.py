@@ -275,6 +275,9 @@ def test_a_long_fine_tune_that_diverged_is_tried_once_more_at_the_policy_s_own_r
     assert high[0] > 1
     assert rates_of(tmp_path / "b", DIVERGED, below=1.01) == [*high, 1.0]
     assert rates_of(tmp_path / "c", DIVERGED, below=0.0) == [*high, 1.0]
+    known = read_run(tmp_path / "c").state  # what a resumed night goes by
+    assert len(known["long_failed"]) == 1
+    assert known["own_rate"] == known["long_failed"]
 
 
 def test_without_a_limit_on_accuracy_every_rule_is_trained(tmp_path: Path) -> None:
@@ -348,7 +351,7 @@ def test_a_driver_whose_rules_are_all_out_of_reach_plans_its_finalists_all_the_s
 
 def test_what_only_loses_by_a_fine_tune_that_is_too_short_has_none(tmp_path: Path) -> None:
     """The given network has 97 %, and so have its integers; 96.8 % are left after the short fine-tune."""
-    session, others = judged(tmp_path / "kept", hours=1.0, untouched=0.971), judged(tmp_path / "lost", hours=1.0)
+    session, others = judged(tmp_path / "kept", hours=1.0, untouched=0.976), judged(tmp_path / "lost", hours=1.0)
     for night in (session, others):
         train_rules(night)
 
@@ -359,8 +362,10 @@ def test_what_only_loses_by_a_fine_tune_that_is_too_short_has_none(tmp_path: Pat
     assert "no fine-tune of uncompressed, uniform INT8" in told
 
 
-def test_where_there_is_time_for_a_whole_fine_tune_everything_is_trained(tmp_path: Path) -> None:
-    session = judged(tmp_path, hours=8.0, untouched=0.971)
+@pytest.mark.parametrize("hours", [2.5, 8.0])
+def test_where_there_is_time_for_a_whole_fine_tune_everything_is_trained(tmp_path: Path, hours: float) -> None:
+    """Also where that takes the larger share of the time."""
+    session = judged(tmp_path, hours=hours, untouched=0.976)
     train_rules(session)
     assert all(steps for _, steps in trained_steps(session))
 

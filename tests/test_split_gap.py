@@ -14,6 +14,7 @@ from nightpress.search.finalists import choose
 from nightpress.search.folder import read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import train_rules
+from nightpress.search.records import Rung
 from nightpress.search.session import Session
 from nightpress.search.split_gap import note_gap, search_limits
 from nightpress.spaces.policy import Policy
@@ -29,7 +30,7 @@ def test_where_the_search_split_is_remembered_less_is_allowed_to_be_lost_on_it(t
     session.state["given"]["test"] = {"accuracy": 0.92, "accuracy_se": 0.004}
     note_gap(session)
 
-    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.048 - 0.005)
+    assert search_limits(session, Rung.LONG).min_accuracy == pytest.approx(0.86 + 0.048 - 0.005)
     assert [d["decision"] for d in read_run(tmp_path).decisions] == ["min_accuracy is 0.9030 on the search split"]
     assert chosen_of(session, cuts=[0.25, 0.5, 0.75])[0] == 0.25
 
@@ -37,7 +38,7 @@ def test_where_the_search_split_is_remembered_less_is_allowed_to_be_lost_on_it(t
 def test_a_test_split_that_is_as_easy_leaves_the_limit_where_it_is(tmp_path: Path) -> None:
     session = judged(tmp_path, least=0.86)
     note_gap(session)
-    assert search_limits(session) == session.config.limits
+    assert search_limits(session, Rung.LONG) == session.config.limits
 
 
 def forgetful(gap: Callable[[Policy], float]) -> Callable[[Job], Outcome]:
@@ -65,7 +66,8 @@ def after_rules(folder: Path, gap: Callable[[Policy], float], **keys: Any) -> Se
 def test_a_long_fine_tune_forgets_more_of_the_search_split_and_the_limit_goes_by_that(tmp_path: Path) -> None:
     session = after_rules(tmp_path, lambda policy: 0.02)
 
-    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
+    assert search_limits(session, Rung.SHORT).min_accuracy == pytest.approx(0.86 + 0.048 - 0.005)
+    assert search_limits(session, Rung.LONG).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
     assert [d["decision"] for d in read_run(tmp_path).decisions if "min_accuracy is" in d["decision"]] == [
         "min_accuracy is 0.9030 on the search split",
         "min_accuracy is 0.8750 on the search split after a long fine-tune",
@@ -74,14 +76,14 @@ def test_a_long_fine_tune_forgets_more_of_the_search_split_and_the_limit_goes_by
 
 def test_the_uncompressed_network_s_long_fine_tune_counts_before_those_of_other_rules(tmp_path: Path) -> None:
     session = after_rules(tmp_path, lambda policy: 0.02 if policy == RULES["uncompressed"] else 0.1)
-    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
+    assert search_limits(session, Rung.LONG).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
 
 
 def test_a_network_that_is_exported_untrained_tells_nothing_of_what_a_fine_tune_forgets(tmp_path: Path) -> None:
     """There is time for three short fine-tunes; those that cut nothing are as accurate as the given network."""
-    session = after_rules(tmp_path, lambda policy: 0.02 if policy.prune else 0.3, hours=0.5, untouched=0.97)
+    session = after_rules(tmp_path, lambda policy: 0.02 if policy.prune else 0.3, hours=0.5, untouched=0.976)
     assert session.state["rungs"]["squeezed"]
-    assert search_limits(session).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
+    assert search_limits(session, Rung.LONG).min_accuracy == pytest.approx(0.86 + 0.02 - 0.005)
 
 
 def test_where_nothing_may_come_within_the_limit_the_nearest_are_trained(tmp_path: Path) -> None:
