@@ -1,5 +1,6 @@
 """What a run knows about limits that it was not searched for."""
 
+import math
 import time
 from typing import Annotated, Any
 
@@ -28,8 +29,8 @@ def suggest(
         "--max-latency-ms": max_latency_ms, "--min-accuracy": min_accuracy, "--max-size-bytes": max_size_bytes,
     }  # fmt: skip
     for name, value in given.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{name} must be above 0, but got {value:g}.")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be above 0 and finite, but got {value:g}.")
     if min_accuracy is not None and min_accuracy > 1:
         raise InputError(f"--min-accuracy must be at most 1, but got {min_accuracy:g}.")
     start = time.monotonic()

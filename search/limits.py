@@ -29,7 +29,7 @@ def check_costs(session: Session, population: int = POPULATION) -> None:
     if most_ms is not None and (found := cheapest(lambda low_ms, _: low_ms)) and found[0] > most_ms:
         raise InputError(
             f"limits.max_latency_ms is {most_ms}, but no policy of this space is predicted to be faster than "
-            f"{found[0]:.3g} ms on this target."
+            f"{_up(found[0])} ms on this target."
         )
     if most_bytes is not None and (found := cheapest(lambda _, size: size)) and found[1] > most_bytes:
         raise InputError(
@@ -43,6 +43,12 @@ def check_costs(session: Session, population: int = POPULATION) -> None:
             f"limits.max_latency_ms {most_ms} and limits.max_size_bytes {most_bytes} contradict each other: the "
             f"smallest file that is fast enough has {found[1]} bytes."
         )
+
+
+def _up(value: float) -> str:
+    """Three digits that are no less: what is said to be within reach must be when it is asked for."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / step - 1e-9) * step:.3g}"
 
 
 def check_accuracy(session: Session, given: float) -> None:

@@ -46,7 +46,7 @@ from .folder import SENSITIVITY as SENSITIVITY_FILE
 from .folder import TARGET
 from .jobs import Jobs
 from .places import find_places
-from .proposals import baselines, probes, rule_count, sensitivity_of
+from .proposals import baselines, probed, probes, rule_count, sensitivity_of
 from .session import Prepared, Session, quality_of
 from .worker import Failure
 
@@ -351,9 +351,8 @@ def judge_given(session: Session) -> None:
 
 def probe_sensitivity(session: Session) -> None:
     """Damage of each choice alone; stops when the phase's share is used up."""
-    known = session.folder.read_json(SENSITIVITY_FILE)
-    if known is not None:
-        session.provide(sensitivity=sensitivity_of({tuple(key): value for key, value in known["probes"]}))
+    if (written := session.folder.read_json(SENSITIVITY_FILE)) is not None:
+        session.provide(sensitivity=sensitivity_of(probed(written["probes"])))
         return
     asked = list(probes(session.prepared.space).items())
     jobs = {
@@ -361,16 +360,17 @@ def probe_sensitivity(session: Session) -> None:
         for number, (_, policy) in enumerate(asked)
     }
     until = session.clock.left_seconds - session.clock.share_seconds("sensitivity")
-    damages = {
-        asked[number][0]: math.nan if isinstance(result, Failure) or result.divergence is None else result.divergence
-        for number, result in session.run_all(jobs.items(), until)
+    found = {
+        asked[number][0]: result.divergence
+        for number, result in session.run_all(jobs.items(), until) if not isinstance(result, Failure)
     }  # fmt: skip
-    sensitivity = sensitivity_of(damages)
-    session.provide(sensitivity=sensitivity)
-    finite = [[list(key), value] for key, value in damages.items() if math.isfinite(value)]
-    session.folder.write_json(SENSITIVITY_FILE, {**asdict(sensitivity), "probes": finite})
+    known = {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+    # What failed or found no time is unknown, which is not harmless.
+    told = [(key, known.get(key)) for key, _ in asked]
+    session.provide(sensitivity=sensitivity_of(probed(told)))
+    session.folder.write_json(SENSITIVITY_FILE, {**asdict(sensitivity_of(known)), "probes": told})
     session.folder.decide(
-        "sensitivity", f"probed {len(damages)} of {len(asked)} choices", "the share of the budget for it"
+        "sensitivity", f"probed {len(found)} of {len(asked)} choices", "the share of the budget for it"
     )
 
 

@@ -1,7 +1,7 @@
 """Policies that need no search: uniform baselines, sensitivity probes, and a greedy latency-per-damage walk."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -112,6 +112,11 @@ def probes(space: Space) -> dict[tuple[str, str, str], Policy]:
             for layer in space.anatomy.layers:
                 found["bits", layer.name, bits_name(pair)] = replace(plain, bits={layer.name: pair})
     return found
+
+
+def probed(told: Iterable[tuple[Sequence[str], float | None]]) -> dict[tuple[str, str, str], float]:
+    """Damages by probe from a run's file, NaN where it has none."""
+    return {(key[0], key[1], key[2]): math.nan if value is None else float(value) for key, value in told}
 
 
 def sensitivity_of(damages: Mapping[tuple[str, str, str], float]) -> Sensitivity:

@@ -29,7 +29,7 @@ from .folder import TARGET
 from .gain import expected_gain
 from .gain import target as aim_at
 from .pareto import losses, non_dominated
-from .proposals import sensitivity_of
+from .proposals import probed, sensitivity_of
 from .records import Quality, RunRecord, TrialRecord, row
 from .surrogate import RUNGS, Describer, Surrogate
 from .verification import strike
@@ -72,8 +72,7 @@ def known_of(run: RunRecord) -> Known:
     observations = experience.observations()
     if not observations:
         raise InputError(f"{run.path}: nothing can be suggested before the run's first trial is complete.")
-    probes = (run.sensitivity or {}).get("probes") or []
-    sensitivity = sensitivity_of({(k[0], k[1], k[2]): float(value) for k, value in probes})
+    sensitivity = sensitivity_of(probed((run.sensitivity or {}).get("probes") or []))
     with threadpool_limits(limits=1, user_api="blas"):
         surrogate = Surrogate(Describer(encoder, sensitivity), observations)
     profile = load_profile(run.path / TARGET, anatomy, as_recorded=True)  # a report is read on other machines too

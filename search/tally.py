@@ -49,10 +49,12 @@ class Tally:
         self._join(record)
 
     def refront(self, records: Iterable[TrialRecord]) -> None:
-        """The front anew, after a latency was measured."""
+        """The front and the judges anew, after a latency was measured."""
         self.changes += 1
         self.front.clear()
-        for record in records:
+        known = {record.number: record for record in records}
+        self._recent = deque((known.get(record.number, record) for record in self._recent), maxlen=RECENT)
+        for record in known.values():
             if record.state is TrialState.COMPLETE and record.reused_from is None:
                 self._join(record)
 

@@ -72,3 +72,14 @@ def test_a_long_night_is_judged_by_its_front_and_its_last_trials() -> None:
 
     assert best in judges
     assert len(judges) == RECENT + 1
+
+
+def test_a_latency_that_was_measured_since_is_that_of_the_judges() -> None:
+    """Another trial would be stopped as dominated by what it was predicted to take."""
+    seen = [record(i, TrialState.COMPLETE, 0.1 * i, 1.0 + i, 1) for i in range(4)]
+    tally = tallied(seen)
+    slow = [*seen[:2], record(2, TrialState.COMPLETE, 0.2, 9.0, 1), seen[3]]
+
+    tally.refront(iter(slow))
+
+    assert sorted(tally.judges(), key=lambda one: one.number) == slow
