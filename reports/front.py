@@ -300,8 +300,13 @@ def reference(run: RunRecord, *, verified: bool) -> Losses | None:
 def all_baselines_verified(run: RunRecord) -> bool:
     """Whether every baseline that ended was verified, or was known to end beyond the limits. Where the deadline left
     some out, comparing verified trials of the search with the few verified baselines would flatter the search."""
+    return not unverified_baselines(run)
+
+
+def unverified_baselines(run: RunRecord) -> list[TrialRecord]:
+    """Those that ended, that nobody verified, and that were not known to end beyond the limits."""
     ended = [t for t in run.trials if t.role == "baseline" and t.state is TrialState.COMPLETE]
-    return all(t.verified is not None or t.hopeless is not None for t in ended)
+    return [t for t in ended if t.verified is None and t.hopeless is None]
 
 
 class Sides(NamedTuple):

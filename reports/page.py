@@ -121,8 +121,9 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_fron
     note = (trial.struck_out and f"struck out: {trial.struck_out}") or trial.reason or ""
     if not note and found is not None:
         note = "; ".join(breaches(limits(run), found))
-    if not note and trial.verified is None and verified_any(run):
-        note = "not exported: search split, not compared"
+    if trial.verified is None and verified_any(run):
+        # Given weights remember the search split: side by side with the others' it would be the most accurate of all.
+        note = "; ".join(filter(None, [note, "accuracy of the search split, not compared"]))
     return TableRow(
         trial=trial.number,
         name=title(trial),

@@ -60,6 +60,7 @@ def summary_table(run: RunRecord) -> list[dict[str, Any]]:
                 "name": title(trial),
                 "picked": labels.get(trial.number, []),
                 **_figures(run, trial),
+                "split": row(trial)["split"],
                 "on_front": trial.number in on_front,
                 "struck_out": trial.struck_out,
             }

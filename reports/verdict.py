@@ -28,6 +28,7 @@ from .front import (
     shrinkage,
     sides,
     speedup,
+    unverified_baselines,
     verified_any,
 )
 from .noise import Gain, gain_of
@@ -213,6 +214,8 @@ def _best_against_baseline(run: RunRecord) -> list[str]:
     if best.role == "baseline":
         return [f"The default choice is a baseline: the search found nothing faster {rule(run).words}."]
     floor = rule(run).min_accuracy - 1e-9
+    if verified_any(run) and (missing := [title(trial) for trial in unverified_baselines(run)]):
+        return [f"How much faster it is than the fastest baseline is not known: {', '.join(missing)} not verified."]
     rivals = [
         (found.latency_ms, trial)
         for trial in candidates(run)

@@ -23,6 +23,7 @@ from fakes_run import (
     verify,
 )
 from nightpress.reports.front import candidates, picks, rule
+from nightpress.reports.page import table_row
 from nightpress.reports.summary import summary, summary_table
 from nightpress.reports.verdict import answer, doubts, drop_points, findings, verdict
 from nightpress.search.records import RunRecord, TrialRecord, TrialState
@@ -111,6 +112,7 @@ def test_table_holds_baselines_then_picks_once_each() -> None:
         "ratio": 2.0,
         "size_kb": 250.0,
         "size_ratio": 4.0,
+        "split": "search",
         "on_front": True,
         "struck_out": None,
     }
@@ -214,6 +216,25 @@ def test_the_answer_repeats_the_limits_and_names_the_default_choice() -> None:
     # Nothing keeps the accuracy: the answer says so first, and then what there is.
     lossy = run([verify(original(0.9), struck_out="slower"), verify(trial(1, 0.5, 0.4))])
     assert answer(lossy)[1].startswith("No point of the front is within 1.0 point of the uncompressed model's")
+
+
+def test_no_speed_up_is_named_against_rules_of_which_some_were_not_verified() -> None:
+    """A tight deadline leaves out just those."""
+    int8 = trial(2, 0.898, 0.16, 300_000, role="baseline", name="uniform INT8", policy=INT8)
+    night = run([verify(original(0.9)), verify(trial(1, 0.899, 0.15, 250_000)), int8])
+
+    said = " ".join(findings(night))
+    assert "How much faster it is than the fastest baseline is not known: uniform INT8 not verified." in said
+    assert "By the same rule" not in said
+    assert "By the same rule" in " ".join(findings(run([*night.trials[:2], verify(int8)])))
+
+
+def test_the_table_says_which_split_an_accuracy_is_of() -> None:
+    """Given weights remember the search split."""
+    int8 = trial(2, 0.966, 0.16, 300_000, role="baseline", name="uniform INT8", policy=INT8, hopeless="too slow")
+    night = run([verify(original(0.9)), int8])
+    assert [line["split"] for line in summary_table(night)] == ["test", "search"]
+    assert table_row(night, int8, (), on_front=False).note.endswith("accuracy of the search split, not compared")
 
 
 def test_a_gain_is_judged_by_its_noise() -> None:
