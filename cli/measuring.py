@@ -84,7 +84,7 @@ def calibrate_from_results(anatomy: Anatomy, results: Path, out: Path) -> dict[s
 
 def as_measured(target: Target, profile: Path) -> Target:
     """A target with the bits that the integers of its device should have, where an earlier profile of it says so."""
-    known = read_capabilities(profile)
+    known = read_capabilities(profile) if profile.is_file() else None
     return target if known is None else replace(target, integer_bits=known.integer_bits)
 
 

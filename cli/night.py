@@ -90,6 +90,7 @@ def status(folder: RunDir, json: Json = False) -> None:
     counts = ", ".join(f"{count} {name.lower()}" for name, count in shown.items() if count)
     say(f"{data['run']}: {data['state']}, phase {data['phase']}, deadline {data['deadline']}{left}")
     say(f"trials: {counts or 'none yet'}")
+    _caveat(data["forced"])
     _print_rows("Best points so far", data["front"])
 
 
@@ -133,7 +134,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Fronts of several runs beside each other. Example: nightpress compare runs/a runs/b --out compare.html"""
-    from ..reports import compare_runs, write_comparison
+    from ..reports import compare_runs, forced, write_comparison
     from ..search.folder import read_run
     from ..spaces.errors import InputError
 
@@ -151,8 +152,15 @@ def compare(
     table("What differs", data["differences"])
     table("Which points dominate which", data["dominance"])
     table("Common front", data["front"], ["run", "trial", "accuracy", "latency_ms", "size_bytes"])
+    for run in runs:
+        _caveat(forced(run), f" of {run.path}")
     if out is not None:
         say(f"wrote {out}")
+
+
+def _caveat(forced: str | None, whose: str = "") -> None:
+    if forced is not None:
+        say(f"The latencies{whose} may not hold: {forced}.")
 
 
 def write_page(folder: Path, out: Path) -> Path:

@@ -165,18 +165,27 @@ def predict(
 ) -> None:  # fmt: skip
     """Latency, size and MACs of policies from a profile.
     Example: nightpress predict mnist5k-resnet a.json --target here.json"""
+    from ..evaluators.latency.capabilities import fewer_bits_are_faster
     from ..evaluators.latency.insitu import UnseenKernelError
     from ..evaluators.latency.profile import load_profile
     from ..search.session import file_size
     from ..spaces.errors import InputError
     from ..spaces.plan import plan
     from ..spaces.policy import digest
+    from ..spaces.space import bits_name
 
     log_to_stderr()
     _, anatomy, where = find_anatomy(task, str(target), runs_here=False, given=True)
     profile = load_profile(target, anatomy, force=force)
     rows: list[dict[str, Any]] = []
+    unpriced = fewer_bits_are_faster(target, where)
     for path, policy in _policies(policies, anatomy, where):
+        if unpriced and (name := next((n for n, pair in policy.bits.items() if pair.int8 and pair.weights < 8), None)):
+            raise InputError(
+                f"{path}: integers of fewer than 8 bits take faster kernels on the device of {target} than those of 8, "
+                f"which are all that it holds, but bits.{name} is {bits_name(policy.bits[name])}: make a kit of 7 with "
+                f"nightpress kit --target {target}."
+            )
         planned = plan(anatomy, policy)
         try:
             latency, low, high = (float(value) for value in profile.predict([policy])[0])
@@ -207,7 +216,7 @@ def measure(
     profile = parse_target(target, Path(), "--target")[1]
     caveat = measured_elsewhere(Path(profile), force=force) if profile is not None else None
     _, anatomy, where = find_anatomy(task, target, given=True, threads=threads, batch=batch)
-    read = _policies(policies, anatomy, where)
+    read = _policies(policies, anatomy, where, any_bits=True)
     keys = {path: digest(policy) for path, policy in read}
     timings, sizes = measure_policies(anatomy, {keys[path]: policy for path, policy in read}, where)
     rows = [
@@ -279,7 +288,7 @@ def _policies(
     paths: list[Path], anatomy: "Anatomy", target: "Target", any_bits: bool = False
 ) -> "list[tuple[Path, Policy]]":
     from ..spaces.errors import InputError
-    from ..spaces.policy import ACTIVATION_BITS, WEIGHT_BITS, policy_from_json
+    from ..spaces.policy import ACTIVATION_BITS, INT8, WEIGHT_BITS, policy_from_json
     from ..spaces.space import canonical, check_policy
 
     choices = None if any_bits else target.bit_choices(WEIGHT_BITS, ACTIVATION_BITS)
@@ -290,6 +299,12 @@ def _policies(
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: the policy cannot be read: {error}.") from None
         policy = policy_from_json(text, str(path))
+        if choices is not None and target.integer_bits < 8 and INT8 in policy.bits.values():
+            name = next(name for name, pair in policy.bits.items() if pair == INT8)
+            raise InputError(
+                f"{path}: bits.{name} is 8/8, but integer weights of this target have {target.integer_bits} bits, as "
+                "those of 8 take slower kernels, which its profile has not measured: sample with this --target."
+            )
         check_policy(policy, anatomy, choices, str(path))
         found.append((path, canonical(policy, anatomy)))
     return found

@@ -80,7 +80,7 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
         digest=trial.digest,
         policy=trial.policy,
         target=target,
-        device=_device(run),
+        device=run.device,
         digests={key: run.state.get(key) for key in ("model", "data", "code")},
         reference_accuracy=_reference_accuracy(run),
         original_bytes=original.size_bytes if original is not None else None,
@@ -91,16 +91,6 @@ def origin_of(run: RunRecord, trial: TrialRecord) -> Origin:
         ),
         forced=carried or "; ".join(found.get("forced") or ()) or None,
     )  # fmt: skip
-
-
-def _device(run: RunRecord) -> Mapping[str, Any]:
-    """The device that latencies hold for: of a kit the profile's, else the one that the night measured on, which a
-    profile that was taken by force is not of. Older runs did not record it."""
-    found = run.target or {}
-    measured_on: Mapping[str, Any] | None = run.state.get("device")
-    if found.get("remote") or (measured_on is None and not found.get("forced")):
-        return found.get("device") or {}
-    return measured_on or {}
 
 
 def _absolute(task: str, base: str | None) -> str:

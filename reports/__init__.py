@@ -19,7 +19,7 @@ from .front import (
 from .html import ReviewLinks, page_html, write_report
 from .summary import summary, summary_table
 from .tables import write_tables
-from .verdict import verdict
+from .verdict import forced, verdict
 
 __all__ = [
     "FORMATS",
@@ -29,6 +29,7 @@ __all__ = [
     "candidates",
     "compare_runs",
     "feasible",
+    "forced",
     "front",
     "hypervolume_over_time",
     "hypervolumes",

@@ -9,12 +9,14 @@ from ..search.records import RunRecord, TrialRecord, row
 from .front import Limits, Losses, Point, front, hypervolumes, point, reference, verified_any
 from .noise import hypervolume_error, hypervolume_errors, noise_of_gain
 from .text import plain
+from .verdict import forced
 
 KINDS = {
     "config": "config",
     "data": "data",
     "model": "data",
     "device": "device",
+    "forced": "device",
     "target": "device",
     "host": "device",
     "code": "code",
@@ -189,7 +191,8 @@ def _circumstances(run: RunRecord) -> dict[str, Any]:
         "code": run.state.get("code"),
         "environment": run.state.get("environment"),
         "host": run.state.get("host"),
-        "device": target.get("device"),
+        "device": run.device,
+        "forced": forced(run),
         "target": target.get("target"),
         "rungs": run.state.get("rungs"),
     }

@@ -8,7 +8,7 @@ from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.latency.measure import MeasurementError, measure_policies
-from ..spaces.policy import Policy
+from ..spaces.policy import Policy, network_digest
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
@@ -42,11 +42,14 @@ def remeasure_front(session: Session, *, over: bool = True) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen. While the search
     is not ``over``, times are taken at the calibration's pace: trials of two paces would stand on one front."""
     trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
-    near = _near_front(session, trials)[:MOST_REMEASURED]
+    alike: dict[str, list[TrialRecord]] = {}  # fine-tunes of one network take the same time: it is measured once
+    for trial in _near_front(session, trials):
+        alike.setdefault(network_digest(policy_of(trial)), []).append(trial)
+    near = list(alike.values())[:MOST_REMEASURED]
     if not near or session.profile.remote:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
-    policies = {str(t.number): policy_of(t) for t in near}
+    policies = {str(same[0].number): policy_of(same[0]) for same in near}
     anatomy, target = session.prepared.anatomy, session.config.target
     try:
         timings, sizes = session.on_target(
@@ -57,9 +60,10 @@ def remeasure_front(session: Session, *, over: bool = True) -> None:
         session.folder.decide("search", "the front was not re-measured", str(error))
         return
     level = feed_back(session, policies, timings, sizes, recalibrate=over)
-    for trial in near:
-        found = latency_of(timings[str(trial.number)], session.forced)
-        session.store.remeasure(trial.number, found if over else found.at_pace(level))
+    for same in near:
+        found = latency_of(timings[str(same[0].number)], session.forced)
+        for trial in same:
+            session.store.remeasure(trial.number, found if over else found.at_pace(level))
     session.folder.decide(
         "search",
         f"re-measured {len(near)} policies",

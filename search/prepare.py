@@ -28,6 +28,7 @@ from ..evaluators.latency.capabilities import (
     beside_profile,
     capabilities,
     capabilities_from_dict,
+    fewer_bits_are_faster,
     measure_capabilities,
 )
 from ..evaluators.latency.profile import is_remote, load_profile
@@ -113,6 +114,12 @@ def _capable(session: Session, config: RunConfig) -> RunConfig:
     """The config with the channel steps and bit widths that the target was measured to have; a profile's are its own,
     and a resumed night keeps those that it began with."""
     if config.target_profile is not None:
+        fewer = min(config.space.bits.weights) < 8
+        if fewer and fewer_bits_are_faster(Path(config.target_profile), config.target):
+            session.folder.decide(
+                "inspect", "integers of fewer than 8 bits are priced as those of 8",
+                "they are faster on the device of the profile, whose kit held those of 8: make a kit for that profile",
+            )  # fmt: skip
         return config
     if session.places.target_node and config.target.runtime not in PROVIDERS:  # what it runs, its own graph would tell
         session.folder.decide(

@@ -229,6 +229,15 @@ class RunRecord:
     layers: Mapping[str, Any] | None = None
     why: Mapping[str, Any] | None = None
 
+    @property
+    def device(self) -> Mapping[str, Any]:
+        """The device that latencies hold for: of a kit the profile's, else the one that the night measured on, which a
+        profile that was taken by force is not of. Older runs did not record it."""
+        found, measured_on = self.target or {}, self.state.get("device")
+        if found.get("remote") or (measured_on is None and not found.get("forced")):
+            return found.get("device") or {}
+        return measured_on or {}
+
 
 def last_word(run: RunRecord, trial: TrialRecord) -> Mapping[str, Any] | None:
     """The last pick or rejection of a trial; None where nobody decided on this very policy."""

@@ -332,7 +332,7 @@ class Session:
             "unsettled": sum(not timing.settled for timing in timings.values()),
         }  # fmt: skip
         self.state.setdefault("noise", []).append(entry)
-        for text in noise_warnings(timings):
+        for text in noise_warnings(timings, node=self.places.target_node):
             self.warn(phase, text)
 
     def warn(self, phase: str, text: str) -> None:

@@ -1,5 +1,6 @@
 """After the search: which policies are known to meet new limits, and which untried ones are expected to be better."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,8 @@ from .verification import strike
 Array = NDArray[np.float64]
 MOST_SUGGESTED = 5
 CANDIDATES = 48
+TWO_SIDED = 1.645
+"""Standard errors that hold nine of ten readings."""
 POPULATION = 450
 """Of a generation. Each is looked at closely here, so there are fewer than in a proposal: a person waits."""
 
@@ -99,15 +102,15 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     """The verified points within the limits that no other dominates, and untried policies expected to add to them.
 
     What only the run's own limits struck out is judged by these limits instead. Accuracies of untried policies are the
-    surrogate's median and 90 % interval after ``basis.rung``, of which it saw ``seen`` trials, moved by ``shift``: what
-    the ``verified`` trials have more on the test split than on the search split; before there are any, what the given
-    network has. Raises InputError as :func:`known_of`.
+    surrogate's median and 90 % interval of a reading after ``basis.rung``, of which it saw ``seen`` trials, moved by
+    ``shift``: what the ``verified`` trials have more on the test split than on the search split; before there are any,
+    what the given network has. Raises InputError as :func:`known_of`.
     """
     known = known_of(run)
     within = _best([t for t in run.trials if _stands(t, limits)])
-    shift, verified = _split_shift(run)
+    shift, verified, noise = _split_shift(run)
     with threadpool_limits(limits=1, user_api="blas"):
-        found = _untried(run, known, limits, within, shift, seed)
+        found = _untried(run, known, limits, within, shift, noise, seed)
     rung = known.surrogate.rung
     return {
         "run": str(run.path),
@@ -120,15 +123,22 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _split_shift(run: RunRecord) -> tuple[float, int]:
-    """How much higher accuracies are on the test split than on the search split, and of how many trials that is the
-    mean: all that were verified, since those that were struck out for their test accuracy lost the most."""
+def _split_shift(run: RunRecord) -> tuple[float, int, float]:
+    """How much higher accuracies are on the test split than on the search split, of how many trials that is the mean
+    (all that were verified, since those that were struck out for their test accuracy lost the most), and how far a
+    reading of the test split may lie from the accuracy so moved, in nine of ten cases: its own noise and the mean's."""
     both = [(t.verified.quality, t.verified.search_quality) for t in run.trials if t.verified is not None]
     if both:
-        return float(np.mean([test.accuracy - search.accuracy for test, search in both])), len(both)
+        apart = [test.accuracy - search.accuracy for test, search in both]
+        own = float(np.mean([test.accuracy_se or 0.0 for test, _ in both]))
+        mean = float(np.std(apart, ddof=1)) / math.sqrt(len(both)) if len(both) > 1 else own
+        return float(np.mean(apart)), len(both), TWO_SIDED * math.hypot(own, mean)
     given = run.state.get("given") or {}
     known = {"test", "search"} <= set(given)
-    return float(given["test"]["accuracy"] - given["search"]["accuracy"]) if known else 0.0, 0
+    if not known:
+        return 0.0, 0, 0.0
+    own = given["test"].get("accuracy_se") or 0.0
+    return float(given["test"]["accuracy"] - given["search"]["accuracy"]), 0, TWO_SIDED * own
 
 
 def _stands(trial: TrialRecord, limits: Limits) -> bool:
@@ -160,7 +170,7 @@ def _score(known: Quality) -> Score:
 
 
 def _untried(
-    run: RunRecord, known: Known, limits: Limits, within: Sequence[TrialRecord], shift: float, seed: int
+    run: RunRecord, known: Known, limits: Limits, within: Sequence[TrialRecord], shift: float, noise: float, seed: int
 ) -> list[dict[str, Any]]:
     """Untried policies, the most useful first; each counts as known for those after it."""
     surrogate, encoder = known.surrogate, known.surrogate.describer.encoder
@@ -211,6 +221,7 @@ def _untried(
             break
         chosen.append(best)
         aim = aim.with_point(float(median[best]), costs[best])
+    low, high = median - np.hypot(median - low, noise), median + np.hypot(high - median, noise)
     median, low, high = (np.clip(values + shift, 0, 1) for values in (median, low, high))
     return [_entry(known, policies[i], float(median[i]), float(low[i]), float(high[i])) for i in chosen]
 

@@ -13,7 +13,7 @@ from ..evaluators.latency.measure import AGREE, MeasurementError
 from ..evaluators.latency.profile import Point
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
-from ..spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from ..spaces.policy import Policy, digest, network_digest, policy_from_dict, policy_to_dict
 from .disk import drop_below, find_room, is_full
 from .judging import Judging
 from .policy_sampler import TrialSuggest
@@ -159,7 +159,7 @@ class Trials:
             predicted=asdict(predicted),
             size_bytes=size, macs=planned.macs, params=planned.params,
         )  # fmt: skip
-        point = self._measured_points().get(digest(policy))
+        point = self._measured_points().get(network_digest(policy))
         if point is not None and not session.profile.forced:  # it was measured during calibration
             settled, reference_ms = point.repeat_error <= AGREE, session.profile.reference_ms
             store.note(
@@ -341,9 +341,9 @@ class Trials:
         return self.session.store.trial(known) if known is not None and known != number else None
 
     def _measured_points(self) -> Mapping[str, Point]:
-        """What was measured during calibration, by digest."""
+        """What was measured during calibration, by the network that runs."""
         if not self._points:
-            self._points = {digest(point.policy): point for point in self.session.profile.points}
+            self._points = {network_digest(point.policy): point for point in self.session.profile.points}
         return self._points
 
     def _reuse(self, number: int, known: TrialRecord) -> None:

@@ -162,6 +162,13 @@ def digest(policy: Policy) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
+def network_digest(policy: Policy) -> str:
+    """Names the network that runs: policies that differ in how its weights are found alone take the same time."""
+    return digest(
+        Policy(model=policy.model, prune=policy.prune, bits=policy.bits, removed_blocks=policy.removed_blocks)
+    )
+
+
 def policy_from_json(text: str, source: str) -> Policy:
     """Read a policy file; ``source`` names it in errors. Raises InputError."""
     try:

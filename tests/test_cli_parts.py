@@ -1,6 +1,7 @@
 """The steps of a night on their own: which machine must run a target, whose times are told, what is written."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import pytest
 
 import tiny
 from nightpress.evaluators.latency.calibrate import calibrate
+from nightpress.evaluators.latency.capabilities import Capabilities, Width, beside_profile
 from nightpress.evaluators.latency.profile import profile_to_dict
 from nightpress.evaluators.latency.target import RUNTIMES, Target, missing_runtime
 from nightpress.search.config import RunConfig
 from nightpress.search.prepare import space_of
-from nightpress.spaces.policy import INT8, Policy, digest, policy_from_json, policy_to_json
+from nightpress.spaces.policy import INT8, LayerBits, Policy, digest, policy_from_json, policy_to_json
+from nightpress.spaces.space import uniform
 
 MANY = 4096
 """Threads, more than any machine here has cores."""
@@ -106,6 +109,61 @@ def test_times_of_this_machine_in_place_of_another_say_so(cli: tiny.Cli, place: 
     assert forced["forced"].startswith("a profile holds for one device; cpu was 'Cortex-A76' when it was made")
     assert own["forced"] is None
     assert all(row["latency_ms"] > 0 for row in (forced, own))
+
+
+def integers(place: tiny.Place, folder: Path, weights: int) -> Path:
+    path = folder / f"{weights}.json"
+    bits = LayerBits(weights=weights, activations=8)
+    path.write_text(policy_to_json(uniform(place.anatomy, width=1, bits=bits)))
+    return path
+
+
+def probed(data: dict[str, Any], **keys: Any) -> None:
+    """Integers of 7 bits were measured to be twice as fast as those of 8."""
+    widths = [Width(weights=w, activations=8, kernel="int8", speedup=s) for w, s in ((8, 1.0), (7, 2.0))]
+    found = Capabilities(
+        stairs=(), widths=tuple(widths), change_ms=0.0, change_elements=1, settled=True, seconds=1.0
+    )  # fmt: skip
+    data.update(beside_profile(found))
+    data["capabilities"].update(keys)
+
+
+def test_integers_of_eight_bits_are_refused_where_those_of_seven_were_measured(
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path
+) -> None:
+    """But for their true latency, which anybody may ask for."""
+    profile = profile_with(place, tmp_path, lambda data: data["target"].update(integer_bits=7))
+    path = integers(place, tmp_path, 8)
+
+    sentence = tiny.refused(cli("predict", place.task, path, "--target", profile))
+    assert re.match(
+        rf"{path}: bits\.[\w.]+ is 8/8, but integer weights of this target have 7 bits, as those ", sentence
+    )
+    assert cli("measure", place.task, path, "--target", profile, "--json").json["policies"][0]["latency_ms"] > 0
+
+
+def test_fewer_bits_are_not_priced_as_eight_where_their_kernels_are_faster(
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path
+) -> None:
+    profile = profile_with(place, tmp_path, probed)
+
+    for weights in (4, 7):
+        path = integers(place, tmp_path, weights)
+        sentence = tiny.refused(cli("predict", place.task, path, "--target", profile))
+        assert sentence.startswith(f"{path}: integers of fewer than 8 bits take faster kernels on the device of ")
+    for weights, known in ((8, profile), (4, place.profile)):
+        path = integers(place, tmp_path, weights)
+        assert cli("predict", place.task, path, "--target", known, "--json").json["policies"]
+
+
+@pytest.mark.parametrize("damage", [{"widths": [{"weights": 8}]}, {"change_elements": "many"}, {"seconds": None}])
+def test_damaged_capabilities_of_a_profile_are_named(
+    cli: tiny.Cli, place: tiny.Place, tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    profile = profile_with(place, tmp_path, lambda data: probed(data, **damage))
+    sentence = tiny.refused(cli("kit", place.task, "--target", profile, "--out", tmp_path / "kit"))
+    assert sentence.startswith(f"{profile}: capabilities are not those that nightpress wrote (")
+    assert not (tmp_path / "kit").exists()
 
 
 @pytest.mark.parametrize("command", ["predict", "measure"])

@@ -455,7 +455,7 @@ def test_suggestions_say_what_their_run_was_forced_to_overlook(
 def test_a_limit_of_nothing_is_refused(night: tiny.Night, capsys: pytest.CaptureFixture[str]) -> None:
     sentence = tiny.refused(tiny.call("suggest", night.run, "--max-latency-ms", 0, capsys=capsys))
 
-    assert "--max-latency-ms must be above 0, but got 0" in sentence
+    assert "--max-latency-ms must be above 0 and finite, but got 0" in sentence
 
 
 def test_a_night_says_why_its_finalists_are_as_they_are(night: tiny.Night) -> None:

@@ -50,6 +50,7 @@ class Device:
 
     slower: float = 1.0
     lost: bool = False
+    target_node: bool = False
 
     def timer(self, target: Target, listener: object) -> nullcontext[Paced]:
         if self.lost:

@@ -211,6 +211,19 @@ def test_a_kind_of_kernel_that_was_not_measured_is_refused_by_name() -> None:
         predictor.predict(choices_of(ANATOMY, [floats[0], integers]))
 
 
+def test_a_policy_is_not_known_by_its_twin() -> None:
+    """Those that differ in their fine-tune alone run the same network: two of one would know each other's noise."""
+    known = measured(known_policies(24, 3), noise=0.05)
+    twice = replace(
+        known, work=measured([*known_policies(24, 3)] * 2).work, latency_ms=np.tile(known.latency_ms, 2),
+        timed=[*known.timed] * 2, sessions=np.tile(known.sessions, 2),
+    )  # fmt: skip
+    told = replace(twice, networks=np.tile(np.arange(len(known.latency_ms)), 2))
+
+    assert fit(twice).heldout.mape < 0.8 * fit(told).heldout.mape
+    assert fit(told).heldout.mape == pytest.approx(fit(known).heldout.mape, rel=0.3)
+
+
 def test_a_kind_of_kernel_that_ran_only_where_no_node_was_timed_is_learned_of_whole_models() -> None:
     """A measurement of one in a file without times of nodes ended in an error."""
     floats = [replace(policy, bits={}) for policy in random_policies(20, 6)]

@@ -96,6 +96,18 @@ def test_verified_fronts_share_the_box_of_the_test_split() -> None:
     assert own == pytest.approx(shares)
 
 
+def test_a_forced_profile_is_a_difference_and_so_is_the_device_that_it_was_used_on() -> None:
+    """Its file names the device that it was made on."""
+    target = {"device": {"cpu": "A"}, "forced": ["cpu was 'A', here it is 'B'"]}
+    forced = replace(named(FAST, "runs/forced", device={"cpu": "B"}), target=target)
+    plain = replace(named(FAST, "runs/plain", device={"cpu": "A"}), target={"device": {"cpu": "A"}})
+
+    found = {entry["what"]: entry["runs/forced"] for entry in compare_runs([plain, forced])["differences"]}
+
+    assert found == {"device.cpu": "B", "forced": "cpu was 'A', here it is 'B'"}
+    assert kind_of("forced") == "device"
+
+
 def test_differences_say_what_they_are_of() -> None:
     other = replace(
         named(FAST, "runs/other", data="d1", code="c1", environment={"python": "3.12"}),

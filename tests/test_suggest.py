@@ -91,6 +91,21 @@ def test_without_verified_trials_accuracies_are_those_that_the_given_networks_sp
     assert medians() == pytest.approx([accuracy - 0.08 for accuracy in before], abs=1e-3)
 
 
+def test_intervals_hold_what_a_reading_of_the_test_split_is_off_by(run: Path) -> None:
+    """That is what is verified of them."""
+
+    def widths() -> list[float]:
+        found = suggest(read_run(run), Limits(max_latency_ms=1e9))["suggested"]
+        return [entry["accuracy_high"] - entry["accuracy_low"] for entry in found]
+
+    before, state = widths(), json.loads((run / "state.json").read_text())
+    given = {"search": {"accuracy": 0.9}, "test": {"accuracy": 0.9, "accuracy_se": 0.01}}
+    (run / "state.json").write_text(json.dumps(state | {"given": given}))
+
+    assert before
+    assert all(wide > max(narrow, 0.02) for narrow, wide in zip(before, widths(), strict=True))
+
+
 def judge(run: Path, number: int, accuracy: float, latency_ms: float, struck_out: str | None, **more: Any) -> None:
     """Verify a trial, beside an original of 0.87 ms, and strike it out where it says why."""
     record = fakes_run.verify(fakes_run.trial(number, accuracy, latency_ms), struck_out=struck_out, **more)
@@ -157,7 +172,12 @@ def said(words: tuple[object, ...], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("accuracy", "rule"),
-    [("90", "at most 1, but got 90"), ("0", "above 0, but got 0"), ("nan", "above 0, but got nan")],
+    [
+        ("90", "at most 1, but got 90"),
+        ("0", "above 0 and finite, but got 0"),
+        ("nan", "above 0 and finite, but got nan"),
+        ("inf", "above 0 and finite, but got inf"),
+    ],
 )
 def test_an_accuracy_in_per_cent_is_refused(
     run: Path, accuracy: str, rule: str, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,5 @@
 """How many policies a calibration measures: as many as were asked for, or batch after batch until the held-out error
-has stopped falling; then all of them once more, minutes after the first."""
+has stopped falling; then all of them once more, in another order."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

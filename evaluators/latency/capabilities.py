@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...spaces.anatomy import Anatomy, Layer, Op
+from ...spaces.errors import InputError
 from ...spaces.files import write_whole
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import FP32, INT8, LayerBits, Policy
@@ -125,12 +126,25 @@ MEASURED_BESIDE = ("capabilities", "staircases")
 
 
 def read_capabilities(profile: Path) -> Capabilities | None:
-    """What a profile's file holds of them beside the profile; None where nothing was measured, or not whole."""
+    """What a profile's file holds of them beside the profile; None where nothing was measured. Raises InputError where
+    they are damaged."""
     try:
         data: dict[str, Any] = json.loads(profile.read_text())
+        if "capabilities" not in data:
+            return None
         return capabilities_from_dict({**data["capabilities"], "staircases": data["staircases"]})
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise InputError(
+            f"{profile}: capabilities are not those that nightpress wrote ({type(error).__name__}: {error}): calibrate "
+            "again."
+        ) from None
+
+
+def fewer_bits_are_faster(profile: Path, target: Target) -> bool:
+    """Whether the device of a profile takes faster kernels for integers of fewer bits than those that were measured,
+    so that the profile prices these too high. Raises InputError."""
+    known = read_capabilities(profile)
+    return known is not None and known.integer_bits < target.integer_bits
 
 
 def beside_profile(found: Capabilities) -> dict[str, Any]:
@@ -140,7 +154,8 @@ def beside_profile(found: Capabilities) -> dict[str, Any]:
 
 
 def capabilities_from_dict(data: Mapping[str, Any]) -> Capabilities:
-    """The inverse of :meth:`Capabilities.to_dict`. Raises KeyError or TypeError when something is missing."""
+    """The inverse of :meth:`Capabilities.to_dict`. Raises KeyError, TypeError or ValueError when something is missing
+    or of another type."""
     stairs = tuple(
         Stair(
             name=stair["name"],
@@ -150,7 +165,15 @@ def capabilities_from_dict(data: Mapping[str, Any]) -> Capabilities:
     )  # fmt: skip
     return Capabilities(
         stairs=stairs,
-        widths=tuple(Width(**width) for width in data["widths"]),
+        widths=tuple(
+            Width(
+                weights=int(width["weights"]),
+                activations=int(width["activations"]),
+                kernel=str(width["kernel"]),
+                speedup=float(width["speedup"]),
+            )
+            for width in data["widths"]
+        ),
         change_ms=float(data["change_ms"]),
         change_elements=int(data["change_elements"]),
         settled=bool(data["settled"]),

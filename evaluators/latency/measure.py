@@ -27,7 +27,7 @@ AGREE = 0.02
 """Windows are added until the two lowest lie within this share of each other."""
 LEAST_ROUNDS, MOST_ROUNDS = 4, 20
 SECOND_ROUNDS = 8
-"""The most of a second look, minutes after the first."""
+"""The most of a second look, when all had their first."""
 KERNEL_PASSES = 3
 GRACE_SECONDS = 60.0
 """How long a child whose time is up may still be in an inference, at the least."""
@@ -100,23 +100,23 @@ class Timing:
         return replace(low, again_ms=high.windows_ms, kernels=self.kernels, busy_cores=max(busy, default=None))
 
 
-def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False) -> list[str]:
+def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False, node: bool = False) -> list[str]:
     """What a person should know of a measurement with the reference in it: other work on the cores, and windows that
-    never agreed. A kit is measured ``elsewhere``."""
+    never agreed. A kit is measured ``elsewhere``; a ``node`` of a cluster measures for the night."""
     found: list[str] = []
     busy, apart = timings[REFERENCE].busy_cores, [t.repeat_error for t in timings.values() if t.repeat_error > AGREE]
     if busy is not None and busy >= BUSY_CORES:
-        load = "" if elsewhere else f" (load {os.getloadavg()[0]:.1f} on {script.cores()})"
+        load = "" if elsewhere or node else f" (load {os.getloadavg()[0]:.1f} on {script.cores()})"
         remedy = "measure the kit again without them" if elsewhere else "end them for the night"
         found.append(
             f"other processes used {busy:.1f} cores on average while latencies were measured{load}: {remedy}, or the "
             "figures hold for a busy machine"
         )
     if apart:
+        who = "the device" if elsewhere else "the target's node" if node else "this machine"
         found.append(
-            f"{'the device' if elsewhere else 'this machine'} is so noisy that the windows of {len(apart)} of "
-            f"{len(timings)} models never agreed within {AGREE:.0%} (the two lowest lie up to {max(apart):.1%} apart): "
-            "the latencies of these are marked"
+            f"{who} is so noisy that the windows of {len(apart)} of {len(timings)} models never agreed within "
+            f"{AGREE:.0%} (the two lowest lie up to {max(apart):.1%} apart): the latencies of these are marked"
         )
     return found
 

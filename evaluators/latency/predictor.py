@@ -63,7 +63,7 @@ class Measured:
     """What a predictor is fitted to: the work of n policies, their latencies in ms (n,), and the times of their nodes,
     None where a policy was measured without them. ``sessions`` (n,): those of one number were timed in turn;
     -1 where that tells nothing. ``looks_apart``: how far two looks at the same policies differ as a whole, as a
-    share."""
+    share. ``networks`` (n,): policies of one number run the same network; None where all differ."""
 
     worker: Worker
     work: Work
@@ -71,6 +71,7 @@ class Measured:
     timed: Sequence[Timed | None]
     sessions: NDArray[np.int64]
     looks_apart: float = 0.0
+    networks: NDArray[np.intp] | None = None
 
     @property
     def operations(self) -> list[str]:
@@ -116,7 +117,7 @@ def fit(measured: Measured, seed: int = 0) -> Predictor:
 
 def _fit(measured: Measured, seed: int) -> Predictor:
     work, as_measured = measured.work, measured.latency_ms
-    folds = np.random.default_rng(seed).permutation(len(as_measured)) % FOLDS
+    folds = _folds(len(as_measured), measured.networks, seed)
     everything = np.ones(len(as_measured), np.bool_)
     held: dict[str, Array] = {}
     final: dict[str, Callable[[], Predict]] = {}
@@ -154,6 +155,14 @@ def _fit(measured: Measured, seed: int) -> Predictor:
         _model=final[design](),
         _unseen=_unseen_by(measured.worker, columns_of(work) if units is None else {*units.kinds, *units.conversions}),
     )  # fmt: skip
+
+
+def _folds(count: int, networks: NDArray[np.intp] | None, seed: int) -> NDArray[np.int64]:
+    """The fold of each policy, shape (n,). Those of one network share theirs: by its twin, a policy would be known."""
+    kinds = np.arange(count) if networks is None else networks
+    if (different := len(np.unique(kinds))) < FOLDS:  # of so few there are no folds: all of them are known
+        kinds, different = np.arange(count), count
+    return (np.random.default_rng(seed).permutation(different) % FOLDS)[kinds]
 
 
 def _unseen_by(worker: Worker, known: Container[str]) -> Callable[[Choices], str]:

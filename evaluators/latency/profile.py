@@ -16,7 +16,7 @@ from ...spaces.anatomy import WEIGHTED, Anatomy
 from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.plans import Choices, choices_of, chunks
-from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
+from ...spaces.policy import Policy, digest, network_digest, policy_from_dict, policy_to_dict
 from .measure import REFERENCE, Timing
 from .nodes import Matcher, NodeTimes, Timed, timed_from_dict, timed_to_dict
 from .predictor import LEAST_DRIFT, Measured, Predictor, fit
@@ -382,6 +382,7 @@ def is_remote(path: Path) -> bool:
 
 
 def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
+    known: dict[str, int] = {}
     measured = Measured(
         worker=worker,
         work=worker.work(choices_of(worker.anatomy, [p.policy for p in points])),
@@ -389,6 +390,7 @@ def _fitted(worker: Worker, points: Sequence[Point]) -> Predictor:
         timed=[p.timed for p in points],
         sessions=_sessions(points),
         looks_apart=_looks_apart(points),
+        networks=np.array([known.setdefault(network_digest(p.policy), len(known)) for p in points], np.intp),
     )
     return fit(measured)
 
