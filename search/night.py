@@ -101,6 +101,18 @@ def run_night(
 
 def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
     try:
+        _told(session, search_by)
+    except KeyboardInterrupt:  # also of one that comes while the end by the first signal is written
+        session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
+        raise
+    finally:
+        session.close()
+    return str(session.state["state"])
+
+
+def _told(session: Session, search_by: Callable[[Session, Trials], None]) -> None:
+    """The night, and how it ended in its record."""
+    try:
         _phases(session, search_by)
         session.update(state="done", phase="report", current=None, activity=None)
     except InterruptionError:
@@ -112,15 +124,9 @@ def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
         reason = f"the target device was lost: {error}; --resume verifies what was trained"
         session.trouble(reason)
         session.update(state="failed", current=None, activity=None, reason=reason)
-    except KeyboardInterrupt:
-        session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
-        raise
     except Exception as error:  # whatever it was, the record must not say that the night goes on
         session.update(state="failed", current=None, activity=None, reason=f"{type(error).__name__}: {error}")
         raise
-    finally:
-        session.close()
-    return str(session.state["state"])
 
 
 def _phases(session: Session, search_by: Callable[[Session, Trials], None]) -> None:

@@ -20,6 +20,7 @@ from nightpress.evaluators.quality import Score
 from nightpress.search.folder import read_run
 from nightpress.search.jobs import FIRST_CAP_SECONDS, LEAST_CAP_SECONDS, PATIENCE, PEERS, Jobs
 from nightpress.search.worker import GRACE_SECONDS, HUNG, WORKER_LOST, Failure
+from nightpress.spaces.policy import network_digest, policy_from_dict
 
 # How long a job may run
 
@@ -150,8 +151,10 @@ def test_a_lost_target_device_ends_the_night_gracefully_and_it_is_verified_later
     assert process.returncode == 1, err
     data = json.loads(out)
     assert data["state"] == "failed"
-    assert all(not point["measured"] for point in data["front"])
     run = read_run(tmp_path / "run")
+    known = {network_digest(policy_from_dict(p["policy"], "")) for p in json.loads(profile.read_text())["points"]}
+    networks = {network_digest(policy_from_dict(point["policy"], "")): point["measured"] for point in data["front"]}
+    assert not any(measured for network, measured in networks.items() if network not in known)
     assert run.state["reason"].startswith("the target device was lost: ")
     assert [d["decision"] for d in run.decisions if d["phase"] == "verify"][-1] == "the measurement is repeated"
     assert (tmp_path / "run" / "report.html").is_file()

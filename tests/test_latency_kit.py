@@ -25,7 +25,7 @@ from nightpress.evaluators.latency.measure import REFERENCE, settings
 from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint, target_to_dict
 from nightpress.spaces.errors import InputError
-from nightpress.spaces.policy import LayerBits, Policy, digest
+from nightpress.spaces.policy import LayerBits, Policy, digest, network_digest, policy_from_dict
 from strategies import space_of, toy_anatomy
 
 ANATOMY = toy_anatomy()
@@ -349,7 +349,12 @@ def test_a_night_for_another_device_claims_no_measurement_of_this_one(tmp_path: 
 
     latencies = [json.loads(line) for line in (tmp_path / "run" / "decisions.jsonl").read_text().splitlines()]
     assert "latencies are predictions" in {entry["decision"] for entry in latencies}
+
     # The calibration's own policies were measured there; nothing else was.
-    known = {p["digest"] for p in json.loads((tmp_path / "run" / "target.json").read_text())["points"]}
+    def network(policy: dict[str, Any]) -> str:
+        return network_digest(policy_from_dict(policy, ""))
+
+    known = {network(p["policy"]) for p in json.loads((tmp_path / "run" / "target.json").read_text())["points"]}
     assert run["front"]
-    assert {row["measured"] for row in run["front"] + run["baselines"] if row["digest"] not in known} <= {False}
+    rows = run["front"] + run["baselines"]
+    assert {row["measured"] for row in rows if network(row["policy"]) not in known} <= {False}
