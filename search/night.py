@@ -101,12 +101,16 @@ def run_night(
 
 def _run(session: Session, search_by: Callable[[Session, Trials], None]) -> str:
     try:
-        _told(session, search_by)
-    except KeyboardInterrupt:  # also of one that comes while the end by the first signal is written
-        session.update(state="interrupted", current=None, activity=None, reason="stopped at once by a second signal")
-        raise
-    finally:
+        try:
+            _told(session, search_by)
+        finally:
+            session.close()
+    except KeyboardInterrupt:  # also of one that comes while the end by the first signal is written, or workers end
+        if session.state["state"] != "done":
+            told = "stopped at once by a second signal"
+            session.update(state="interrupted", current=None, activity=None, reason=told)
         session.close()
+        raise
     return str(session.state["state"])
 
 
