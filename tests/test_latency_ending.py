@@ -47,10 +47,10 @@ def calibrated(anatomy: Anatomy, timer: Timer, seconds: float, most: int = 40) -
 
 @pytest.mark.slow
 def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
-    """Forty of them would take minutes: each has four windows of four runs, and three passes of the profiler."""
+    """Four hundred of them would take minutes anywhere: each has four windows of four runs, and three passes of the profiler."""
     path = tmp_path / "slow.onnx"
     write_random(plan(with_pictures_of(SLOW // 3), Policy(model=ANATOMY.digest)), path)
-    models = {str(number): path for number in range(40)}
+    models = {str(number): path for number in range(400)}
 
     with Timer(Target()) as timer:
         start = time.monotonic()
@@ -61,7 +61,7 @@ def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
 
         assert seconds < 16 + 10 * slowest  # the run that is going on, one that counts, and a noisy machine
         assert list(found) == [REFERENCE, *(key for key in models if key in found)]
-        assert 0 < len(found) - 1 < 40
+        assert 0 < len(found) - 1 < 400
         assert all(len(timing.windows_ms) >= 2 for key, timing in found.items() if key != REFERENCE)
         assert all(timing.kernels for timing in found.values())
         assert timer.seconds_left is None
