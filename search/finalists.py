@@ -13,10 +13,9 @@ from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
-from .promotion import least_accuracy
 from .records import Rung, TrialRecord, TrialState
 from .session import Session, latency_of
-from .split_gap import search_limits
+from .split_gap import least_accuracy, search_limits
 from .store import policy_of
 from .surrogate import RUNGS, Describer, Surrogate, kept_accuracy
 
@@ -96,7 +95,8 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     if not trials:
         return []
     surrogate = surrogate_of(session)
-    limits = search_limits(session, RUNGS[surrogate.rung])
+    rung = RUNGS[surrogate.rung]
+    limits = search_limits(session, rung)
     least = limits.min_accuracy
     mean, error = surrogate.predict(_rows(surrogate, trials))
     later, _, hope = surrogate.scale.interval(mean, error)
@@ -105,7 +105,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     within = within or list(range(len(trials)))  # where none may come within, the nearest show how far it is
     front = [within[i] for i in non_dominated(points[within])]
     reference = session.state["reference"]
-    floor = least_accuracy(reference, limits)
+    floor = least_accuracy(session.state, limits, rung)
     corner = losses(floor, reference["latency_ms"] * 1.01, reference["size_bytes"] * 1.01)
     wanted = session.state["rungs"]["finalists"] + more
     pick = _likely_pick(session, surrogate, [trials[i] for i in front], mean[front], error[front])

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .costs import trial_effort
-from .promotion import Worth, corner_of, gains, least_accuracy
+from .promotion import Worth, gains
 from .records import Rung, TrialRecord
 from .session import Session
-from .split_gap import least_short, search_limits
+from .split_gap import corner_of, least_short, search_limits
 from .stopping import Judge
 from .study import BEGIN_STEPS, first_steps, look_steps
 
@@ -58,9 +58,9 @@ class Judging:
         prepared, rungs = session.prepared, session.state["rungs"]
         items, batch = prepared.train_items, session.config.finetune.batch_size
         first, look, part = first_steps(items, batch), look_steps(items, batch), rungs.get("part_steps") or 0
-        reference, limits = session.state["reference"], search_limits(session, Rung.SHORT)
-        least = min(reference["accuracy"], least_accuracy(reference, limits)) if self._least is None else self._least
-        corner = (least, *corner_of(reference, limits)[1:])
+        corner = corner_of(session.state, search_limits(session, Rung.SHORT), Rung.SHORT)
+        least = min(session.state["reference"]["accuracy"], corner[0]) if self._least is None else self._least
+        corner = (least, *corner[1:])
         found: list[Worth | None] = []
         for record, gain in zip(records, gains(records, judge, corner), strict=True):
             effort = trial_effort((record.macs or 0) / max(prepared.anatomy.macs, 1))

@@ -9,11 +9,10 @@ from . import finalists, long_tuning, planning
 from .clock import ENDING
 from .pareto import losses
 from .plateau import LEAST_TRIALS, stalled
-from .promotion import least_accuracy
 from .records import Rung
 from .rungs import judge_stopping
 from .session import TICK_SECONDS, Session
-from .split_gap import search_limits
+from .split_gap import least_accuracy, search_limits
 from .study import end_study, studying
 from .trials import Trials
 
@@ -149,7 +148,7 @@ def enough(session: Session, trials: Trials, patience: float = 1.0, since: int =
         return None
     reference = session.state["reference"]
     # A stricter limit is asked of long fine-tunes; what grows below it after the short ones may end within it.
-    floor = min(reference["accuracy"], least_accuracy(reference, search_limits(session, Rung.SHORT)))
+    floor = min(reference["accuracy"], least_accuracy(session.state, search_limits(session, Rung.SHORT), Rung.SHORT))
     corner = losses(floor, reference["latency_ms"], reference["size_bytes"])
     return stalled([t for t in session.store.trials() if t.role != "baseline"], corner, patience)
 

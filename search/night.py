@@ -28,14 +28,13 @@ from .memory import Memory
 from .pareto import MAX_DROP, losses, non_dominated, spread
 from .policy_sampler import PolicySampler
 from .process import WorkerProcess
-from .promotion import corner_of
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
 from .records import Rung, RunRecord, TrialState
 from .resolved import check_same, resolved_config
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import InterruptionError, OverdueError, Session
 from .signals import graceful
-from .split_gap import note_gap, search_limits
+from .split_gap import corner_of, note_gap, search_limits
 from .storages import close, open_storage
 from .store import Store, policy_of
 from .trials import Trials, enqueue
@@ -235,8 +234,7 @@ def _aim(session: Session) -> None:
         sampler.sensitivity = session.sensitivity
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference, sampler.reference_long = (
-            losses(*corner_of(session.state["reference"], search_limits(session, rung)))
-            for rung in (Rung.SHORT, Rung.LONG)
+            losses(*corner_of(session.state, search_limits(session, rung), rung)) for rung in (Rung.SHORT, Rung.LONG)
         )
 
 
@@ -332,7 +330,7 @@ def earlier_fronts(session: Session) -> list[Policy]:
     points = [losses(inside[i][1], *costs[i].tolist()) for i in priced]
     # Accuracies are those of short fine-tunes, which a long one may raise: none is too low here.
     least = min((-point[0] for point in points), default=0.0) - MAX_DROP
-    _, latency_ms, size_bytes = corner_of(session.state["reference"], session.config.limits)
+    _, latency_ms, size_bytes = corner_of(session.state, session.config.limits, Rung.SHORT)
     chosen = spread(points, losses(least, latency_ms, size_bytes), MOST_EARLIER)
     names = ", ".join(str(run.path) for run in runs)
     session.folder.decide(

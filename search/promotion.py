@@ -7,14 +7,12 @@ of them only. The largest rate (gain over cost) at which the recent ones could h
 the reservation rate of a search with recall (Weitzman 1979). Nothing is stopped here: who waits may still be continued.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Limits
 from .gain import Target, mean_gain, target
 from .records import TrialRecord
 from .stopping import Judge
@@ -35,22 +33,6 @@ class Worth(NamedTuple):
     @property
     def rate(self) -> float:
         return self.gain / max(self.rest, 1e-9)
-
-
-def least_accuracy(reference: Mapping[str, float], limits: Limits) -> float:
-    """Where policies begin to be worth something: at the user's limit, also where it is less strict than the
-    reference point."""
-    return reference["accuracy"] if limits.min_accuracy is None else limits.min_accuracy
-
-
-def corner_of(reference: Mapping[str, float], limits: Limits) -> tuple[float, float, float]:
-    """Accuracy, latency in ms and size in bytes beyond which a policy is worth nothing: the reference point, or a limit
-    that is stricter."""
-    return (
-        least_accuracy(reference, limits),
-        min(reference["latency_ms"], limits.max_latency_ms or math.inf),
-        min(reference["size_bytes"], limits.max_size_bytes or math.inf),
-    )
 
 
 def gains(records: Sequence[TrialRecord], judge: Judge, corner: tuple[float, float, float]) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""How much easier the search split is than the test split, and what that makes of ``min_accuracy``.
+"""How much easier the search split is than the test split, and what that makes of the least accuracy that counts.
 
 The search split is a part of the training data, which given weights have usually been trained on: ResNet-20 has 97 % on
 it where it has 89 % on the test split of CIFAR-10. A fine-tune, which leaves it out, forgets a part of that. What the
@@ -9,7 +9,9 @@ are verified in any case, so no candidate's test accuracy is looked at.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from ..evaluators.evaluate import Outcome
 from .config import Limits
@@ -24,7 +26,7 @@ def note_gap(session: Session) -> None:
     """Compare the splits once, when the rules have had their short fine-tune. One standard error of the difference is
     left out: a limit that is too strict by chance costs points, one that is too lax only time."""
     least, test = session.config.limits.min_accuracy, session.state["given"]["test"]
-    if least is None or "split_gap" in session.state:
+    if "split_gap" in session.state:
         return
     tuned = [q for t in session.store.trials() if t.name == UNCOMPRESSED for q in t.qualities if q.rung == Rung.SHORT]
     if not tuned:
@@ -32,7 +34,7 @@ def note_gap(session: Session) -> None:
     noise = math.hypot(tuned[0].accuracy_se or 0.0, test["accuracy_se"] or 0.0)
     gap = max(0.0, tuned[0].accuracy - test["accuracy"] - noise)
     session.update(split_gap=gap)
-    if gap:
+    if gap and least is not None:
         session.folder.decide(
             "baselines", f"min_accuracy is {least + gap:.4f} on the search split",
             f"after its short fine-tune the uncompressed network has {tuned[0].accuracy:.1%} there, and "
@@ -46,11 +48,13 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
     first one's. With 6.2 points by the short fine-tune and 2.2 after ten epochs, ResNet-20's own limit was out of reach
     of every network, and a night ended without a finalist."""
     least, known = session.config.limits.min_accuracy, session.state.get("long_gap")
-    if least is None or found.exported is None or (known is not None and name != UNCOMPRESSED):
+    if found.exported is None or (known is not None and name != UNCOMPRESSED):
         return
     noise = math.hypot(found.search.accuracy_se or 0.0, found.exported.accuracy_se or 0.0)
     gap = max(0.0, found.search.accuracy - found.exported.accuracy - noise)
     session.update(long_gap=gap)
+    if least is None:
+        return
     session.folder.decide(
         "search", f"min_accuracy is {least + gap:.4f} on the search split after a long fine-tune",
         f"after its own {name} has {found.search.accuracy:.1%} there, and {found.exported.accuracy:.1%} on the test "
@@ -61,11 +65,37 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
 def search_limits(session: Session, rung: str) -> Limits:
     """The user's limits for accuracies on the search split at this rung. What a trial must show at the short one so
     that a long one may still bring it within them is another matter: see :func:`least_short`."""
-    limits, gap = session.config.limits, session.state.get("split_gap", 0.0)
+    limits = session.config.limits
     if limits.min_accuracy is None:
         return limits
-    gap = session.state.get("long_gap", gap) if rung == Rung.LONG else gap
-    return replace(limits, min_accuracy=limits.min_accuracy + gap)
+    return replace(limits, min_accuracy=limits.min_accuracy + _gap(session.state, rung, 0.0))
+
+
+def least_accuracy(state: Mapping[str, Any], limits: Limits, rung: str) -> float:
+    """Where policies begin to be worth something, for accuracies of this rung on the search split: at the user's limit
+    there (:func:`search_limits`), also where that is less strict than the reference point of a night's ``state``. The
+    reference point is as far below what is remembered of the split as that is below the given network."""
+    if limits.min_accuracy is not None:
+        return limits.min_accuracy
+    given = state["given"]
+    remembered = max(0.0, given["search"]["accuracy"] - given["test"]["accuracy"])
+    return float(state["reference"]["accuracy"]) - max(0.0, remembered - _gap(state, rung, remembered))
+
+
+def corner_of(state: Mapping[str, Any], limits: Limits, rung: str) -> tuple[float, float, float]:
+    """Accuracy at this rung, latency in ms and size in bytes beyond which a policy is worth nothing: the reference
+    point, or a limit that is stricter."""
+    reference = state["reference"]
+    return (
+        least_accuracy(state, limits, rung),
+        min(reference["latency_ms"], limits.max_latency_ms or math.inf),
+        min(reference["size_bytes"], limits.max_size_bytes or math.inf),
+    )
+
+
+def _gap(state: Mapping[str, Any], rung: str, unknown: float) -> float:
+    short = state.get("split_gap", unknown)
+    return float(state.get("long_gap", short) if rung == Rung.LONG else short)
 
 
 def least_short(session: Session) -> float | None:

@@ -32,6 +32,7 @@ from .gain import target as aim_at
 from .pareto import losses, non_dominated
 from .proposals import probed, sensitivity_of
 from .records import Quality, RunRecord, TrialRecord, row
+from .split_gap import least_accuracy
 from .surrogate import RUNGS, Describer, Surrogate
 from .verification import strike
 
@@ -174,9 +175,9 @@ def _untried(
 ) -> list[dict[str, Any]]:
     """Untried policies, the most useful first; each counts as known for those after it."""
     surrogate, encoder = known.surrogate, known.surrogate.describer.encoder
-    reference = run.state["reference"]
+    reference, least = run.state["reference"], limits.min_accuracy
     corner = np.array([
-        (limits.min_accuracy if limits.min_accuracy is not None else reference["accuracy"] + shift) - shift,
+        least_accuracy(run.state, Limits(), RUNGS[surrogate.rung]) if least is None else least - shift,
         limits.max_latency_ms or reference["latency_ms"], limits.max_size_bytes or reference["size_bytes"],
     ])  # fmt: skip
     front = [(t.verified.quality.accuracy - shift, t.verified.latency.latency_ms, float(t.verified.size_bytes))

@@ -47,7 +47,7 @@ def calibrated(anatomy: Anatomy, timer: Timer, seconds: float, most: int = 40) -
 
 @pytest.mark.slow
 def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
-    """Four hundred of them would take minutes anywhere: each has four windows of four runs, and three passes of the profiler."""
+    """Four hundred take minutes anywhere: each has four windows of four runs, and three passes of the profiler."""
     path = tmp_path / "slow.onnx"
     write_random(plan(with_pictures_of(SLOW // 3), Policy(model=ANATOMY.digest)), path)
     models = {str(number): path for number in range(400)}

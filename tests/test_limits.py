@@ -15,7 +15,6 @@ from nightpress.search.folder import RunFolder
 from nightpress.search.limits import check_accuracy
 from nightpress.search.limits import check_costs as check_costs_of
 from nightpress.search.prepare import space_of
-from nightpress.search.promotion import corner_of
 from nightpress.search.session import Prepared, Session
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
@@ -150,9 +149,3 @@ def test_a_space_with_one_network_is_refused(prune: PruneConfig | None) -> None:
     config = RunConfig(task="t", base=None, out=Path("run"), space=one)
     with pytest.raises(InputError, match=r"^space: there is nothing to search: no group that prune.max_ratio lets"):
         space_of(SPACE.anatomy, config)
-
-
-@pytest.mark.parametrize(("least", "box"), [(None, 0.8), (0.7, 0.7), (0.85, 0.85)])
-def test_the_users_least_accuracy_is_where_policies_begin_to_be_worth_something(least: float, box: float) -> None:
-    reference = {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6}
-    assert corner_of(reference, Limits(min_accuracy=least)) == (box, 1.0, 1e6)

@@ -10,13 +10,14 @@ import pytest
 from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import Score
+from nightpress.search.config import Limits
 from nightpress.search.finalists import choose
 from nightpress.search.folder import read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import train_rules
 from nightpress.search.records import Rung
 from nightpress.search.session import Session
-from nightpress.search.split_gap import note_gap, search_limits
+from nightpress.search.split_gap import corner_of, note_gap, search_limits
 from nightpress.spaces.policy import Policy
 from test_long_tuning import RULES, SPACE, chosen_of, finish, judged, outcome
 
@@ -52,9 +53,9 @@ def forgetful(gap: Callable[[Policy], float]) -> Callable[[Job], Outcome]:
     return evaluate
 
 
-def after_rules(folder: Path, gap: Callable[[Policy], float], **keys: Any) -> Session:
+def after_rules(folder: Path, gap: Callable[[Policy], float], *, least: float | None = 0.86, **keys: Any) -> Session:
     """A night in which short fine-tunes leave the search split 4.3 points easier than the test split."""
-    session = judged(folder, least=0.86, **keys)
+    session = judged(folder, least=least, **keys)
     session.state["given"]["test"] = {"accuracy": 0.92, "accuracy_se": 0.004}
     jobs = Jobs(Instant(forgetful(gap)), 64, expected_seconds=lambda job: 1.0, tell=print)
     session.provide(jobs=jobs)
@@ -96,3 +97,44 @@ def test_where_nothing_may_come_within_the_limit_the_nearest_are_trained(tmp_pat
         finish(session, replace(WHOLE, prune={group: cut}), "search", None, latency_ms=0.5 - 0.5 * cut)
 
     assert [t.policy["prune"][group] for t in choose(session)] == [0.25, 0.5]
+
+
+# Where policies begin to be worth something
+
+
+@pytest.mark.parametrize("rung", [Rung.SHORT, Rung.LONG])
+@pytest.mark.parametrize(("least", "box"), [(None, 0.8), (0.7, 0.7), (0.85, 0.85)])
+def test_the_users_least_accuracy_is_where_policies_begin_to_be_worth_something(
+    least: float, box: float, rung: str
+) -> None:
+    given = {split: {"accuracy": 0.9} for split in ("search", "test")}
+    state = {"given": given, "reference": {"accuracy": 0.8, "latency_ms": 1.0, "size_bytes": 1e6}}
+    assert corner_of(state, Limits(min_accuracy=least), rung) == (box, 1.0, 1e6)
+
+
+@pytest.mark.parametrize(
+    ("known", "short", "long"),
+    [
+        ({}, 0.868, 0.868),  # nothing was fine-tuned yet
+        ({"split_gap": 0.048}, 0.84, 0.84),
+        ({"split_gap": 0.048, "long_gap": 0.02}, 0.84, 0.812),
+        ({"split_gap": 0.09}, 0.868, 0.868),  # by chance a fine-tune leaves more than there was
+    ],
+)
+def test_without_a_limit_the_box_goes_by_what_is_still_remembered_of_the_search_split(
+    known: dict[str, float], short: float, long: float
+) -> None:
+    """The given network has 96.8 % there and 89.2 % on the test split: the box begins ten points below it."""
+    given = {"search": {"accuracy": 0.968}, "test": {"accuracy": 0.892}}
+    state = {"given": given, "reference": {"accuracy": 0.868, "latency_ms": 1.0, "size_bytes": 1e6}, **known}
+
+    assert corner_of(state, Limits(), Rung.SHORT)[0] == pytest.approx(short)
+    assert corner_of(state, Limits(), Rung.LONG)[0] == pytest.approx(long)
+
+
+def test_both_gaps_are_known_of_a_night_without_a_limit_and_nothing_is_said_of_them(tmp_path: Path) -> None:
+    session = after_rules(tmp_path, lambda policy: 0.02, least=None)
+
+    assert session.state["split_gap"] == pytest.approx(0.048 - 0.005)
+    assert session.state["long_gap"] == pytest.approx(0.02 - 0.005)
+    assert not [d for d in read_run(tmp_path).decisions if "min_accuracy" in d["decision"]]

@@ -41,8 +41,10 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "target.json").write_text(json.dumps(profile_to_dict(profile)))
     reference = {"accuracy": 0.5, "latency_ms": profile.reference_ms, "size_bytes": 4 * place.anatomy.params}
+    given = {split: {"accuracy": 0.6, "accuracy_se": None} for split in ("search", "test")}
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"model": place.anatomy.digest, "reference": reference}))
+    state |= {"model": place.anatomy.digest, "reference": reference, "given": given}
+    (folder / "state.json").write_text(json.dumps(state))
     store = Store(open_storage(folder, None))
     for policy in [Policy(model=place.anatomy.digest), *(floats.random(generator) for _ in range(7))]:
         asked = store.study.ask()
