@@ -33,7 +33,7 @@ target: onnxruntime            # or a profile file; {runtime: onnxruntime, threa
 out: runs/my-model             # the run folder, relative to where you start
 seed: 0
 budget: 8h                     # or until: "07:00"; the command line wins
-limits: {}                     # max_latency_ms: 4.0, min_accuracy: 0.90, max_size_bytes: 2000000
+limits: {}                     # max_latency_ms: 4.0, min_accuracy: 0.90, max_size_bytes: 2000000, max_macs: 20000000
 space:
   prune: {max_ratio: 0.8}
   bits: {weights: [8, 32], activations: [8, 32]}

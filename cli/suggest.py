@@ -15,6 +15,7 @@ def suggest(
     max_latency_ms: Annotated[float | None, typer.Option("--max-latency-ms", metavar="X")] = None,
     min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="Y", help="At most 1.")] = None,
     max_size_bytes: Annotated[int | None, typer.Option("--max-size-bytes", metavar="B")] = None,
+    max_macs: Annotated[int | None, typer.Option("--max-macs", metavar="M", help="Multiply-accumulates.")] = None,
     json: Json = False,
 ) -> None:
     """The best verified points within limits, and untried policies expected to be better; nothing is trained.
@@ -27,6 +28,7 @@ def suggest(
     log_to_stderr()
     given = {
         "--max-latency-ms": max_latency_ms, "--min-accuracy": min_accuracy, "--max-size-bytes": max_size_bytes,
+        "--max-macs": max_macs,
     }  # fmt: skip
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:
@@ -34,7 +36,9 @@ def suggest(
     if min_accuracy is not None and min_accuracy > 1:
         raise InputError(f"--min-accuracy must be at most 1, but got {min_accuracy:g}.")
     start = time.monotonic()
-    limits = Limits(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, max_size_bytes=max_size_bytes)
+    limits = Limits(
+        max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, max_size_bytes=max_size_bytes, max_macs=max_macs
+    )
     found: dict[str, Any] = {**ask(read_run(folder), limits), "seconds": round(time.monotonic() - start, 2)}
     if json:
         emit(found)

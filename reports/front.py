@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..search import pareto
 from ..search.records import LEAST_AGREEMENT, Latency, Quality, RunRecord, TrialRecord, TrialState
 from .clock import clock
-from .text import digits, milliseconds, percent, size
+from .text import digits, million_macs, milliseconds, percent, size
 
 PICK_NAMES = {"best": "best", "knee": "knee", "accurate": "most accurate"}
 
@@ -27,18 +27,20 @@ class Limits(NamedTuple):
     max_latency_ms: float | None = None
     min_accuracy: float | None = None
     max_size_bytes: float | None = None
+    max_macs: float | None = None
 
 
 class Point(NamedTuple):
-    """The three objectives of one trial, all known and finite."""
+    """The three objectives of one trial, all known and finite, and its multiply-accumulates where they are known."""
 
     accuracy: float
     latency_ms: float
     size_bytes: float
+    macs: int | None = None
 
     @property
     def losses(self) -> Losses:
-        return pareto.losses(*self)
+        return pareto.losses(self.accuracy, self.latency_ms, self.size_bytes)
 
 
 class HypervolumeStep(NamedTuple):
@@ -59,19 +61,19 @@ def point(trial: TrialRecord) -> Point | None:
     verified = trial.verified
     if verified is None:
         return search_point(trial)
-    return _point(verified.quality, verified.latency, verified.size_bytes)
+    return _point(verified.quality, verified.latency, verified.size_bytes, trial.macs)
 
 
 def search_point(trial: TrialRecord) -> Point | None:
     """What the search knew of a trial: search split, highest rung, latency before verification."""
-    return _point(trial.quality, trial.measured or trial.predicted, trial.size_bytes)
+    return _point(trial.quality, trial.measured or trial.predicted, trial.size_bytes, trial.macs)
 
 
-def _point(quality: Quality | None, latency: Latency | None, size_bytes: int | None) -> Point | None:
+def _point(quality: Quality | None, latency: Latency | None, size_bytes: int | None, macs: int | None) -> Point | None:
     if quality is None or latency is None or size_bytes is None:
         return None
-    found = Point(quality.accuracy, latency.latency_ms, size_bytes)
-    return found if all(math.isfinite(value) for value in found) else None
+    found = Point(quality.accuracy, latency.latency_ms, size_bytes, macs)
+    return found if all(map(math.isfinite, found.losses)) else None
 
 
 def breaches(allowed: Limits, found: Point) -> list[str]:
@@ -86,6 +88,9 @@ def breaches(allowed: Limits, found: Point) -> list[str]:
     if allowed.max_size_bytes is not None and found.size_bytes > allowed.max_size_bytes:
         over = _over(found.size_bytes, allowed.max_size_bytes)
         said.append(f"{size(found.size_bytes)} is over {size(allowed.max_size_bytes)}{over}")
+    if allowed.max_macs is not None and found.macs is not None and found.macs > allowed.max_macs:
+        over = _over(found.macs, allowed.max_macs)
+        said.append(f"{million_macs(found.macs)} are over {million_macs(allowed.max_macs)}{over}")
     return said
 
 

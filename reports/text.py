@@ -44,6 +44,10 @@ def size(size_bytes: float | None) -> str:
     return f"{size_bytes:.0f} bytes"
 
 
+def million_macs(macs: float) -> str:
+    return f"{digits(macs / 1e6)} million multiply-accumulates"
+
+
 def accuracy(value: float | None, error: float | None) -> str:
     """Accuracy with its standard error, both in percent: 91.8 % ± 0.6."""
     if value is None or error is None:

@@ -32,7 +32,7 @@ from .front import (
     verified_any,
 )
 from .noise import Gain, gain_of
-from .text import accuracy, counted, cut, digits, milliseconds, percent, size, times, title
+from .text import accuracy, counted, cut, digits, million_macs, milliseconds, percent, size, times, title
 
 FINISHED = frozenset({"done", "finished", "complete", "completed"})
 LEAST_LUCK = 0.05
@@ -96,6 +96,7 @@ def _asked(run: RunRecord) -> str:
             ("latency of at most", milliseconds, allowed.max_latency_ms),
             ("accuracy of at least", percent, allowed.min_accuracy),
             ("size of at most", size, allowed.max_size_bytes),
+            ("at most", million_macs, allowed.max_macs),
         )
         if value is not None
     ]
@@ -135,6 +136,8 @@ def _excess(run: RunRecord, trial: TrialRecord) -> float:
         total += max(0.0, 1 - found.accuracy / allowed.min_accuracy)
     if allowed.max_size_bytes:
         total += max(0.0, found.size_bytes / allowed.max_size_bytes - 1)
+    if allowed.max_macs:
+        total += max(0.0, (found.macs or 0) / allowed.max_macs - 1)
     return total
 
 

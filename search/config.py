@@ -15,11 +15,13 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Hard limits; None means no limit."""
+    """Hard limits; None means no limit. ``max_macs`` is for those who have a budget of multiply-accumulates; it says
+    nothing of the latency."""
 
     max_latency_ms: float | None = None
     min_accuracy: float | None = None
     max_size_bytes: int | None = None
+    max_macs: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from scipy.special import ndtr
 from threadpoolctl import threadpool_limits
 
 from ..evaluators.latency.measure import MeasurementError, measure_policies
+from ..spaces.plan import plan
 from ..spaces.policy import Policy, network_digest
 from .encoding import Encoder
 from .experience import Experience
@@ -176,10 +177,13 @@ def surrogate_of(session: Session) -> Surrogate:
 def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
     """Those that may come within ``min_accuracy``: even the upper end of what is expected of them must not lose twice
     of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
-    such a limit, and where no accuracy is known because every rule failed."""
+    such a limit, and where no accuracy is known because every rule failed. What has more multiply-accumulates than
+    ``max_macs`` is left out in any case."""
+    most, anatomy = session.config.limits.max_macs, session.prepared.anatomy
+    policies = [policy for policy in policies if most is None or plan(anatomy, policy).macs <= most]
     least = search_limits(session, Rung.SHORT).min_accuracy
     if least is None or not policies or not any(t.state is TrialState.COMPLETE for t in session.store.trials()):
-        return list(policies)
+        return policies
     surrogate = surrogate_of(session)
     _, _, hope = surrogate.accuracy(np.stack([surrogate.describer.encoder.row(policy) for policy in policies]))
     floor = least - max(session.state["given"]["search"]["accuracy"] - least, 0.0)
@@ -205,6 +209,8 @@ def beyond(session: Session, trial: TrialRecord) -> str | None:
         return f"takes at least {latency.low_ms:.4g} ms, above max_latency_ms {limits.max_latency_ms:g}"
     if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
         return f"has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
+    if limits.max_macs is not None and (trial.macs or 0) > limits.max_macs:
+        return f"has {trial.macs} multiply-accumulates, above max_macs {limits.max_macs}"
     return None
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces.errors import InputError
+from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from ..spaces.space import Space, ratio_of
 from .encoding import Encoder
@@ -20,12 +21,13 @@ Array = NDArray[np.float64]
 
 
 def check_costs(session: Session, population: int = POPULATION) -> None:
-    """Refuse limits on latency and size that no policy of the space can meet, with the nearest reachable value.
+    """Refuse limits on what is free to know that no policy of the space can meet, with the nearest reachable value.
 
     Raises InputError. Latency counts by the low end of its interval, as in the search.
     """
     most_ms, most_bytes = session.config.limits.max_latency_ms, session.config.limits.max_size_bytes
     cheapest = partial(_cheapest, session, population)
+    _check_macs(session)
     if most_ms is not None and (found := cheapest(lambda low_ms, _: low_ms)) and found[0] > most_ms:
         raise InputError(
             f"limits.max_latency_ms is {most_ms}, but no policy of this space is predicted to be faster than "
@@ -42,6 +44,16 @@ def check_costs(session: Session, population: int = POPULATION) -> None:
         raise InputError(
             f"limits.max_latency_ms {most_ms} and limits.max_size_bytes {most_bytes} contradict each other: the "
             f"smallest file that is fast enough has {found[1]} bytes."
+        )
+
+
+def _check_macs(session: Session) -> None:
+    """Nothing has fewer multiply-accumulates than the narrowest network without all blocks that may go."""
+    most, space = session.config.limits.max_macs, session.prepared.space
+    if most is not None and (least := min(plan(space.anatomy, policy).macs for policy in _harshest(space))) > most:
+        raise InputError(
+            f"limits.max_macs is {most}, but no network of this space has fewer than {least} multiply-accumulates "
+            f"(uncompressed: {space.anatomy.macs})."
         )
 
 

@@ -232,6 +232,8 @@ def _aim(session: Session) -> None:
     if isinstance(sampler, NightpressSampler):
         sampler.memory = Memory(session.folder.path)
         sampler.sensitivity = session.sensitivity
+        if (most := session.config.limits.max_macs) is not None:
+            sampler.most_macs = most / session.prepared.anatomy.macs
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference, sampler.reference_long = (
             losses(*corner_of(session.state, search_limits(session, rung), rung)) for rung in (Rung.SHORT, Rung.LONG)

@@ -98,6 +98,8 @@ class NightpressSampler(PolicySampler):
     """Losses (−accuracy, latency_ms, size_bytes) beyond which a policy is worth nothing."""
     reference_long: tuple[float, float, float] | None = None
     """The same of accuracies after the long fine-tune, where it differs."""
+    most_macs: float = np.inf
+    """Share of the uncompressed model's multiply-accumulates above which a policy is worth nothing."""
     options: Options = field(default_factory=Options)
     memory: Memory | None = None
     """Where a proposal leaves what the next one builds on; None keeps it in this process alone."""
@@ -142,7 +144,8 @@ class NightpressSampler(PolicySampler):
         if best is None:
             return self.space.random(generator)
         if self.wanted >= TOGETHER:
-            self._keep_batch(looked.best(CANDIDATES), best, surrogate, aim)
+            rows = looked.best(CANDIDATES)
+            self._keep_batch(rows[self._allowed(surrogate.describer.macs(rows))], best, surrogate, aim)
         return best[1]
 
     def _keep_batch(self, rows: Array, best: tuple[Array, Policy], surrogate: Surrogate, aim: Target) -> None:
@@ -204,9 +207,10 @@ class NightpressSampler(PolicySampler):
         size a policy saves: trials would go to large networks that the noise flatters.
         """
         rows, corner = self.experience.rows, np.array([-reference[0], *reference[1:]])
+        allowed = self._allowed(surrogate.describer.macs(rows))
         expected = surrogate.scale.down(surrogate.mean(rows))
         points = np.column_stack([expected, self.experience.costs])
-        front = front_of(points, corner)
+        front = np.flatnonzero(allowed)[front_of(points[allowed], corner)]
         parents = rows[front] if len(front) >= LEAST_FRONT else rows
         # Where nothing known is in the box, that bound would leave no hope to anything.
         top = float(expected.max()) if expected.max() > corner[0] else np.inf
@@ -246,12 +250,18 @@ class NightpressSampler(PolicySampler):
         """Expected gain by the cost of the trial, which is a fixed part and a part that goes with the work; where
         nothing can gain, the nearness to the box counts instead. ``hoped``: mean and standard deviation of u."""
         gains = expected_gain(*hoped, surrogate.scale, costs, aim)
-        effort = trial_effort(surrogate.describer.macs(rows))
+        macs = surrogate.describer.macs(rows)
         likely = surrogate.scale.down(hoped[0] + hoped[1])
         short = np.maximum(aim.corner[0] - likely, 0) / max(abs(float(aim.corner[0])), 1e-9)
         beyond = np.maximum(costs / aim.corner[1:] - 1, 0).sum(axis=1) + short
-        found = np.where(gains > 1e-12, gains / effort, -1e-6 * (1 + beyond))
+        beyond += np.maximum(macs / self.most_macs - 1, 0)
+        found = np.where((gains > 1e-12) & self._allowed(macs), gains / trial_effort(macs), -1e-6 * (1 + beyond))
         return np.where(np.isnan(costs).any(axis=1), UNPRICED, found)
+
+    def _allowed(self, macs: Array) -> NDArray[np.bool_]:
+        """Of shares of the uncompressed model's multiply-accumulates, shape (n,), which are within the limit; a part in
+        a million is for the sums' rounding."""
+        return macs <= self.most_macs * (1 + 1e-6)
 
     def _costs(self, rows: Array) -> Array:
         free = self.options.free_objectives

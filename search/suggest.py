@@ -116,7 +116,7 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "limits": {"max_latency_ms": limits.max_latency_ms, "min_accuracy": limits.min_accuracy,
-                   "max_size_bytes": limits.max_size_bytes},
+                   "max_size_bytes": limits.max_size_bytes, "max_macs": limits.max_macs},
         "verified": [row(t) for t in within],
         "suggested": found,
         "basis": {"rung": str(RUNGS[rung]), "seen": sum(any(q.rung == RUNGS[rung] for q in t.seen) for t in run.trials),
@@ -151,7 +151,7 @@ def _stands(trial: TrialRecord, limits: Limits) -> bool:
         search=_score(known.search_quality), exported=_score(known.quality), size_bytes=known.size_bytes,
         top1_agreement=known.top1_agreement,
     )  # fmt: skip
-    return strike(limits, trial.name, outcome, known.latency) is None
+    return strike(limits, trial, outcome, known.latency) is None
 
 
 def _best(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -186,13 +186,16 @@ def _untried(
     top = float(surrogate.scale.down(surrogate.mean(known.experience.rows)).max())
     aim = aim_at(np.array(front).reshape(len(front), 3), corner, top if top > corner[0] else np.inf)
 
+    most_macs = (limits.max_macs or math.inf) / known.anatomy.macs * (1 + 1e-6)
+
     def worth(rows: Array) -> Array:
         costs = known.costs(rows)
         mean, spread = surrogate.predict(rows)
         median = surrogate.scale.down(mean)
         gains = expected_gain(mean, spread, surrogate.scale, costs, aim)
-        gains[_behind(np.column_stack([median, costs]), aim.front)] = 0
-        beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1)
+        heavy = np.maximum(surrogate.describer.macs(rows) / most_macs - 1, 0)
+        gains[_behind(np.column_stack([median, costs]), aim.front) | (heavy > 0)] = 0
+        beyond = np.maximum(costs / corner[1:] - 1, 0).sum(axis=1) + heavy
         short = np.maximum(corner[0] - median, 0)
         found = np.where(gains > 1e-12, gains, -beyond - 1e-3 * short)
         return np.where(np.isnan(costs[:, 0]), -np.inf, found)
@@ -214,6 +217,7 @@ def _untried(
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
     eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)  # NaN is not
+    eligible &= np.array([plan(known.anatomy, policy).macs <= (limits.max_macs or math.inf) for policy in policies])
     while len(chosen) < MOST_SUGGESTED:
         gains = np.where(eligible, worth(found), -np.inf)
         gains[chosen] = -np.inf

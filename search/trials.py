@@ -168,7 +168,7 @@ class Trials:
                     Latency.of_windows(point.latency_ms, point.repeat_error, reference_ms, settled=settled)
                 ),
             )
-        excess = self.excess(predicted.low_ms, size)
+        excess = self.excess(predicted.low_ms, size, planned.macs)
         if excess:
             store.constrain(number, excess)
         beyond = [f"{name} by {value:.0%}" for name, value in excess.items() if value > 0]
@@ -177,8 +177,8 @@ class Trials:
             return
         self._submit(number, policy, self._next(None))
 
-    def excess(self, latency_ms: float, size_bytes: int) -> dict[str, float]:
-        """How far beyond the limits on free objectives, as shares of the limits. Latency counts by the low
+    def excess(self, latency_ms: float, size_bytes: int, macs: int) -> dict[str, float]:
+        """How far beyond the limits on what is free to know, as shares of the limits. Latency counts by the low
         end of its interval: only what is surely too slow is refused."""
         limits = self.session.config.limits
         found: dict[str, float] = {}
@@ -186,6 +186,8 @@ class Trials:
             found["max_latency_ms"] = latency_ms / limits.max_latency_ms - 1
         if limits.max_size_bytes is not None:
             found["max_size_bytes"] = size_bytes / limits.max_size_bytes - 1
+        if limits.max_macs is not None:
+            found["max_macs"] = macs / limits.max_macs - 1
         return found
 
     def collect(self, timeout_seconds: float = TICK_SECONDS) -> None:

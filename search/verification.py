@@ -92,7 +92,7 @@ def _verified(session: Session, trial: TrialRecord, outcome: Outcome, latency: L
     return verified_of(
         outcome, latency, rung=Rung.LONG,
         model_file=str(session.folder.artifacts(trial.number).relative_to(session.folder.path) / "model.onnx"),
-        struck_out=strike(session.config.limits, trial.name, outcome, latency),
+        struck_out=strike(session.config.limits, trial, outcome, latency),
     )  # fmt: skip
 
 
@@ -117,11 +117,11 @@ def verified_of(outcome: Outcome, latency: Latency, *, rung: str, model_file: st
     )
 
 
-def strike(limits: Limits, name: str | None, outcome: Outcome, latency: Latency) -> str | None:
-    """Why a point is taken off the front, in one sentence; None when it stands. ``name``: of a rule."""
+def strike(limits: Limits, trial: TrialRecord, outcome: Outcome, latency: Latency) -> str | None:
+    """Why a point is taken off the front, in one sentence; None when it stands."""
     exported, size_bytes = outcome.exported, outcome.size_bytes or 0
     reference_ms = latency.reference_ms or 0.0
-    if name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
+    if trial.name != UNCOMPRESSED and latency.latency_ms * (1 + (latency.repeat_error or 0.0)) >= reference_ms:
         spread = f" ± {latency.repeat_error:.0%} (its repeat error)" if latency.repeat_error else ""
         return f"not surely faster than the original: {latency.latency_ms:.3f} ms{spread} against {reference_ms:.3f} ms"
     if outcome.top1_agreement is not None and outcome.top1_agreement < LEAST_AGREEMENT:
@@ -132,6 +132,8 @@ def strike(limits: Limits, name: str | None, outcome: Outcome, latency: Latency)
         return f"measured {latency.latency_ms:.3f} ms, above max_latency_ms {limits.max_latency_ms}"
     if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
         return f"its file has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
+    if limits.max_macs is not None and (trial.macs or 0) > limits.max_macs:
+        return f"it has {trial.macs} multiply-accumulates, above max_macs {limits.max_macs}"
     return None
 
 

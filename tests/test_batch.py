@@ -15,6 +15,7 @@ from nightpress.search.records import TrialState
 from nightpress.search.sampler import NightpressSampler
 from nightpress.search.store import Store
 from nightpress.search.surrogate import RUNGS, Describer, Observation, Surrogate
+from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import Choices
 from nightpress.spaces.policy import FP32, INT8, Policy, digest
 from nightpress.spaces.space import Space
@@ -198,3 +199,19 @@ def test_a_limit_above_all_that_is_known_does_not_make_the_search_a_random_one(t
     generator = np.random.default_rng(0)
     chance = [accuracy_of(SPACE.random(generator)) for _ in range(200)]
     assert np.median(found) > np.quantile(chance, 0.75)
+
+
+@pytest.mark.parametrize("wanted", [1, 6])
+def test_proposals_have_no_more_work_than_the_limit_although_others_would_gain_more(
+    tmp_path: Path, wanted: int
+) -> None:
+    """A policy of half of the multiply-accumulates is accurate in no way that one of three quarters is not."""
+    store, _ = begun(tmp_path)
+    sampler, anatomy = store.study.sampler, SPACE.anatomy
+    assert isinstance(sampler, NightpressSampler)
+    free = [plan(anatomy, ask(store, wanted)[1]).macs / anatomy.macs for _ in range(6)]
+    sampler.most_macs = most = float(np.median(free))
+    bound = [plan(anatomy, ask(store, wanted)[1]).macs / anatomy.macs for _ in range(6)]
+
+    assert max(free) > most
+    assert max(bound) <= most

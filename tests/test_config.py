@@ -77,7 +77,7 @@ def test_every_key_but_task_has_its_default(load: Load, tmp_path: Path) -> None:
         "seed": 0,
         "until": None,
         "budget_seconds": None,
-        "limits": {"max_latency_ms": None, "min_accuracy": None, "max_size_bytes": None},
+        "limits": {"max_latency_ms": None, "min_accuracy": None, "max_size_bytes": None, "max_macs": None},
         "space": {
             "prune": {"max_ratio": 0.8},
             "bits": {"weights": (8, 32), "activations": (8, 32)},
@@ -283,6 +283,7 @@ def test_a_wrong_type_names_the_key_and_what_came(load: Load, text: str, message
         ("task: a\nlimits: {max_latency_ms: -1}", "limits.max_latency_ms must be above 0, but got -1.0"),
         ("task: a\nlimits: {max_latency_ms: .nan}", "limits.max_latency_ms must be above 0, but got nan"),
         ("task: a\nlimits: {min_accuracy: 90}", "limits.min_accuracy must be at most 1, but got 90"),
+        ("task: a\nlimits: {max_macs: 0}", "limits.max_macs must be above 0, but got 0"),
         ("task: a\nlimits: {max_size_bytes: 0}", "limits.max_size_bytes must be above 0, but got 0"),
         ("task: a\nfinetune: {short_steps: 0}", "finetune.short_steps must be at least 1, but got 0"),
         (

@@ -123,6 +123,14 @@ def test_limits_that_contradict_each_other_are_refused_and_each_alone_is_not(tmp
     assert 0.99 * largest[1] <= int(found[1]) <= largest[1]
 
 
+def test_fewer_multiply_accumulates_than_the_narrowest_network_has_are_refused(tmp_path: Path) -> None:
+    least = plan(SPACE.anatomy, NARROW).macs
+    check_costs(night(tmp_path, max_macs=least))
+
+    said = refused(night(tmp_path, max_macs=least - 1))
+    assert said.startswith(f"limits.max_macs is {least - 1}, but no network of this space has fewer than {least} mul")
+
+
 def test_where_no_policy_has_a_price_nothing_is_refused(tmp_path: Path) -> None:
     """A kit that met none of the space's kernels: each policy fails alone, and says why."""
     check_costs(night(tmp_path, Formula(blind=True), max_latency_ms=1e-9))

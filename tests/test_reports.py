@@ -96,10 +96,12 @@ def test_a_verified_trial_is_known_by_its_export_and_not_by_the_search() -> None
         ({"max_latency_ms": 0.49}, False),
         ({"min_accuracy": 0.901}, False),
         ({"max_size_bytes": 499_999}, False),
+        ({"max_macs": 20_000_000}, True),
+        ({"max_macs": 19_999_999}, False),
     ],
 )
 def test_limits_are_inclusive(limits: dict[str, float], within: bool) -> None:
-    record = trial(0, 0.9, 0.5, 500_000)
+    record = trial(0, 0.9, 0.5, 500_000, macs=20_000_000)
     assert feasible(limited([record], **limits), record) is within
     assert numbers(front(limited([record], **limits))) == ([0] if within else [])
 

@@ -16,24 +16,25 @@ from nightpress.evaluators.quality import Score
 from nightpress.search.attributes import record_of
 from nightpress.search.config import Limits
 from nightpress.search.long_tuning import load_outcome
-from nightpress.search.records import LEAST_AGREEMENT, UNCOMPRESSED, Latency, Rung
+from nightpress.search.records import LEAST_AGREEMENT, UNCOMPRESSED, Latency, Rung, TrialRecord, TrialState
 from nightpress.search.verification import strike, verified_of
 from nightpress.spaces.policy import INT8
 from nightpress.spaces.space import uniform
 
-LIMITS = Limits(max_latency_ms=0.9, min_accuracy=0.9, max_size_bytes=1000)
+LIMITS = Limits(max_latency_ms=0.9, min_accuracy=0.9, max_size_bytes=1000, max_macs=1000)
 
 
 def struck(
     limits: Limits = LIMITS, name: str | None = None, *, latency_ms: float = 0.9, repeat_error: float = 0.02,
-    accuracy: float = 0.9, size_bytes: int = 1000, agreement: float = LEAST_AGREEMENT,
+    accuracy: float = 0.9, size_bytes: int = 1000, agreement: float = LEAST_AGREEMENT, macs: int = 1000,
 ) -> str | None:  # fmt: skip
     """Beside an uncompressed model of 1 ms; all else is as little as the rules allow."""
     score = Score(accuracy=accuracy, accuracy_se=0.01, samples=100, seconds=0.0)
     outcome = Outcome(search=score, exported=score, top1_agreement=agreement, size_bytes=size_bytes)
     latency = Latency(latency_ms=latency_ms, low_ms=latency_ms, high_ms=latency_ms, measured=True,
                       repeat_error=repeat_error, reference_ms=1.0)  # fmt: skip
-    return strike(limits, name, outcome, latency)
+    trial = TrialRecord(number=0, state=TrialState.COMPLETE, digest="d", role="search", policy={}, name=name, macs=macs)
+    return strike(limits, trial, outcome, latency)
 
 
 def test_a_point_that_just_passes_every_rule_stands() -> None:
@@ -51,6 +52,7 @@ def test_a_point_that_just_passes_every_rule_stands() -> None:
         ({"agreement": 0.96}, "the exported file agrees with torch on only 96.0% of the test split"),
         ({"accuracy": 0.899}, "test accuracy 0.8990 is below min_accuracy 0.9"),
         ({"latency_ms": 0.91}, "measured 0.910 ms, above max_latency_ms 0.9"),
+        ({"macs": 1001}, "it has 1001 multiply-accumulates, above max_macs 1000"),
         ({"size_bytes": 1001}, "its file has 1001 bytes, above max_size_bytes 1000"),
     ],
 )
