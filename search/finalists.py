@@ -16,7 +16,7 @@ from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Rung, TrialRecord, TrialState
 from .session import Session, latency_of
-from .split_gap import least_accuracy, search_limits
+from .split_gap import asked_rung, least_accuracy, search_limits
 from .store import policy_of
 from .surrogate import RUNGS, Describer, Surrogate, kept_accuracy
 
@@ -42,10 +42,17 @@ def remeasure_front(session: Session, *, over: bool = True) -> None:
     """Measure what is on the predicted front or within its error of it, before finalists are chosen. While the search
     is not ``over``, times are taken at the calibration's pace: trials of two paces would stand on one front."""
     trials = [t for t in complete(session, "search") if t.measured is None and session.store.ours(t)]
-    alike: dict[str, list[TrialRecord]] = {}  # fine-tunes of one network take the same time: it is measured once
-    for trial in _near_front(session, trials):
+    # Fine-tunes of one network take the same time: it is measured once, and all of them are told.
+    alike: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
         alike.setdefault(network_digest(policy_of(trial)), []).append(trial)
-    near = list(alike.values())[:MOST_REMEASURED]
+    for known in complete(session):
+        if (found := known.measured) is not None:
+            for trial in alike.pop(network_digest(policy_of(known)), ()):
+                session.store.remeasure(trial.number, found)
+    waiting = [trial for same in alike.values() for trial in same]
+    nearest = dict.fromkeys(network_digest(policy_of(trial)) for trial in _near_front(session, waiting))
+    near = [alike[key] for key in nearest][:MOST_REMEASURED]
     if not near or session.profile.remote:
         return
     session.update(activity=f"measuring {len(near)} policies near the front")
@@ -96,7 +103,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     if not trials:
         return []
     surrogate = surrogate_of(session)
-    rung = RUNGS[surrogate.rung]
+    rung = asked_rung(session.state, RUNGS[surrogate.rung])
     limits = search_limits(session, rung)
     least = limits.min_accuracy
     mean, error = surrogate.predict(_rows(surrogate, trials))
@@ -104,6 +111,7 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
     within = [i for i, t in enumerate(trials) if least is None or hope[i] >= least or hopeful(session, t)]
     within = within or list(range(len(trials)))  # where none may come within, the nearest show how far it is
+    within = _one_of_each_network(session, trials, within, later)
     front = [within[i] for i in non_dominated(points[within])]
     reference = session.state["reference"]
     floor = least_accuracy(session.state, limits, rung)
@@ -117,6 +125,17 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     rest = sorted((i for i in front if i not in chosen), key=lambda i: points[i, 0])
     found = (chosen + rest)[:wanted] if len(chosen) < min(wanted, 2) else chosen
     return [trials[i] for i in found]
+
+
+def _one_of_each_network(
+    session: Session, trials: Sequence[TrialRecord], places: Sequence[int], expected: Array
+) -> list[int]:  # fmt: skip
+    """Of the trials in these places one for each network, whose fine-tunes take the same time: what had its long one,
+    or else what is expected to be the most accurate. Others would have a long fine-tune for next to nothing."""
+    longs, found = session.store.longs(), dict[str, int]()
+    for place in sorted(places, key=lambda i: (trials[i].number in longs, expected[i])):
+        found[network_digest(policy_of(trials[place]))] = place
+    return sorted(found.values())
 
 
 def _trained(session: Session, surrogate: Surrogate, role: str | None = None) -> list[tuple[TrialRecord, float]]:
@@ -148,7 +167,8 @@ def _likely_pick(
     rules after their long fine-tune, and finalists where this is asked after some of them. Hypervolume hardly sees the
     pick: at the least accuracy that is allowed a point covers next to nothing. Empty where nobody is likely to be.
     ``mean`` and ``error`` are of the trials' u, each of shape (n,)."""
-    least = kept_accuracy(surrogate, search_limits(session, RUNGS[surrogate.rung]).min_accuracy)
+    rung = asked_rung(session.state, RUNGS[surrogate.rung])
+    least = kept_accuracy(surrogate, search_limits(session, rung).min_accuracy)
     fastest_ms = min(
         (
             t.latency.latency_ms

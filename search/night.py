@@ -34,7 +34,7 @@ from .resolved import check_same, resolved_config
 from .sampler import NightpressSampler, Options, make_sampler
 from .session import InterruptionError, OverdueError, Session
 from .signals import graceful
-from .split_gap import corner_of, note_gap, search_limits
+from .split_gap import asked_rung, corner_of, note_gap, search_limits
 from .storages import close, open_storage
 from .store import Store, policy_of
 from .trials import Trials, enqueue
@@ -236,7 +236,8 @@ def _aim(session: Session) -> None:
             sampler.most_macs = most / session.prepared.anatomy.macs
         sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
         sampler.reference, sampler.reference_long = (
-            losses(*corner_of(session.state, search_limits(session, rung), rung)) for rung in (Rung.SHORT, Rung.LONG)
+            losses(*corner_of(session.state, search_limits(session, rung), rung))
+            for rung in (asked_rung(session.state, Rung.SHORT), Rung.LONG)
         )
 
 

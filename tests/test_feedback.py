@@ -160,7 +160,7 @@ def test_a_kernel_that_is_first_met_on_a_device_that_drifted_is_learned(tmp_path
     session = night(tmp_path, Device(1.3))
     floats = replace(SPACE, bit_choices=(FP32,))
     generator = np.random.default_rng(0)
-    session.keep_profile(calibrate(ANATOMY, [floats.random(generator) for _ in range(12)], Target(), timer=Paced(1.0)))
+    session.keep_profile(calibrate(ANATOMY, [floats.random(generator) for _ in range(18)], Target(), timer=Paced(1.0)))
     policy = uniform(ANATOMY, width=1, bits=INT8)
     with pytest.raises(UnseenKernelError, match="which no measured policy did") as unseen:
         session.profile.predict([policy])
