@@ -16,6 +16,9 @@ from .session import Session
 from .study import FORWARD_SHARE
 
 MARGIN = 1.15
+LESS, MORE = 0.8, 1.1
+"""Of the time that is planned for finalists, within which it stays: who they are changes from look to look, and each has
+its own cost. Too little costs one of them, too much goes to further ones."""
 MOST_SHARE = 0.5
 """Of the night, for the finalists: without a search there would be none."""
 LEAST_VERIFY_SECONDS = 12.0
@@ -54,7 +57,8 @@ def plan_finalists(session: Session) -> None:
     first, _ = seconds(long_costs(session, behind).sum(axis=0))  # rules that still wait take nothing from finalists
     planned = min(most, max(least, SHARES["finalists"] * clock.total_seconds), MOST_SHARE * clock.total_seconds)
     planned += first
-    if abs(planned - clock.share_seconds("finalists")) > 0.1 * clock.share_seconds("finalists"):
+    was = clock.share_seconds("finalists")
+    if not LESS * was <= planned <= MORE * was:
         session.replan(
             {"finalists": planned},
             f"{count} long fine-tunes need between {least + first:.0f} and {most + first:.0f} s, at what the short "

@@ -66,6 +66,7 @@ def night(folder: Path, machine: Machine, seconds: float, short_seconds: float, 
         "state": "running", "phase": "search",
         "rungs": {"short_steps": 10, "long_steps": 50, "finalists": 4, "epoch_steps": 20},
         "reference": {"accuracy": 0.5, "latency_ms": 1.0, "size_bytes": 1e6},
+        "given": {split: {"accuracy": 0.6, "accuracy_se": 0.01} for split in ("search", "test")},
     }  # fmt: skip
     store = Store(open_storage(folder, None))
     space = Space(anatomy=toy_anatomy(), max_ratio=0.8, bit_choices=(FP32, INT8))
