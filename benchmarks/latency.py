@@ -37,7 +37,8 @@ from nightpress.evaluators.latency.calibrate import calibrate_until_flat, stages
 from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import REFERENCE, Timer, write_random
 from nightpress.evaluators.latency.predictor import spearman
-from nightpress.evaluators.latency.profile import Profile, load_profile, profile_to_dict
+from nightpress.evaluators.latency.profile import Profile
+from nightpress.evaluators.latency.profile_file import load_profile, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint, fingerprint_from_dict
 from nightpress.search.encoding import Encoder
 from nightpress.search.proposals import baselines

@@ -39,7 +39,7 @@ from nightpress.evaluators.evaluate import Evaluator, Job, Outcome, Recipe
 from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.insitu import UnseenKernelError
 from nightpress.evaluators.latency.measure import measure_policies
-from nightpress.evaluators.latency.profile import load_profile
+from nightpress.evaluators.latency.profile_file import load_profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.quality import Score
 from nightpress.evaluators.task import load_task

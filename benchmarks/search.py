@@ -41,7 +41,8 @@ from optuna.study import Study
 from search_nights import nightpress, print_table, run_nights
 
 import tiny
-from nightpress.evaluators.latency.profile import Profile, load_profile
+from nightpress.evaluators.latency.profile import Profile
+from nightpress.evaluators.latency.profile_file import load_profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.search.folder import read_run
 from nightpress.search.memory import Memory

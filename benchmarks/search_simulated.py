@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.evaluators.inspect import inspect
-from nightpress.evaluators.latency.profile import Profile, load_profile
+from nightpress.evaluators.latency.profile import Profile
+from nightpress.evaluators.latency.profile_file import load_profile
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig, SpaceConfig
 from nightpress.search.costs import trial_effort

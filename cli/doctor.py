@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ..evaluators.latency.capabilities import capabilities
+from ..evaluators.latency.capabilities import capabilities, forget_capabilities
 from ..evaluators.latency.measure import BUSY_CORES, MeasurementError, Timer, Timing
 from ..evaluators.latency.target import RUNTIMES, Target, fingerprint, fingerprint_to_dict, missing_runtime
 from ..evaluators.latency.timer import PROVIDERS, runtime_version
@@ -24,9 +24,11 @@ PACKAGES = (
 
 def examine(fresh: bool = False) -> dict[str, Any]:
     """Packages (None where missing), the machine, its runtimes with what their kernels can do, and the noise of its
-    timings. ``fresh`` measures the kernels anew where they were measured before."""
+    timings. With ``fresh`` nothing counts that was measured of kernels before, for any threads and batch."""
     device = fingerprint(Target())
-    kernels, missing = _kernels(fresh)
+    if fresh:
+        forget_capabilities()
+    kernels, missing = _kernels()
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "machine": {**fingerprint_to_dict(device), "load": os.getloadavg()[0], "cuda": _cuda()},
@@ -36,7 +38,7 @@ def examine(fresh: bool = False) -> dict[str, Any]:
     }
 
 
-def _kernels(fresh: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def _kernels() -> tuple[dict[str, Any], dict[str, str]]:
     """By runtime: what its kernels can do; or why it does not run here."""
     kernels: dict[str, Any] = {}
     missing: dict[str, str] = {}
@@ -44,7 +46,7 @@ def _kernels(fresh: bool) -> tuple[dict[str, Any], dict[str, str]]:
         reason = missing_runtime(name)
         if reason is None:
             try:
-                kernels[name] = capabilities(Target(runtime=name), fresh=fresh).to_dict()
+                kernels[name] = capabilities(Target(runtime=name)).to_dict()
             except MeasurementError as error:  # installed, but it does not start: a GPU's build without the GPU
                 reason = str(error)
         if reason is not None:

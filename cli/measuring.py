@@ -18,11 +18,20 @@ from ..evaluators.data import materialise, split_search
 from ..evaluators.evaluate import evidence_of
 from ..evaluators.importance import Loss
 from ..evaluators.inspect import inspect, network_of
-from ..evaluators.latency.calibrate import CANDIDATES, calibrate, calibrate_until_flat, covering, stages_to_list
+from ..evaluators.latency.calibrate import (
+    CANDIDATES,
+    calibrate,
+    calibrate_until_flat,
+    check_drawn,
+    covering,
+    stages_to_list,
+    worth_measuring,
+)
 from ..evaluators.latency.capabilities import FASTER, beside_profile, capabilities, probes, read_capabilities
 from ..evaluators.latency.kit import read_results, write_kit
 from ..evaluators.latency.measure import AGREE, Timer, Timing, noise_warnings
-from ..evaluators.latency.profile import Profile, profile_of, profile_to_dict
+from ..evaluators.latency.profile import Profile, profile_of
+from ..evaluators.latency.profile_file import profile_to_dict
 from ..evaluators.latency.target import Target
 from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.latency.units import Worker
@@ -93,6 +102,7 @@ def write_kit_of(anatomy: Anatomy, target: Target, out: Path, count: int, seed: 
     what the device can do, where the runtime's times of nodes tell the kernels. Raises InputError, OSError."""
     draw, always = _drawing(anatomy, target, seed)
     policies = covering(Worker(anatomy, target.runtime), [*always, *draw(count)], draw(CANDIDATES))
+    check_drawn(len(worth_measuring(policies)))
     return write_kit(anatomy, policies, target, out, probes=probes() if target.runtime in PROVIDERS else None)
 
 

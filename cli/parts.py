@@ -37,7 +37,10 @@ def init(
 
 
 def doctor(
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure the kernels anew.")] = False, json: Json = False
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure the kernels anew, for all threads and batches.")
+    ] = False,
+    json: Json = False,
 ) -> None:
     """What is installed, devices, kernels, and how noisy this machine is. Example: nightpress doctor"""
     from .doctor import examine, kernel_lines
@@ -167,7 +170,7 @@ def predict(
     Example: nightpress predict mnist5k-resnet a.json --target here.json"""
     from ..evaluators.latency.capabilities import fewer_bits_are_faster
     from ..evaluators.latency.insitu import UnseenKernelError
-    from ..evaluators.latency.profile import load_profile
+    from ..evaluators.latency.profile_file import load_profile
     from ..search.session import file_size
     from ..spaces.errors import InputError
     from ..spaces.plan import plan
@@ -207,7 +210,7 @@ def measure(
 ) -> None:  # fmt: skip
     """True latency of policies, without training. Example: nightpress measure mnist5k-resnet a.json b.json"""
     from ..evaluators.latency.measure import measure_policies
-    from ..evaluators.latency.profile import measured_elsewhere
+    from ..evaluators.latency.profile_file import measured_elsewhere
     from ..spaces.policy import digest
     from .config import parse_target
     from .measuring import warn_of_noise

@@ -72,7 +72,8 @@ def feed_back(
     *, recalibrate: bool = True,
 ) -> float:  # fmt: skip
     """Add measurements of policies, by the keys of their timings, to the profile and fit it again. Where the reference
-    has drifted beyond its repeat error, the calibration's policies are measured again first, if that is asked for. A
+    has drifted beyond its repeat error, their times are taken at the calibration's pace (:func:`level_of`), or, if that
+    is asked for and there is time, the calibration's policies are measured again first. A
     profile that is used although it is of another device learns nothing from this one. Returns how many times as slow
     as by the profile the device is now."""
     if session.profile.forced:
@@ -98,7 +99,6 @@ def feed_back(
             reason += f"; another one would take {profile.seconds:.0f} s of the long fine-tunes'"
             session.folder.decide("search", "did not calibrate the target again", reason, **evidence)
     matcher = Matcher(session.prepared.anatomy)
-    # Chosen by what was predicted of them, so what they leave is not the level of their session.
     points: list[Point] = [
         _at_level(point_of(policies[key], timings[key], sizes[key], matcher), level) for key in policies
     ]

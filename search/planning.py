@@ -17,8 +17,8 @@ from .study import FORWARD_SHARE
 
 MARGIN = 1.15
 LESS, MORE = 0.8, 1.1
-"""Of the time that is planned for finalists, within which it stays: who they are changes from look to look, and each has
-its own cost. Too little costs one of them, too much goes to further ones."""
+"""Of the time that is planned for finalists, within which it stays: who they are changes from look to look, and each
+has its own cost. Too little costs one of them, too much goes to further ones."""
 MOST_SHARE = 0.5
 """Of the night, for the finalists: without a search there would be none."""
 LEAST_VERIFY_SECONDS = 12.0

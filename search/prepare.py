@@ -31,7 +31,7 @@ from ..evaluators.latency.capabilities import (
     fewer_bits_are_faster,
     measure_capabilities,
 )
-from ..evaluators.latency.profile import is_remote, load_profile
+from ..evaluators.latency.profile_file import is_remote, load_profile
 from ..evaluators.latency.target import fingerprint_to_dict
 from ..evaluators.latency.timer import PROVIDERS
 from ..evaluators.task import Task, check_task, load_task, picked

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from ..evaluators.evaluate import Job, Outcome
 from ..evaluators.latency.insitu import UnseenKernelError
 from ..evaluators.latency.measure import REFERENCE, MeasurementError, Timer, Timing, noise_warnings
-from ..evaluators.latency.profile import Profile, profile_to_dict
+from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.profile_file import profile_to_dict
 from ..evaluators.onnx_graph import build_onnx, random_tensors
 from ..evaluators.quality import Score
 from ..evaluators.task import Task

@@ -13,7 +13,8 @@ from threadpoolctl import threadpool_limits
 
 from ..evaluators.evaluate import Outcome
 from ..evaluators.inspect import inspect
-from ..evaluators.latency.profile import Profile, load_profile
+from ..evaluators.latency.profile import Profile
+from ..evaluators.latency.profile_file import load_profile
 from ..evaluators.latency.target import Target, target_from_dict
 from ..evaluators.quality import Score
 from ..evaluators.task import load_task

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from types import MappingProxyType
@@ -167,6 +167,14 @@ def network_digest(policy: Policy) -> str:
     return digest(
         Policy(model=policy.model, prune=policy.prune, bits=policy.bits, removed_blocks=policy.removed_blocks)
     )
+
+
+def one_of_each_network(policies: Iterable[Policy]) -> list[Policy]:
+    """The first policy of each network (:func:`network_digest`), in order."""
+    found: dict[str, Policy] = {}
+    for policy in policies:
+        found.setdefault(network_digest(policy), policy)
+    return list(found.values())
 
 
 def policy_from_json(text: str, source: str) -> Policy:

@@ -76,7 +76,7 @@ def test_doctor_answers_where_a_runtime_is_installed_and_does_not_start(tmp_path
     if missing_runtime("openvino") is not None:
         pytest.skip("openvino is not installed, so it cannot fail to start")
     (tmp_path / "openvino.py").write_text('raise ImportError("libopenvino.so: cannot open shared object file")\n')
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     done = subprocess.run(
         tiny.command("doctor", "--fresh", "--json"), env=environment, capture_output=True, text=True, check=False

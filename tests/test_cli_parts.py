@@ -15,7 +15,7 @@ import pytest
 import tiny
 from nightpress.evaluators.latency.calibrate import calibrate
 from nightpress.evaluators.latency.capabilities import Capabilities, Width, beside_profile
-from nightpress.evaluators.latency.profile import profile_to_dict
+from nightpress.evaluators.latency.profile_file import profile_to_dict
 from nightpress.evaluators.latency.target import RUNTIMES, Target, missing_runtime
 from nightpress.search.config import RunConfig
 from nightpress.search.prepare import space_of

@@ -29,7 +29,8 @@ from nightpress.evaluators.latency.measure import (
     write_random,
 )
 from nightpress.evaluators.latency.predictor import conformal_margin, spearman
-from nightpress.evaluators.latency.profile import Profile, load_profile, profile_to_dict
+from nightpress.evaluators.latency.profile import Profile
+from nightpress.evaluators.latency.profile_file import load_profile, profile_to_dict
 from nightpress.evaluators.latency.sizes import payload_bytes
 from nightpress.evaluators.latency.target import (
     Fingerprint,

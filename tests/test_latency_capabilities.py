@@ -18,6 +18,7 @@ from nightpress.evaluators.latency.capabilities import (
     beside_profile,
     capabilities,
     capabilities_from_dict,
+    forget_capabilities,
     steps_of,
 )
 from nightpress.evaluators.latency.target import CHANNEL_STEPS, Target, target_from_dict, target_to_dict
@@ -81,6 +82,20 @@ def test_a_target_is_measured_once_and_told_to_space_profile_and_report() -> Non
     assert target_from_dict(json.loads(json.dumps(target_to_dict(target)))) == target
     if found.settled:
         assert capabilities(Target()) == found  # read, not measured again: its seconds are the same
+
+
+def test_what_is_forgotten_of_one_target_is_forgotten_of_all_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "nightpress"
+    kept.mkdir()
+    for name in ("capabilities-0a.json", "capabilities-1b.json", "pixels.safetensors"):
+        (kept / name).write_text("{}")
+
+    forget_capabilities()
+
+    assert [path.name for path in kept.iterdir()] == ["pixels.safetensors"]
 
 
 def test_integers_alone_on_a_device_without_them_take_the_steps_of_fp32() -> None:

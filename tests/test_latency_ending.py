@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from nightpress.evaluators.latency import timer as script
-from nightpress.evaluators.latency.calibrate import LEAST_SECONDS, Calibration, calibrate_until_flat
+from nightpress.evaluators.latency.calibrate import LEAST_SECONDS, Calibration, calibrate, calibrate_until_flat
 from nightpress.evaluators.latency.measure import REFERENCE, Timer, Timing, write_random
 from nightpress.evaluators.latency.predictor import LEAST_POINTS
+from nightpress.evaluators.latency.profile import Profile
 from nightpress.evaluators.latency.target import Target
 from nightpress.spaces.anatomy import Anatomy
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.plan import plan
-from nightpress.spaces.policy import Policy
+from nightpress.spaces.policy import FP32, FineTune, Policy, network_digest
+from nightpress.spaces.space import Space
 from strategies import FormulaTimer, space_of, toy_anatomy
 
 ANATOMY = toy_anatomy()
@@ -47,10 +49,10 @@ def calibrated(anatomy: Anatomy, timer: Timer, seconds: float, most: int = 40) -
 
 @pytest.mark.slow
 def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
-    """Four hundred take minutes anywhere: each has four windows of four runs, and three passes of the profiler."""
+    """So many take a minute anywhere: each has four windows of four runs, and three passes of the profiler."""
     path = tmp_path / "slow.onnx"
     write_random(plan(with_pictures_of(SLOW // 3), Policy(model=ANATOMY.digest)), path)
-    models = {str(number): path for number in range(400)}
+    models = {str(number): path for number in range(120)}
 
     with Timer(Target()) as timer:
         start = time.monotonic()
@@ -61,7 +63,7 @@ def test_slow_models_are_timed_as_long_as_there_is_time(tmp_path: Path) -> None:
 
         assert seconds < 16 + 10 * slowest  # the run that is going on, one that counts, and a noisy machine
         assert list(found) == [REFERENCE, *(key for key in models if key in found)]
-        assert 0 < len(found) - 1 < 400
+        assert 0 < len(found) - 1 < 120
         assert all(len(timing.windows_ms) >= 2 for key, timing in found.items() if key != REFERENCE)
         assert all(timing.kernels for timing in found.values())
         assert timer.seconds_left is None
@@ -82,6 +84,54 @@ def test_a_model_too_slow_to_be_calibrated_is_refused_with_its_figures() -> None
     ):  # fmt: skip
         calibrated(with_pictures_of(SLOW), timer, seconds=1)
     assert time.monotonic() - start < LEAST_SECONDS + 30
+
+
+def test_fine_tunes_of_one_network_are_measured_once() -> None:
+    """Each network is drawn with two learning rates; half of what is drawn is left to be timed."""
+    generator, space = np.random.default_rng(0), space_of(ANATOMY)
+
+    def twice(count: int) -> list[Policy]:
+        drawn = [space.random(generator) for _ in range(count // 2)]
+        return [replace(policy, finetune=FineTune(learning_rate=rate)) for policy in drawn for rate in (0.01, 0.05)]
+
+    timer = FormulaTimer(Target())
+    made = calibrate_until_flat(ANATOMY, twice, Target(), timer=timer, most=24)
+
+    networks = [network_digest(point.policy) for point in made.profile.points]
+    assert len(networks) == len(set(networks)) > 16
+    assert len(timer.timed) == 2 * len(networks)  # each was looked at twice
+
+
+@pytest.mark.parametrize("kind", ["drawn", "asked"])
+def test_of_a_model_with_few_networks_their_fine_tunes_are_measured_or_it_is_refused(kind: str) -> None:
+    """One group of 8 channels in steps of 4, in fp32."""
+    small = Space(anatomy=ANATOMY, max_ratio=0.8, bit_choices=(FP32,))
+    networks = [Policy(model=ANATOMY.digest, prune={ANATOMY.groups[0].name: cut}) for cut in (0.25, 0.5)]
+    rates = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06]
+    assert all(small.contains(policy) for policy in networks)
+
+    def profile_of(count: int) -> Profile:
+        twins = [replace(p, finetune=FineTune(learning_rate=rate)) for rate in rates for p in networks][:count]
+        if kind == "asked":
+            return calibrate(ANATOMY, twins, Target(), timer=FormulaTimer(Target()))
+        return calibrate_until_flat(ANATOMY, lambda _: twins, Target(), timer=FormulaTimer(Target()), most=12).profile
+
+    assert len(profile_of(12).points) == 12
+    with pytest.raises(InputError, match=r"^A calibration needs 10 different policies, but only 9 were drawn: this mo"):
+        profile_of(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.001, 0.01, 0.03])
+def test_a_timer_that_has_no_time_left_once_the_models_are_loaded_says_what_it_timed(
+    tmp_path: Path, seconds: float
+) -> None:
+    path = tmp_path / "slow.onnx"
+    write_random(plan(with_pictures_of(SLOW // 3), Policy(model=ANATOMY.digest)), path)
+    with Timer(Target()) as timer, timer.within(seconds):
+        found = timer.time({"one": path}, path)
+    assert set(found) <= {REFERENCE, "one"}
+    assert all(timing.windows_ms for timing in found.values())
 
 
 class LateTimer(FormulaTimer):

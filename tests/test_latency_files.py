@@ -15,14 +15,8 @@ from nightpress.evaluators.latency.calibrate import calibrate
 from nightpress.evaluators.latency.capabilities import probes
 from nightpress.evaluators.latency.kit import kit_id, read_results, write_kit
 from nightpress.evaluators.latency.measure import settings as how
-from nightpress.evaluators.latency.profile import (
-    Profile,
-    is_remote,
-    load_profile,
-    measured_elsewhere,
-    profile_of,
-    profile_to_dict,
-)
+from nightpress.evaluators.latency.profile import Profile, profile_of
+from nightpress.evaluators.latency.profile_file import is_remote, load_profile, measured_elsewhere, profile_to_dict
 from nightpress.evaluators.latency.target import Target, target_to_dict
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import ACTIVATION_BITS, WEIGHT_BITS, Policy

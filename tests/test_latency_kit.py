@@ -22,7 +22,7 @@ from nightpress.evaluators.latency import timer
 from nightpress.evaluators.latency.capabilities import beside_profile, capabilities_from_dict, probes
 from nightpress.evaluators.latency.kit import MEASURE, kit_id, read_results, write_kit
 from nightpress.evaluators.latency.measure import REFERENCE, settings
-from nightpress.evaluators.latency.profile import load_profile, profile_to_dict
+from nightpress.evaluators.latency.profile_file import load_profile, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint, target_to_dict
 from nightpress.spaces.errors import InputError
 from nightpress.spaces.policy import LayerBits, Policy, digest, network_digest, policy_from_dict
@@ -198,6 +198,7 @@ def kit_with(**keys: object) -> Callable[[dict[str, Any]], object]:
         (lambda d: d["answers"][0]["windows_ms"].popitem(), r"windows_ms of \w+ in 'all models' are missing: run mea"),
         (lambda d: d["answers"][0]["windows_ms"].update(other=[1]), r"'all models' hold models that are not of t"),
         (lambda d: d["answers"][2]["windows_ms"].update(mixed=[-1]), r"windows_ms of mixed in 'single layers' must"),
+        (lambda d: d["answers"][0]["kernels"].update(reference={}), r"kernels of reference in 'all models' are emp"),
         (lambda d: d["answers"].pop(), r"these are not the whole results of a kit \(ValueError: zip\(\) .* shorter"),
         (lambda d: d.pop("device"), r"these are not the whole results of a kit \(KeyError: 'device'\); run meas"),
         (lambda d: d["kit"]["target"].update(threads=2), r"the kit was changed after nightpress kit wrote it"),
@@ -217,6 +218,14 @@ def test_results_that_cannot_be_trusted_are_refused(
     with pytest.raises(InputError, match=sentence) as refused:
         read_results(path, ANATOMY)
     assert str(refused.value).startswith(f"{path}: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["", "[1]", '{"id": '])
+def test_a_damaged_kit_beside_the_results_says_nothing_against_them(kit: Kit, tmp_path: Path, beside: str) -> None:
+    path = results_with(kit, tmp_path, lambda data: None)
+    (tmp_path / timer.KIT).write_text(beside)
+    assert read_results(path, ANATOMY).timings
 
 
 @pytest.mark.slow

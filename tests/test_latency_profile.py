@@ -1,7 +1,7 @@
 """The profile file: whose seconds it states, and which model and device it holds for."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,19 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nightpress.evaluators.latency import timer
 from nightpress.evaluators.latency.calibrate import calibrate
-from nightpress.evaluators.latency.profile import (
-    LEAST_INFERENCES,
-    Point,
-    Profile,
-    load_profile,
-    measured_elsewhere,
-    profile_to_dict,
-)
+from nightpress.evaluators.latency.measure import Timing
+from nightpress.evaluators.latency.profile import LEAST_INFERENCES, Point, Profile
+from nightpress.evaluators.latency.profile_file import load_profile, measured_elsewhere, profile_to_dict
 from nightpress.evaluators.latency.target import Target, fingerprint
 from nightpress.spaces.anatomy import Anatomy, Op
 from nightpress.spaces.errors import InputError
-from nightpress.spaces.policy import INT8, Policy, digest
+from nightpress.spaces.policy import INT8, Policy, network_digest
 from nightpress.spaces.space import uniform
 from strategies import FormulaTimer, space_of, toy_anatomy
 
@@ -75,13 +71,49 @@ def test_more_measurements_do_not_make_each_cheaper() -> None:
     assert (after.seconds_each, after.seconds) == (2.0, 32.0)
 
 
+def looked_at_twice(halves_ms: Sequence[tuple[float, float]]) -> Profile:
+    """Calibrated in one session that looked twice at each policy."""
+    points = [
+        replace(point, halves_ms=halves, session="a")
+        for point, halves in zip(calibrated().points, halves_ms, strict=True)
+    ]
+    return replace(calibrated(), points=()).with_points(points)
+
+
+def test_how_far_looks_are_apart_stays_when_policies_come_that_were_looked_at_once() -> None:
+    before, generator = looked_at_twice([(0.05, 0.06)] * 12), np.random.default_rng(3)
+    later = [
+        Point(policy=policy, latency_ms=0.05, halves_ms=(0.05, 0.05), repeat_error=0.0, size_bytes=5000)
+        for policy in (space_of(ANATOMY).random(generator) for _ in range(30))
+    ]
+
+    after = before.with_points(later)
+
+    assert len(after.points) > 2 * len(before.points)
+    assert after.looks_apart == before.looks_apart == pytest.approx(0.2)
+    assert after.noise_warnings() == before.noise_warnings() != []
+
+
+def test_looks_that_differ_either_way_are_noise_and_no_change_of_the_device() -> None:
+    """Each look is the lowest of its windows; by a tenth they differ, half of them upwards."""
+    timings = [
+        Timing(windows_ms=(first,), reference_ms=1.0).with_again(Timing(windows_ms=(second,), reference_ms=1.0))
+        for first, second in [(0.05, 0.055), (0.055, 0.05)] * 6
+    ]
+    profile = looked_at_twice([timing.halves_ms() for timing in timings])
+
+    assert profile.looks_apart == pytest.approx(0.0)
+    assert profile.noise_warnings() == []
+
+
 def test_a_calibration_measures_the_candidates_that_run_other_kernels() -> None:
     floats = [replace(policy, bits={}) for policy in random_policies()]
     integers = uniform(ANATOMY, width=1, bits=INT8)
 
     made = calibrate(ANATOMY, floats, Target(), candidates=[floats[0], integers], timer=FormulaTimer(Target()))
 
-    assert {digest(point.policy) for point in made.points} == {digest(policy) for policy in [*floats, integers]}
+    networks = {network_digest(policy) for policy in [*floats, integers]}
+    assert {network_digest(point.policy) for point in made.points} == networks
     assert np.isfinite(made.predict([integers])).all()
 
 
@@ -117,6 +149,18 @@ def timed_at(position: int, weights_us: float | None = None) -> Callable[[dict[s
         data["points"][0]["nodes_us"] = {"kernels": {str(position): 3.0}, "weights": prepared, "conversions": {}}
 
     return change
+
+
+def test_by_force_a_profile_predicts_where_its_runtime_is_not_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path)
+    monkeypatch.setitem(timer.PACKAGES, "onnxruntime", ("there-is-no-such-package",))
+
+    with pytest.raises(InputError, match=r"^The runtime onnxruntime is not installed here: pip install"):
+        load_profile(path, ANATOMY)
+    [forced] = load_profile(path, ANATOMY, force=True).forced
+    assert forced.endswith("when it was made, here it is 'not installed'")
 
 
 @pytest.mark.parametrize(

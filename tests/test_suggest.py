@@ -12,7 +12,7 @@ import fakes_run
 import tiny
 from nightpress.cli.config import load_config
 from nightpress.evaluators.latency.calibrate import calibrate
-from nightpress.evaluators.latency.profile import profile_to_dict
+from nightpress.evaluators.latency.profile_file import profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.search.config import Limits
 from nightpress.search.folder import read_run

@@ -25,7 +25,7 @@ from nightpress.evaluators import Task
 from nightpress.evaluators.inspect import inspect
 from nightpress.evaluators.latency.calibrate import calibrate
 from nightpress.evaluators.latency.measure import REFERENCE, Timer, Timing
-from nightpress.evaluators.latency.profile import profile_to_dict
+from nightpress.evaluators.latency.profile_file import profile_to_dict
 from nightpress.evaluators.latency.target import Target
 from nightpress.evaluators.task import load_task
 from nightpress.search.config import RunConfig

@@ -10,7 +10,7 @@ import numpy as np
 from ...spaces.anatomy import Anatomy
 from ...spaces.errors import InputError
 from ...spaces.plans import choices_of
-from ...spaces.policy import Policy, digest
+from ...spaces.policy import Policy, digest, one_of_each_network
 from .measure import REFERENCE, SECOND_ROUNDS, Timer, Timing, measure_policies
 from .predictor import LEAST_POINTS
 from .profile import Profile, profile_of
@@ -56,7 +56,7 @@ def calibrate_until_flat(
     """Measure ``always`` and batches that ``draw`` gives, fitting after each, until two batches in a row no longer
     lower the held-out error by a twentieth, ``most`` policies are measured, or the next batch would pass ``seconds``.
     Where that leaves the time, all are timed once more, in another order, and the lower latency counts. Policies that a
-    slow model leaves no time for are not in it.
+    slow model leaves no time for are not in it. See :func:`worth_measuring`.
 
     Raises MeasurementError, and InputError where too few policies were measured in time.
     """
@@ -81,7 +81,8 @@ def calibrate_until_flat(
     with timer.within(limit):
         batch = covering(Worker(anatomy, target.runtime), [*always, *draw(FIRST)], draw(CANDIDATES))
         while True:
-            before, new = time.perf_counter(), {digest(p): p for p in batch if digest(p) not in policies}
+            before, known = time.perf_counter(), list(policies.values())
+            new = {digest(p): p for p in worth_measuring([*known, *batch]) if digest(p) not in policies}
             if progress is not None:
                 progress(f"measuring {len(new)} policies, {len(policies)} are measured")
             found, their_sizes = measure_policies(anatomy, new, target, timer, kernels=True)
@@ -105,12 +106,26 @@ def calibrate_until_flat(
     return Calibration(profile=profile, stages=tuple(stages), reason=f"{reason}; all were timed a second time")
 
 
+def worth_measuring(policies: Sequence[Policy]) -> list[Policy]:
+    """Each policy once; of those that differ in their fine-tune alone, which take the same time, the first, unless a
+    predictor could not be made of so few networks."""
+    networks = one_of_each_network(policies)
+    return networks if len(networks) >= LEAST_POINTS else list({digest(p): p for p in policies}.values())
+
+
+def check_drawn(count: int) -> None:
+    """Raises InputError where so many different policies are too few for a predictor."""
+    if count < LEAST_POINTS:
+        raise InputError(
+            f"A calibration needs {LEAST_POINTS} different policies, but only {count} were drawn: this model has "
+            "hardly more."
+        )
+
+
 def _check_enough(measured: int, asked: int, reference: Timing | None, seconds: float) -> None:
     """Raises InputError where there are too few policies for a predictor."""
-    if reference is not None and asked <= measured < LEAST_POINTS:
-        raise InputError(
-            f"A calibration needs {LEAST_POINTS} different policies, but this model's space has only {measured}."
-        )
+    if asked <= measured:
+        check_drawn(measured)
     if reference is None or measured < LEAST_POINTS:
         each = "not even the uncompressed model was timed" if reference is None else (
             f"the uncompressed model takes {reference.latency_ms:,.0f} ms an inference"
@@ -129,11 +144,12 @@ def calibrate(
     """Measure these policies of the model's own space, and those ``candidates`` that run kinds of kernels which none of
     them does, each twice, and fit the predictor.
 
-    Raises MeasurementError, ValueError.
+    Raises MeasurementError, InputError where they are too few for a predictor, ValueError.
     """
     start = time.perf_counter()
     asked = covering(Worker(anatomy, target.runtime), policies, candidates) if candidates else policies
-    unique = {digest(policy): policy for policy in asked}
+    unique = {digest(policy): policy for policy in worth_measuring(asked)}
+    check_drawn(len(unique))
     if progress is not None:
         progress(f"measuring {len(unique)} policies")
     timings, sizes = measure_policies(anatomy, unique, target, timer, kernels=True)

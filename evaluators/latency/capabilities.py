@@ -181,17 +181,21 @@ def capabilities_from_dict(data: Mapping[str, Any]) -> Capabilities:
     )
 
 
-def capabilities(target: Target, *, fresh: bool = False) -> Capabilities:
+def forget_capabilities() -> None:
+    """All that is kept in the user's cache is measured anew where it is needed next."""
+    with contextlib.suppress(OSError):
+        for path in _cache_folder().glob("capabilities-*.json"):
+            path.unlink(missing_ok=True)
+
+
+def capabilities(target: Target) -> Capabilities:
     """Measured once for a device, runtime, threads and batch, and kept in the user's cache when the windows settled.
 
     Takes some ten seconds. Raises MeasurementError.
     """
     path = _cache_path(target)
-    if not fresh:
-        try:
-            return capabilities_from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return capabilities_from_dict(json.loads(path.read_text()))
     found = measure_capabilities(target)
     if found.settled:
         _keep(path, found)
@@ -358,11 +362,14 @@ def _change_ms(timings: Mapping[str, Timing]) -> float:
     return max(0.0, (mixed - (integers + floats) / 2) / (CHAIN - 1))
 
 
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+
+
 def _cache_path(target: Target) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
     settings = {**target_to_dict(target), "channel_steps": None, "integer_kernels": None, "integer_bits": None}
     parts = [fingerprint_to_dict(fingerprint(target)), settings, Path(__file__).read_text()]
-    return folder / f"capabilities-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+    return _cache_folder() / f"capabilities-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
 
 
 def _keep(path: Path, found: Capabilities) -> None:

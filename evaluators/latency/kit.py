@@ -4,6 +4,7 @@ The script is ``timer.py`` itself, so a kit is measured as a policy here is. The
 and calibration reads them as if they had just been measured.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -19,10 +20,10 @@ from ...spaces.errors import InputError
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import Policy, digest, policy_from_dict, policy_to_dict
 from . import timer as script
+from .calibrate import worth_measuring
 from .capabilities import Capabilities, capabilities_elsewhere, probe_settings
 from .measure import (
     AT_ONCE,
-    AT_ONCE_BYTES,
     REFERENCE,
     SECOND_ROUNDS,
     Timing,
@@ -36,6 +37,9 @@ from .recorded import check_numbers, first_difference, operations_of
 from .target import Fingerprint, Target, fingerprint_from_dict, target_from_dict, target_to_dict
 
 VERSION = 4
+PART_BYTES = 256 << 20
+"""Of models that a device loads at once: what it has of memory is not known here, and files take some two and a half
+times their size in it."""
 MEASURE = "measure.py"
 FIRST, AGAIN, LAYERS = "all models", "the same models a second time", "single layers"
 """What the parts of a kit's measurement are, as its script says."""
@@ -52,7 +56,7 @@ def write_kit(
     Raises OSError.
     """
     (out / "models").mkdir(parents=True, exist_ok=True)
-    chosen = {REFERENCE: Policy(model=anatomy.digest)} | {digest(policy): policy for policy in policies}
+    chosen = {REFERENCE: Policy(model=anatomy.digest)} | {digest(p): p for p in worth_measuring(policies)}
     models = {key: _write(plan(anatomy, policy), out, f"models/{key}.onnx") for key, policy in chosen.items()}
     if probes:
         (out / "probes").mkdir(exist_ok=True)
@@ -84,7 +88,7 @@ def write_kit(
 def _parts(models: Mapping[str, Mapping[str, Any]], request: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """All models as many at once as memory allows, beside the reference; then once more in another order, without the
     times of nodes."""
-    at_once = max(1, min(AT_ONCE, AT_ONCE_BYTES // max(entry["size_bytes"] for entry in models.values())))
+    at_once = max(1, min(AT_ONCE, PART_BYTES // max(entry["size_bytes"] for entry in models.values())))
     keys = [key for key in models if key != REFERENCE]
     shuffled: list[str] = np.random.default_rng(0).permutation(keys).tolist()
     second = {**request, "kernel_passes": 0, "most_rounds": min(SECOND_ROUNDS, request["most_rounds"])}
@@ -173,6 +177,8 @@ def _check_answer(part: Mapping[str, Any], answer: Mapping[str, Any], path: Path
                 f"{path}: windows_ms of {key} in {part['what']!r} are missing: run {MEASURE} of the kit to its end."
             )
         times = kernels[key] if part["request"]["kernel_passes"] else kernels.get(key, {})
+        if part["request"]["kernel_passes"] and not times:
+            raise InputError(f"{path}: kernels of {key} in {part['what']!r} are empty: run {MEASURE} of the kit again.")
         check_numbers(f"kernels of {key}", [ms for _, ms in times.values()], path, zero=True)
         _check_texts([op_type for op_type, _ in times.values()], f"types of kernels of {key}", path)
         check_numbers(f"windows_ms of {key} in {part['what']!r}", windows[key], path)
@@ -205,9 +211,11 @@ def _check_kit(kit: Mapping[str, Any], path: Path, anatomy: Anatomy) -> None:
     different = first_difference(kit["operations"], anatomy)
     if different is not None:
         raise InputError(f"{path}: the results are of another kit: it was made for other layers ({different}).")
-    beside = path.with_name(script.KIT)
-    if beside.is_file() and (known := json.loads(beside.read_text()).get("id")) != kit["id"]:
-        raise InputError(f"{path}: the results are of kit {kit['id']}, but the kit beside them is {known}.")
+    known: object = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # a damaged one says nothing against the results
+        known = json.loads(path.with_name(script.KIT).read_text())
+    if isinstance(known, dict) and (name := cast("dict[str, Any]", known).get("id")) != kit["id"]:
+        raise InputError(f"{path}: the results are of kit {kit['id']}, but the kit beside them is {name}.")
 
 
 def _refuse_constant(text: str) -> float:

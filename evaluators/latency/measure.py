@@ -94,10 +94,14 @@ class Timing:
 
     def with_again(self, other: "Timing") -> "Timing":
         """With what another session measured of the same model. What a neighbour on the same hardware takes for half a
-        minute is not seen in windows of one session. The reference is that of the session with the lowest window."""
-        low, high = sorted((self, other), key=lambda timing: timing.latency_ms)
-        busy = [timing.busy_cores for timing in (low, high) if timing.busy_cores is not None]
-        return replace(low, again_ms=high.windows_ms, kernels=self.kernels, busy_cores=max(busy, default=None))
+        minute is not seen in windows of one session. The reference is that of the session with the lowest window; the
+        order of the two looks stays, by which it shows whether the device has changed between them."""
+        low = min(self, other, key=lambda timing: timing.latency_ms)
+        busy = [timing.busy_cores for timing in (self, other) if timing.busy_cores is not None]
+        return replace(
+            self, again_ms=other.windows_ms, reference_ms=low.reference_ms, session=low.session,
+            busy_cores=max(busy, default=None),
+        )  # fmt: skip
 
 
 def noise_warnings(timings: Mapping[str, Timing], *, elsewhere: bool = False, node: bool = False) -> list[str]:

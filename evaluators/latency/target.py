@@ -67,9 +67,11 @@ class Fingerprint:
     """What its sessions of ONNX Runtime are told: names and values; None where a file does not record it."""
 
 
-def fingerprint(target: Target) -> Fingerprint:
-    """This device. Raises InputError when the target's runtime is not installed."""
+def fingerprint(target: Target, *, missing: str | None = None) -> Fingerprint:
+    """This device. Where the target's runtime is not installed, ``missing`` stands for its version; without that it
+    raises InputError."""
     found = timer.device(target.runtime)
+    found["runtime_version"] = found["runtime_version"] or missing
     if found["runtime_version"] is None:
         raise InputError(missing_runtime(target.runtime) or f"{target.runtime} has no version.")
     return fingerprint_from_dict(found)

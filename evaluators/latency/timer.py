@@ -319,7 +319,7 @@ def measure(request: Request, known: Lowest) -> dict[str, Any]:
         if lasting and (wanted or key == REFERENCE):
             keep(paths[key], request, model)
     kernels = {key: lowest(passes[key]) for key in models if passes[key]}
-    timed = {key: windows[key] for key in models if len(windows[key]) > 1 or not math.isfinite(end) or key == REFERENCE}
+    timed = {key: windows[key] for key in models if len(windows[key]) > (math.isfinite(end) and key != REFERENCE)}
     return {"windows_ms": timed, "kernels": kernels, "busy_cores": busy, "session": f"{time.time_ns():x}",
             "seconds": seconds}  # fmt: skip
 
