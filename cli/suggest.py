@@ -63,7 +63,7 @@ def suggest(
 
 def _basis(known: dict[str, Any]) -> str:
     """What the accuracies of untried policies rest on."""
-    of = f"the mean of {known['verified']}" if known["verified"] else "as the given network's, since none was"
+    of = f"the mean of {known['verified']}" if known["verified"] else "as the uncompressed network's, since none was"
     return (
         f"Accuracies are those expected after the rung {known['rung']}, to which {known['seen']} trials came, on the "
         f"test split: {100 * known['shift']:+.1f} points against the search split, {of} verified."

@@ -23,6 +23,10 @@ class Limits:
     max_size_bytes: int | None = None
     max_macs: int | None = None
 
+    def too_much_work(self, macs: int | None) -> bool:
+        """Whether so many multiply-accumulates are above ``max_macs``."""
+        return self.max_macs is not None and (macs or 0) > self.max_macs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneConfig:

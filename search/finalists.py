@@ -81,7 +81,7 @@ def remeasure_front(session: Session, *, over: bool = True) -> None:
 def _near_front(session: Session, trials: list[TrialRecord]) -> list[TrialRecord]:
     """Trials that nothing dominates even at the low end of their own interval, the nearest to the front first: by how
     many times they take what the fastest takes that is no worse in the rest."""
-    everything = complete(session)
+    everything = [t for t in complete(session) if not session.config.limits.too_much_work(t.macs)]
     front = np.array([t.losses for t in everything])
 
     def behind(trial: TrialRecord) -> float:
@@ -199,8 +199,8 @@ def reachable(session: Session, policies: Sequence[Policy]) -> list[Policy]:
     of what may be lost, since a long fine-tune, of which nothing is known yet, wins back less than half. All without
     such a limit, and where no accuracy is known because every rule failed. What has more multiply-accumulates than
     ``max_macs`` is left out in any case."""
-    most, anatomy = session.config.limits.max_macs, session.prepared.anatomy
-    policies = [policy for policy in policies if most is None or plan(anatomy, policy).macs <= most]
+    limits, anatomy = session.config.limits, session.prepared.anatomy
+    policies = [policy for policy in policies if not limits.too_much_work(plan(anatomy, policy).macs)]
     least = search_limits(session, Rung.SHORT).min_accuracy
     if least is None or not policies or not any(t.state is TrialState.COMPLETE for t in session.store.trials()):
         return policies
@@ -229,7 +229,7 @@ def beyond(session: Session, trial: TrialRecord) -> str | None:
         return f"takes at least {latency.low_ms:.4g} ms, above max_latency_ms {limits.max_latency_ms:g}"
     if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
         return f"has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
-    if limits.max_macs is not None and (trial.macs or 0) > limits.max_macs:
+    if limits.too_much_work(trial.macs):
         return f"has {trial.macs} multiply-accumulates, above max_macs {limits.max_macs}"
     return None
 

@@ -33,7 +33,7 @@ class Judging:
         changes, part_then = self._made_at
         if self._judge is None or part != part_then or tally.changes - changes > session.workers // PATIENCE:
             self._least = least_short(session)
-            self._judge = Judge(tally.judges(), self._least, part)
+            self._judge = Judge(tally.judges(), self._least, part, session.config.limits)
             self._made_at = tally.changes, part
             self.waiting.clear()
         return self._judge

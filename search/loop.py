@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import partial
 
 from . import finalists, long_tuning, planning
+from .aiming import aim
 from .clock import ENDING
 from .pareto import losses
 from .plateau import LEAST_TRIALS, stalled
 from .records import Rung
 from .rungs import judge_stopping
 from .session import TICK_SECONDS, Session
-from .split_gap import least_accuracy, search_limits
+from .split_gap import least_accuracy, search_limits, take_long_gap
 from .study import end_study, studying
 from .trials import Trials
 
@@ -89,6 +90,8 @@ def _run(
     while (reason := ended()) is None:
         if time.monotonic() - looked > LOOK_SECONDS or session.folder.pressed:
             looked = time.monotonic()
+            if take_long_gap(session):
+                aim(session)
             planning.plan_finalists(session)
             trials.make_room()
             continue

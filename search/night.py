@@ -15,26 +15,27 @@ import yaml
 
 from ..evaluators.latency.measure import MeasurementError
 from ..spaces.errors import InputError
+from ..spaces.plan import plan
 from ..spaces.plans import choices_of
 from ..spaces.policy import Policy, digest
 from . import finalists, long_length, long_tuning, planning, prepare, sharing
+from .aiming import aim
 from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .loop import run_first, search
 from .mark import mark
-from .memory import Memory
 from .pareto import MAX_DROP, losses, non_dominated, spread
 from .policy_sampler import PolicySampler
 from .process import WorkerProcess
 from .proposals import greedy_rules, greedy_walk, own_policies, pointless, walk_seeds
 from .records import Rung, RunRecord, TrialState
 from .resolved import check_same, resolved_config
-from .sampler import NightpressSampler, Options, make_sampler
+from .sampler import make_sampler
 from .session import InterruptionError, OverdueError, Session
 from .signals import graceful
-from .split_gap import asked_rung, corner_of, note_gap, search_limits
+from .split_gap import corner_of, note_gap
 from .storages import close, open_storage
 from .store import Store, policy_of
 from .trials import Trials, enqueue
@@ -174,20 +175,20 @@ def _evaluate(session: Session, trials: Trials, search_by: Callable[[Session, Tr
     with session.phase("baselines", *ENDING):
         prepare.judge_given(session)
         sharing.agree(session)  # nothing refuses the night after this: no study keeps the word of one that never was
-        _aim(session)
+        aim(session)
         _run_baselines(session, trials)
         note_gap(session)
     with session.phase("sensitivity", *ENDING):
         prepare.probe_sensitivity(session)
         _enqueue_seeds(session)
-        _aim(session)
+        aim(session)
     with session.phase("search", *ENDING):
         _run_enqueued(session, trials)
         end = long_length.size_long(session)
         if search_by is search:
             run_first(session, trials)
         long_tuning.train_rules(session, end)
-        _aim(session)  # by what they tell of the splits
+        aim(session)  # by what they tell of the splits
         planning.more_to_verify(session, long_tuning.train_lessons(session, end))
         search_by(session, trials)
         finalists.remeasure_front(session)
@@ -224,21 +225,6 @@ def _open_study(session: Session) -> Trials:
     if there and not any(store.ours(t) for t in store.trials()):
         session.folder.decide("search", f"joined a search of {there} trials", f"study {config.search.study!r} is there")
     return Trials(session, adopted=unfinished, most_waiting=MOST_WAITING * session.workers)
-
-
-def _aim(session: Session) -> None:
-    """Tell our sampler what it may build on."""
-    sampler = session.sampler
-    if isinstance(sampler, NightpressSampler):
-        sampler.memory = Memory(session.folder.path)
-        sampler.sensitivity = session.sensitivity
-        if (most := session.config.limits.max_macs) is not None:
-            sampler.most_macs = most / session.prepared.anatomy.macs
-        sampler.options = Options(**{part: False for part in session.config.search.without if part != "seeds"})
-        sampler.reference, sampler.reference_long = (
-            losses(*corner_of(session.state, search_limits(session, rung), rung))
-            for rung in (asked_rung(session.state, Rung.SHORT), Rung.LONG)
-        )
 
 
 def _run_baselines(session: Session, trials: Trials) -> None:
@@ -302,7 +288,7 @@ def _enqueue_seeds(session: Session) -> None:
         reason = "each step the cut with the most time and bytes saved per damage"
     session.folder.decide(
         "sensitivity", f"enqueued {len(walk)} policies of a greedy walk", reason,
-        steps=len(steps), beyond_min_accuracy=len(steps) - len(within),
+        steps=len(steps), beyond_limits=len(steps) - len(within),
     )  # fmt: skip
     session.update(seeds_enqueued=True)
 
@@ -320,20 +306,24 @@ def earlier_fronts(session: Session) -> list[Policy]:
         front = [done[i] for i in non_dominated([point for point, _ in done])]
         found |= {t.digest: (policy_of(t), -point[0]) for point, t in front if t.role != "baseline"}
     space = session.prepared.space
-    inside = [(policy, accuracy) for policy, accuracy in found.values() if space.contains(policy)]
+    limits = session.config.limits
+    inside = [
+        (policy, accuracy) for policy, accuracy in found.values()
+        if space.contains(policy) and not limits.too_much_work(plan(space.anatomy, policy).macs)
+    ]  # fmt: skip
     choices = choices_of(space.anatomy, [policy for policy, _ in inside])
     costs = session.costs_of(choices) if inside else np.zeros((0, 2))
     priced = [i for i in range(len(inside)) if np.isfinite(costs[i]).all()]
     if len(priced) < len(found):
         session.folder.decide(
             "sensitivity", f"left out {len(found) - len(priced)} of {len(found)} policies of earlier fronts",
-            f"warm_start: {len(found) - len(inside)} make choices that this run's space does not offer, "
+            f"warm_start: {len(found) - len(inside)} make choices that this run's space or max_macs does not allow, "
             f"{len(inside) - len(priced)} cannot be priced on its target",
         )  # fmt: skip
     points = [losses(inside[i][1], *costs[i].tolist()) for i in priced]
     # Accuracies are those of short fine-tunes, which a long one may raise: none is too low here.
     least = min((-point[0] for point in points), default=0.0) - MAX_DROP
-    _, latency_ms, size_bytes = corner_of(session.state, session.config.limits, Rung.SHORT)
+    _, latency_ms, size_bytes = corner_of(session.state, limits, Rung.SHORT)
     chosen = spread(points, losses(least, latency_ms, size_bytes), MOST_EARLIER)
     names = ", ".join(str(run.path) for run in runs)
     session.folder.decide(

@@ -18,6 +18,8 @@ from .config import Limits
 from .records import UNCOMPRESSED, Rung
 from .session import Session
 
+LONG_GAP = "long_gap"
+"""Of the study, which the drivers of a shared one agree on."""
 NEAR = 0.03
 """Of accuracy: long fine-tunes that end no further below ``min_accuracy`` tell what those gain that reach it."""
 
@@ -53,6 +55,8 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
     noise = math.hypot(found.search.accuracy_se or 0.0, found.exported.accuracy_se or 0.0)
     gap = max(0.0, found.search.accuracy - found.exported.accuracy - noise)
     session.update(long_gap=gap)
+    if name == UNCOMPRESSED:
+        session.store.agreed(LONG_GAP, gap)
     if least is None:
         return
     session.folder.decide(
@@ -62,13 +66,22 @@ def note_long_gap(session: Session, name: str | None, found: Outcome) -> None:
     )  # fmt: skip
 
 
+def take_long_gap(session: Session) -> bool:
+    """Where the baselines of a shared study are another driver's: what that has told of the uncompressed network's long
+    fine-tune. True when it is new."""
+    if "long_gap" in session.state or session.store.driver is None or (told := session.store.known(LONG_GAP)) is None:
+        return False
+    session.update(long_gap=told)
+    return True
+
+
 def search_limits(session: Session, rung: str) -> Limits:
     """The user's limits for accuracies on the search split at this rung. What a trial must show at the short one so
     that a long one may still bring it within them is another matter: see :func:`least_short`."""
     limits = session.config.limits
     if limits.min_accuracy is None:
         return limits
-    return replace(limits, min_accuracy=limits.min_accuracy + _gap(session.state, rung, 0.0))
+    return replace(limits, min_accuracy=limits.min_accuracy + gap_at(session.state, rung, 0.0))
 
 
 def asked_rung(state: Mapping[str, Any], rung: str) -> str:
@@ -89,7 +102,7 @@ def least_accuracy(state: Mapping[str, Any], limits: Limits, rung: str) -> float
         return limits.min_accuracy
     given = state["given"]
     remembered = max(0.0, given["search"]["accuracy"] - given["test"]["accuracy"])
-    return float(state["reference"]["accuracy"]) - max(0.0, remembered - _gap(state, rung, remembered))
+    return float(state["reference"]["accuracy"]) - max(0.0, remembered - gap_at(state, rung, remembered))
 
 
 def corner_of(state: Mapping[str, Any], limits: Limits, rung: str) -> tuple[float, float, float]:
@@ -103,7 +116,8 @@ def corner_of(state: Mapping[str, Any], limits: Limits, rung: str) -> tuple[floa
     )
 
 
-def _gap(state: Mapping[str, Any], rung: str, unknown: float) -> float:
+def gap_at(state: Mapping[str, Any], rung: str, unknown: float) -> float:
+    """By how much the search split is easier after this rung; ``unknown`` where no fine-tune has told."""
     short = state.get("split_gap", unknown)
     return float(state.get("long_gap", short) if rung == Rung.LONG else short)
 

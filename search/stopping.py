@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .config import Limits
 from .pareto import dominated_by, losses
 from .records import NOT_CONTINUED, Rung, TrialRecord, TrialState
 
@@ -42,16 +43,20 @@ class Judge:
 
     ``trials`` are all of the night, or enough of it; ``least`` is the accuracy after the short fine-tune below which
     no long one reaches the user's ``min_accuracy``, where that is known; ``part_steps`` is the length of the part of
-    the short fine-tune that is a rung, where there is one.
+    the short fine-tune that is a rung, where there is one. Rules with more work than ``limits`` allow tell of gains,
+    but nothing is stopped for being no better than them: unlike what is too slow or too large, they may be faster and
+    smaller than what is allowed.
     """
 
     def __init__(
-        self, trials: Sequence[TrialRecord], least: float | None = None, part_steps: int | None = None
+        self, trials: Sequence[TrialRecord], least: float | None = None, part_steps: int | None = None,
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self._full = [t for t in trials if t.state is TrialState.COMPLETE and t.reused_from is None]
         self._least, self._part_steps = least, part_steps
         self._gains: dict[str, _Gains] = {}
-        self._losses = np.array([point for t in self._full if (point := t.losses)], dtype=np.float64).reshape(-1, 3)
+        allowed = [t for t in self._full if limits is None or not limits.too_much_work(t.macs)]
+        self._losses = np.array([point for t in allowed if (point := t.losses)], dtype=np.float64).reshape(-1, 3)
         self.points = self._losses * np.array([-1.0, 1.0, 1.0])
         """Accuracy, latency in ms and size in bytes of the trials that went to the top, shape (n, 3)."""
 

@@ -33,7 +33,7 @@ from .gain import target as aim_at
 from .pareto import losses, non_dominated
 from .proposals import probed, sensitivity_of
 from .records import Quality, RunRecord, TrialRecord, row
-from .split_gap import least_accuracy
+from .split_gap import gap_at, least_accuracy
 from .surrogate import RUNGS, Describer, Surrogate
 from .verification import strike
 
@@ -106,11 +106,11 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     What only the run's own limits struck out is judged by these limits instead. Accuracies of untried policies are the
     surrogate's median and 90 % interval of a reading after ``basis.rung``, of which it saw ``seen`` trials, moved by
     ``shift``: what the ``verified`` trials have more on the test split than on the search split; before there are any,
-    what the given network has. Raises InputError as :func:`known_of`.
+    what the uncompressed network has. Raises InputError as :func:`known_of`.
     """
     known = known_of(run)
     within = _best([t for t in run.trials if _stands(t, limits)])
-    shift, verified, noise = _split_shift(run)
+    shift, verified, noise = _split_shift(run, RUNGS[known.surrogate.rung])
     with threadpool_limits(limits=1, user_api="blas"):
         found = _untried(run, known, limits, within, shift, noise, seed)
     rung = known.surrogate.rung
@@ -125,7 +125,7 @@ def suggest(run: RunRecord, limits: Limits, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _split_shift(run: RunRecord) -> tuple[float, int, float]:
+def _split_shift(run: RunRecord, rung: str) -> tuple[float, int, float]:
     """How much higher accuracies are on the test split than on the search split, of how many trials that is the mean
     (all that were verified, since those that were struck out for their test accuracy lost the most), and how far a
     reading of the test split may lie from the accuracy so moved, in nine of ten cases: its own noise and the mean's."""
@@ -140,7 +140,8 @@ def _split_shift(run: RunRecord) -> tuple[float, int, float]:
     if not known:
         return 0.0, 0, 0.0
     own = given["test"].get("accuracy_se") or 0.0
-    return float(given["test"]["accuracy"] - given["search"]["accuracy"]), 0, TWO_SIDED * own
+    easier = gap_at(run.state, rung, given["search"]["accuracy"] - given["test"]["accuracy"])
+    return 0.0 - easier, 0, TWO_SIDED * own
 
 
 def _stands(trial: TrialRecord, limits: Limits) -> bool:
@@ -218,7 +219,7 @@ def _untried(
     chosen: list[int] = []
     median, low, high = surrogate.accuracy(found)
     eligible = (median >= corner[0]) & (costs <= corner[1:]).all(axis=1)  # NaN is not
-    eligible &= np.array([plan(known.anatomy, policy).macs <= (limits.max_macs or math.inf) for policy in policies])
+    eligible &= ~np.array([limits.too_much_work(plan(known.anatomy, policy).macs) for policy in policies])
     while len(chosen) < MOST_SUGGESTED:
         gains = np.where(eligible, worth(found), -np.inf)
         gains[chosen] = -np.inf

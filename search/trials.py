@@ -20,6 +20,7 @@ from .policy_sampler import TrialSuggest
 from .promotion import RECENT, Worth, promoted
 from .records import NOT_CONTINUED, Latency, Rung, TrialRecord, TrialState
 from .session import TICK_SECONDS, Session, quality_of
+from .split_gap import asked_rung, search_limits
 from .stopping import spared
 from .store import policy_of
 from .study import end_study, next_rung, rungs_of, studying
@@ -283,7 +284,8 @@ class Trials:
                 self.paused[record.number] = record
 
     def _complete(self, record: TrialRecord, accuracy: float) -> None:
-        least = self.session.config.limits.min_accuracy
+        state = self.session.state
+        least = search_limits(self.session, asked_rung(state, Rung.SHORT)).min_accuracy
         if least is not None:
             self.session.store.constrain(record.number, {"min_accuracy": least - accuracy})
         self._finish(record.number, TrialState.COMPLETE, None)

@@ -132,7 +132,7 @@ def strike(limits: Limits, trial: TrialRecord, outcome: Outcome, latency: Latenc
         return f"measured {latency.latency_ms:.3f} ms, above max_latency_ms {limits.max_latency_ms}"
     if limits.max_size_bytes is not None and size_bytes > limits.max_size_bytes:
         return f"its file has {size_bytes} bytes, above max_size_bytes {limits.max_size_bytes}"
-    if limits.max_macs is not None and (trial.macs or 0) > limits.max_macs:
+    if limits.too_much_work(trial.macs):
         return f"it has {trial.macs} multiply-accumulates, above max_macs {limits.max_macs}"
     return None
 

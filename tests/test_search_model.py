@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nightpress.search.breeding import MOST_ALIKE, crowded, population
+from nightpress.search.config import Limits
 from nightpress.search.costs import trial_effort
 from nightpress.search.encoding import Encoder
 from nightpress.search.gain import expected_gain, target
@@ -356,6 +357,16 @@ def test_a_trial_that_cannot_reach_the_front_any_more_is_stopped() -> None:
     assert found is not None
     assert found.reason == "even 0.9500 would be dominated"  # no less than what they came to
     assert Judge(MILD).verdict(replace(record, role="seed")) is None
+
+
+def test_nothing_is_stopped_for_being_no_better_than_what_has_more_work_than_is_allowed() -> None:
+    """Integers of full width are faster and smaller than narrow floats."""
+    record = replace(trial(99, macs=1_000_000, accuracies=(0.86,), latency_ms=1.2), size_bytes=2_000_000)
+    rules = [replace(known, macs=1_100_000) for known in MILD]
+
+    assert Judge(rules, limits=Limits(max_macs=1_100_000)).verdict(record) is not None
+    assert Judge(rules, limits=Limits(max_macs=1_050_000)).verdict(record) is None
+    assert Judge(rules, limits=Limits(max_macs=1_050_000)).hope(record) == Judge(rules).hope(record)
 
 
 def test_where_nothing_alike_was_finished_nothing_is_stopped() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 
 from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
@@ -17,7 +18,7 @@ from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import train_rules
 from nightpress.search.records import Rung
 from nightpress.search.session import Session
-from nightpress.search.split_gap import corner_of, note_gap, search_limits
+from nightpress.search.split_gap import corner_of, note_gap, search_limits, take_long_gap
 from nightpress.spaces.policy import FineTune, Policy
 from test_long_tuning import RULES, SPACE, chosen_of, finish, judged, outcome
 
@@ -167,3 +168,13 @@ def test_of_one_network_only_one_fine_tune_is_a_finalist(tmp_path: Path) -> None
 
     cuts = [t.policy["prune"][group] for t in choose(session)]
     assert sorted(cuts) == [0.25, 0.5]
+
+
+def test_a_driver_whose_study_s_rules_are_another_one_s_learns_from_that_what_is_forgotten(tmp_path: Path) -> None:
+    record = InMemoryStorage()
+    one = after_rules(tmp_path / "one", lambda policy: 0.02, record=record, driver="one")
+    other = judged(tmp_path / "other", least=0.86, record=record, driver="other")
+
+    assert take_long_gap(other)
+    assert search_limits(other, Rung.LONG) == search_limits(one, Rung.LONG)
+    assert not take_long_gap(other)  # it knows

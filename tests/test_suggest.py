@@ -91,6 +91,9 @@ def test_without_verified_trials_accuracies_are_those_that_the_given_networks_sp
 
     assert before
     assert medians() == pytest.approx([accuracy - 0.08 for accuracy in before], abs=1e-3)
+    # A fine-tune has told since what is still remembered of the search split.
+    (run / "state.json").write_text(json.dumps(state | {"given": given, "split_gap": 0.03}))
+    assert suggest(read_run(run), Limits())["basis"]["shift"] == -0.03
 
 
 def test_intervals_hold_what_a_reading_of_the_test_split_is_off_by(run: Path) -> None:
@@ -147,7 +150,7 @@ def test_the_command_says_what_the_run_struck_out_and_what_its_accuracies_rest_o
     words = ("suggest", run, "--max-latency-ms", 1e9)
     basis = tiny.call(*words, "--json", capsys=capsys).json["basis"]
     assert basis == {"rung": "short", "seen": 8, "shift": 0.0, "verified": 0}
-    assert "+0.0 points against the search split, as the given network's, since none was verified." in said(
+    assert "+0.0 points against the search split, as the uncompressed network's, since none was verified." in said(
         words, capsys
     )
 
