@@ -46,6 +46,7 @@ from nightpress.evaluators.task import load_task
 from nightpress.search.clock import Clock, Times
 from nightpress.search.cluster import Needs
 from nightpress.search.config import RUNNERS, Resources, RunConfig, SearchConfig
+from nightpress.search.corner import corner_of
 from nightpress.search.feedback import feed_back
 from nightpress.search.folder import RunFolder
 from nightpress.search.jobs import Jobs
@@ -59,7 +60,6 @@ from nightpress.search.records import Rung
 from nightpress.search.runner import Runner
 from nightpress.search.sampler import NightpressSampler, make_sampler
 from nightpress.search.session import Prepared, Session
-from nightpress.search.split_gap import corner_of
 from nightpress.search.store import Store, open_storage
 from nightpress.search.trials import Trials
 from nightpress.search.worker import Failure

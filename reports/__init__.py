@@ -2,20 +2,9 @@
 
 from .compare import compare_runs
 from .compare_page import write_comparison
+from .covered import hypervolume_over_time, hypervolumes
 from .formats import FORMATS
-from .front import (
-    Limits,
-    Point,
-    candidates,
-    feasible,
-    front,
-    hypervolume_over_time,
-    hypervolumes,
-    picks,
-    point,
-    rule,
-    uncompressed,
-)
+from .front import Limits, Point, candidates, feasible, front, picks, point, rule, uncompressed
 from .html import ReviewLinks, page_html, write_report
 from .summary import summary, summary_table
 from .tables import write_tables

@@ -65,12 +65,15 @@ def packed(run: RunRecord) -> Packed:
     The page has a limited size: policies and curves of the later trials are left out (``brief``) when those of the
     front, of the verified and of the earlier ones have filled it; trials.csv has them.
     """
-    on_front, comparable = _numbers(front(run)), _numbers(candidates(run))
-    allowed, columns = limits(run), dict[str, Column]()
+    # The page's filters may loosen the other limits; nobody who has a budget of work loosens that.
+    on_front, most_macs = _numbers(front(run)), limits(run).max_macs or math.inf
+    comparable = _numbers(trial for trial in candidates(run) if (trial.macs or 0) <= most_macs)
+    columns = dict[str, Column]()
     left = DETAIL_BYTES
     cards: list[dict[str, Any]] = []
     shown = most_interesting(run, MOST_TRIALS)
     for trial in sorted(shown, key=lambda t: (t.number not in on_front, t.verified is None, t.number)):
+        allowed = limits(run, verified=trial.verified is not None)
         card = _card(trial, allowed) | ({"candidate": True} if trial.number in comparable else {})
         brief = {key: card[key] for key in BRIEF if key in card} | {"brief": True}
         if left > 0:

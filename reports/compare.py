@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 from ..search import pareto
 from ..search.pareto import losses, non_dominated
 from ..search.records import RunRecord, TrialRecord, row
-from .front import Limits, Losses, Point, front, hypervolumes, point, reference, verified_any
+from .covered import hypervolumes, reference
+from .front import Limits, Losses, Point, front, point, verified_any
 from .noise import hypervolume_error, hypervolume_errors, noise_of_gain
 from .text import plain
 from .verdict import forced

@@ -19,7 +19,7 @@ from .figure_base import (
     logarithmic,
     no_markup,
 )
-from .front import Limits, breaches, front, limits, most_interesting, picked, point, uncompressed
+from .front import Limits, breaches, front, limits, most_interesting, picked, point, uncompressed, verified_any
 from .text import counted, size, title
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ class FrontInfo(NamedTuple):
 def front_info(run: RunRecord) -> FrontInfo:
     """The picture of a run; without a trial that is known in full, one without dots."""
     on_front = {trial.number for trial in front(run)}
-    allowed = limits(run)
+    allowed = limits(run, verified=verified_any(run))
     drawable = [t for t in run.trials if (t.state is TrialState.COMPLETE or t.verified) and point(t) is not None]
     dots = tuple(
         dot
         for trial in most_interesting(replace(run, trials=tuple(drawable)), MOST_DOTS)
-        if (dot := _dot(trial, allowed, trial.number in on_front)) is not None
+        if (dot := _dot(trial, limits(run, verified=trial.verified is not None), trial.number in on_front)) is not None
     )
     best = [dot for dot in dots if dot.on_front]
     corners = pareto.non_dominated([(dot.latency_ms, -dot.accuracy) for dot in best])

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search.records import RunRecord
 from .clock import clock
+from .covered import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain
 from .figure_base import AMBER, BLUE, GREEN, GREY, PALE_GREY, RED, blank, no_markup
-from .front import HypervolumeStep, baseline_level, hypervolume_over_time, late_gain
 from .text import counted, digits, duration, local_time, percent, seconds_since_epoch
 from .verdict import NOISY, STILL_GROWING
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from ..search import pareto
 from ..search.records import RunRecord, TrialRecord, Verified
-from .front import Limits, Losses, Point, breaches, limits, only_beyond, point, reference, sides
+from .covered import reference, sides
+from .front import Limits, Losses, Point, breaches, limits, only_beyond, point
 
 DRAWS = 64
 GAIN_DRAWS = 200
@@ -27,8 +28,8 @@ def hypervolume_errors(run: RunRecord) -> dict[str, float | None]:
     down is not counted: the error is a little too small. It is that of one side alone; points that are judged on the
     same items err together, so that their difference errs by less than both (:func:`gain_of`).
     """
-    both, allowed = sides(run), limits(run)
-    corner = reference(run, verified=both.verified)
+    both = sides(run)
+    corner, allowed = reference(run, verified=both.verified), limits(run, verified=both.verified)
 
     def error(pairs: Pairs) -> float | None:
         return hypervolume_error([pair for pair in pairs if not breaches(allowed, pair[1])], corner, both.verified)
@@ -58,13 +59,14 @@ class Gain(NamedTuple):
 def gain_of(run: RunRecord) -> Gain | None:
     """What the search covers more than the baselines; None without a reference."""
     both = sides(run)
-    corner = reference(run, verified=both.verified)
+    verified, corner = both.verified, reference(run, verified=both.verified)
     if corner is None:
         return None
-    struck = [(trial, found) for trial in only_beyond(run) if (found := point(trial))] if both.verified else []
+    struck = [(trial, found) for trial in only_beyond(run) if (found := point(trial))] if verified else []
     search = [*both.search, *(pair for pair in struck if pair[0].role != "baseline")]
     rules = [*both.baselines, *(pair for pair in struck if pair[0].role == "baseline")]
-    return noise_of_gain(search, rules, corner, limits(run), verified=both.verified, same_items=both.verified)
+    allowed = limits(run, verified=verified)
+    return noise_of_gain(search, rules, corner, allowed, verified=verified, same_items=verified)
 
 
 def noise_of_gain(

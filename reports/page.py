@@ -75,7 +75,7 @@ def context(run: RunRecord, panels: Sequence[Panel]) -> dict[str, Any]:
 
 def _limit_fields(run: RunRecord) -> dict[str, str]:
     """The config's limits in the units of the page's fields; empty where there is none."""
-    known = limits(run)
+    known = limits(run, verified=verified_any(run))
     values = {
         "max_latency_ms": known.max_latency_ms,
         "min_accuracy": None if known.min_accuracy is None else 100 * known.min_accuracy,
@@ -120,7 +120,7 @@ def table_row(run: RunRecord, trial: TrialRecord, labels: Sequence[str], on_fron
     found, values = point(trial), row(trial)
     note = (trial.struck_out and f"struck out: {trial.struck_out}") or trial.reason or ""
     if not note and found is not None:
-        note = "; ".join(breaches(limits(run), found))
+        note = "; ".join(breaches(limits(run, verified=trial.verified is not None), found))
     if trial.verified is None and verified_any(run):
         # Given weights remember the search split: side by side with the others' it would be the most accurate of all.
         note = "; ".join(filter(None, [note, "accuracy of the search split, not compared"]))

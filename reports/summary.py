@@ -4,7 +4,8 @@ from collections import Counter
 from typing import Any
 
 from ..search.records import RunRecord, TrialRecord, TrialState, row
-from .front import front, hypervolumes, picked, picks, point, shrinkage, speedup
+from .covered import hypervolumes
+from .front import front, picked, picks, point, shrinkage, speedup
 from .text import plain, title
 from .verdict import forced
 

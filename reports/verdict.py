@@ -8,15 +8,13 @@ from typing import Any
 
 from ..search.pareto import MAX_DROP
 from ..search.records import RunRecord, TrialRecord, TrialState, row
+from .covered import hypervolume_over_time, hypervolumes, late_gain, sides, unverified_baselines
 from .front import (
     beyond_limits,
     breaches,
     candidates,
     feasible,
     front,
-    hypervolume_over_time,
-    hypervolumes,
-    late_gain,
     limits,
     only_beyond,
     origin_of,
@@ -26,9 +24,7 @@ from .front import (
     point,
     rule,
     shrinkage,
-    sides,
     speedup,
-    unverified_baselines,
     verified_any,
 )
 from .noise import Gain, gain_of
@@ -120,13 +116,14 @@ def _no_front(run: RunRecord) -> str:
     numbers = (
         f"{milliseconds(found.latency_ms)}, {percent(found.accuracy)}, {size(found.size_bytes)}" if found else "unknown"
     )
-    missed = "; ".join(breaches(limits(run), found)) if found else "its figures are not known"
+    allowed = limits(run, verified=closest.verified is not None)
+    missed = "; ".join(breaches(allowed, found)) if found else "its figures are not known"
     return f"No trial is within the limits; {title(closest)} comes nearest ({numbers}): {missed}."
 
 
 def _excess(run: RunRecord, trial: TrialRecord) -> float:
     """How far beyond the limits a trial is, as the sum of the relative excesses."""
-    allowed, found = limits(run), point(trial)
+    allowed, found = limits(run, verified=trial.verified is not None), point(trial)
     if found is None:
         return float("inf")
     total = 0.0

@@ -1,11 +1,12 @@
 """What our sampler is told of the night: anew whenever the night has learned more of it."""
 
+from .corner import asked_rung, corner_of
 from .memory import Memory
 from .pareto import losses
 from .records import Rung
 from .sampler import NightpressSampler, Options
 from .session import Session
-from .split_gap import asked_rung, corner_of, search_limits
+from .split_gap import search_limits
 
 
 def aim(session: Session) -> None:

@@ -10,13 +10,14 @@ from threadpoolctl import threadpool_limits
 from ..evaluators.latency.measure import MeasurementError, measure_policies
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, network_digest
+from .corner import asked_rung, least_accuracy
 from .encoding import Encoder
 from .experience import Experience
 from .feedback import feed_back
 from .pareto import dominated_by, losses, non_dominated, spread
 from .records import Rung, TrialRecord, TrialState
 from .session import Session, latency_of
-from .split_gap import asked_rung, least_accuracy, search_limits
+from .split_gap import search_limits
 from .store import policy_of
 from .surrogate import RUNGS, Describer, Surrogate, kept_accuracy
 

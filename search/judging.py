@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .corner import corner_of
 from .costs import trial_effort
 from .promotion import Worth, gains
 from .records import Rung, TrialRecord
 from .session import Session
-from .split_gap import corner_of, least_short, search_limits
+from .split_gap import least_short, search_limits
 from .stopping import Judge
 from .study import BEGIN_STEPS, first_steps, look_steps
 

@@ -81,9 +81,11 @@ def train_long(session: Session) -> None:
             alternatives=len(complete(session, "search")),
         )  # fmt: skip
     _train(session, ours(session, chosen), end)
-    if session.config.finetune.finalists is None:
-        # What is left of the time goes to those that would have been chosen next.
+    # What is left of the time goes to those that would have been chosen next, by what the first ones have taught.
+    if (by_hand := session.config.finetune.finalists) is None:
         _train_next(session, end, MOST_FURTHER, more=MOST_FURTHER)
+    else:
+        _train_next(session, end, by_hand - len(chosen))
     judge_rungs(session)
 
 

@@ -8,12 +8,13 @@ from functools import partial
 from . import finalists, long_tuning, planning
 from .aiming import aim
 from .clock import ENDING
+from .corner import least_accuracy
 from .pareto import losses
 from .plateau import LEAST_TRIALS, stalled
 from .records import Rung
 from .rungs import judge_stopping
 from .session import TICK_SECONDS, Session
-from .split_gap import least_accuracy, search_limits, take_long_gap
+from .split_gap import search_limits, take_long_gap
 from .study import end_study, studying
 from .trials import Trials
 

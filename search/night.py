@@ -22,6 +22,7 @@ from . import finalists, long_length, long_tuning, planning, prepare, sharing
 from .aiming import aim
 from .clock import ENDING, Clock, Deadline, length
 from .config import RunConfig
+from .corner import corner_of
 from .folder import ARTIFACTS, CONFIG, LOG, STATE, JsonLog, RunFolder, read_run, read_state
 from .layer_costs import record_layers
 from .loop import run_first, search
@@ -35,7 +36,7 @@ from .resolved import check_same, resolved_config
 from .sampler import make_sampler
 from .session import InterruptionError, OverdueError, Session
 from .signals import graceful
-from .split_gap import corner_of, note_gap
+from .split_gap import note_gap
 from .storages import close, open_storage
 from .store import Store, policy_of
 from .trials import Trials, enqueue

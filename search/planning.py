@@ -42,8 +42,9 @@ def plan_finalists(session: Session) -> None:
     given = rungs["long_steps"] if rungs.get("long_sized") else session.config.finetune.long_steps
     lengths = given or rungs["short_steps"], given or MOST_EPOCHS * rungs["epoch_steps"]
     behind = [t for t in ours(session, rules) if waits(session, t) and within_reach(session, t, rules, lengths[0])]
-    # Finalists that nobody has proposed yet are taken to cost what the median rule does.
-    missing = max(0, rungs["finalists"] - len(chosen)) if rules else 0
+    # Finalists that nobody has proposed yet are taken to cost what the median rule does. No more of them are expected
+    # than there are already: a night that kept the time for four had two in the end, and a search that was cut short.
+    missing = min(max(0, rungs["finalists"] - len(chosen)), len(chosen) or rungs["finalists"]) if rules else 0
     count = len(queue) + len(behind) + missing
     if not count:
         return

@@ -25,6 +25,7 @@ from ..spaces.policy import Policy, digest, policy_to_dict
 from ..spaces.space import Space
 from .breeding import breed, crowded, fresh
 from .config import BitsConfig, Limits, PruneConfig, RunConfig, SpaceConfig
+from .corner import gap_at, least_accuracy
 from .encoding import Encoder
 from .experience import Experience
 from .folder import TARGET
@@ -33,7 +34,6 @@ from .gain import target as aim_at
 from .pareto import losses, non_dominated
 from .proposals import probed, sensitivity_of
 from .records import Quality, RunRecord, TrialRecord, row
-from .split_gap import gap_at, least_accuracy
 from .surrogate import RUNGS, Describer, Surrogate
 from .verification import strike
 

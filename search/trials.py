@@ -14,13 +14,14 @@ from ..evaluators.latency.profile import Point
 from ..spaces.errors import InputError
 from ..spaces.plan import plan
 from ..spaces.policy import Policy, digest, network_digest, policy_from_dict, policy_to_dict
+from .corner import asked_rung
 from .disk import drop_below, find_room, is_full
 from .judging import Judging
 from .policy_sampler import TrialSuggest
 from .promotion import RECENT, Worth, promoted
 from .records import NOT_CONTINUED, Latency, Rung, TrialRecord, TrialState
 from .session import TICK_SECONDS, Session, quality_of
-from .split_gap import asked_rung, search_limits
+from .split_gap import search_limits
 from .stopping import spared
 from .store import policy_of
 from .study import end_study, next_rung, rungs_of, studying

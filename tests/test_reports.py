@@ -23,22 +23,19 @@ from fakes_run import (
     trial,
     verify,
 )
+from nightpress.reports.covered import baseline_level, hypervolume_over_time, hypervolumes, reference
 from nightpress.reports.front import (
     Point,
-    baseline_level,
     breaches,
     candidates,
     compresses_nothing,
     feasible,
     front,
-    hypervolume_over_time,
-    hypervolumes,
     limits,
     most_interesting,
     picked,
     picks,
     point,
-    reference,
     rule,
     search_point,
     shrinkage,
@@ -104,6 +101,20 @@ def test_limits_are_inclusive(limits: dict[str, float], within: bool) -> None:
     record = trial(0, 0.9, 0.5, 500_000, macs=20_000_000)
     assert feasible(limited([record], **limits), record) is within
     assert numbers(front(limited([record], **limits))) == ([0] if within else [])
+
+
+@pytest.mark.parametrize(
+    ("known", "within"),
+    [({}, [1, 2]), ({"split_gap": 0.05}, [2]), ({"split_gap": 0.05, "long_gap": 0.01}, [1, 2])],
+)
+def test_before_verification_the_least_accuracy_is_asked_of_the_search_split_as_the_search_asks_it(
+    known: dict[str, float], within: list[int]
+) -> None:
+    records = [trial(0, 0.89, 0.2), trial(1, 0.92, 0.3), trial(2, 0.96, 0.5)]
+    night = run(records, config={"limits": {"min_accuracy": 0.9}}, state=known)
+
+    assert numbers(front(night)) == within
+    assert picks(night)["best"].number == within[0]
 
 
 def test_search_and_baselines_stand_on_one_front_fastest_first() -> None:

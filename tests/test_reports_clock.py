@@ -8,8 +8,8 @@ import pytest
 
 from fakes_run import START, run, trial
 from nightpress.reports.clock import Clock, Pause, clock, started
+from nightpress.reports.covered import hypervolume_over_time, late_gain
 from nightpress.reports.figure_night import hypervolume_figure, hypervolume_info, noise_info, phases_info, phases_text
-from nightpress.reports.front import hypervolume_over_time, late_gain
 from nightpress.reports.verdict import doubts
 from nightpress.search.records import RunRecord
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from fakes_run import empty_run, full_run, hostile_run, limited, measured, original, run, runs, trial, verify
 from nightpress.reports.compare import compare_runs, in_common_box, kind_of
 from nightpress.reports.compare_page import comparison_html, fronts_figure, run_names, sentences
-from nightpress.reports.front import front, hypervolumes, point
+from nightpress.reports.covered import hypervolumes
+from nightpress.reports.front import front, point
 from nightpress.reports.noise import hypervolume_errors
 from nightpress.search.records import RunRecord, TrialRecord
 from test_reports_noise import judged, some, without_answers

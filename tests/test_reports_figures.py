@@ -25,6 +25,7 @@ from fakes_run import (
     trial,
     verify,
 )
+from nightpress.reports.covered import HypervolumeStep
 from nightpress.reports.figure_base import MOST_DOTS, logarithmic
 from nightpress.reports.figure_front import front_figure, front_info, front_text
 from nightpress.reports.figure_latency import Pair, heldout_title, latency_figure, latency_info, latency_text
@@ -45,7 +46,7 @@ from nightpress.reports.figure_search import Stage, importances_text, rungs_figu
 from nightpress.reports.figure_sensitivity import Cell, SensitivityInfo, sensitivity_info, sensitivity_text
 from nightpress.reports.figure_staircase import Stair, staircase_figure, staircase_info, staircase_text
 from nightpress.reports.figures import panels
-from nightpress.reports.front import HypervolumeStep, Limits
+from nightpress.reports.front import Limits
 from nightpress.reports.importances import Importances, divergence, flatten, importances
 from nightpress.reports.text import local_time
 from nightpress.search.records import NOT_CONTINUED, RunRecord, TrialRecord, TrialState

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from fakes_run import INT8, limited, measured, original, quality, run, trial, verify
-from nightpress.reports.front import hypervolumes
+from nightpress.reports.covered import hypervolumes
 from nightpress.reports.noise import Gain, gain_of, hypervolume_errors
 from nightpress.reports.summary import summary
 from nightpress.reports.verdict import findings

@@ -12,13 +12,14 @@ from fakes_jobs import Instant
 from nightpress.evaluators.evaluate import Job, Outcome
 from nightpress.evaluators.quality import Score
 from nightpress.search.config import Limits
+from nightpress.search.corner import corner_of
 from nightpress.search.finalists import choose
 from nightpress.search.folder import read_run
 from nightpress.search.jobs import Jobs
 from nightpress.search.long_tuning import train_rules
 from nightpress.search.records import Rung
 from nightpress.search.session import Session
-from nightpress.search.split_gap import corner_of, note_gap, search_limits, take_long_gap
+from nightpress.search.split_gap import note_gap, search_limits, take_long_gap
 from nightpress.spaces.policy import FineTune, Policy
 from test_long_tuning import RULES, SPACE, chosen_of, finish, judged, outcome
 
