@@ -18,6 +18,7 @@ from nightpress.search.session import Prepared, Session
 from nightpress.search.storages import open_storage
 from nightpress.search.trials import enqueue
 from nightpress.spaces.errors import InputError
+from nightpress.spaces.plan import plan
 from nightpress.spaces.plans import Choices, policy_at
 from nightpress.spaces.policy import FP32, INT8, LayerBits, Policy, digest
 from nightpress.spaces.space import Space, canonical, uniform
@@ -126,8 +127,8 @@ def test_policies_that_this_night_does_not_offer_are_left_out_and_counted(tmp_pa
 
     assert digests(earlier_fronts(session)) == digests(tried)
     assert decisions(session)[0] == (
-        "left out 1 of 3 policies of earlier fronts: warm_start: 1 make choices that this run's space does not offer, "
-        "0 cannot be priced on its target"
+        "left out 1 of 3 policies of earlier fronts: warm_start: 1 make choices that this run's space or max_macs does "
+        "not allow, 0 cannot be priced on its target"
     )
 
 
@@ -166,3 +167,14 @@ def test_a_run_of_the_same_task_with_other_data_or_of_an_older_version_is_taken(
     for name, known in {"older": {}, "more data": {"task": TASK.name, "data": "another digest"}}.items():
         (before / "state.json").write_text(json.dumps({**state, **known}))
         assert len(earlier_fronts(next_night(tmp_path / name, before))) == 1
+
+
+def test_policies_with_more_work_than_this_night_allows_do_not_crowd_out_those_with_less(tmp_path: Path) -> None:
+    tried = narrowed([step / 8 for step in range(2, 8)])
+    session = next_night(tmp_path / "next", earlier(tmp_path / "before", tried))
+    macs = [plan(session.prepared.anatomy, policy).macs for policy in tried]
+    session.config = replace(session.config, limits=Limits(max_macs=sorted(macs)[1]))
+
+    found = [plan(session.prepared.anatomy, policy).macs for policy in earlier_fronts(session)]
+
+    assert sorted(found) == sorted(macs)[:2]
