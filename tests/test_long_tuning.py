@@ -430,6 +430,22 @@ def test_finalists_that_were_given_up_come_back_where_the_usual_share_pays_for_t
     assert least <= session.state["rungs"]["finalists"] <= most
 
 
+@pytest.mark.parametrize(("cuts", "planned"), [([0.25], 2), ([0.25, 0.5], 4)])
+def test_no_more_finalists_are_planned_for_than_twice_those_that_were_found(
+    tmp_path: Path, cuts: list[float], planned: int
+) -> None:
+    session = judged(tmp_path, hours=8, least=None)
+    train_rules(session)
+    session.state["rungs"] |= {"finalists": 8, "long_steps": 400, "long_sized": True}
+    for cut in cuts:
+        policy = Policy(model=SPACE.anatomy.digest, prune={SPACE.anatomy.groups[0].name: cut})
+        finish(session, policy, "search", None, latency_ms=0.4 - 0.4 * cut)
+    plan_finalists(session)
+
+    told = [d["reason"] for d in read_run(tmp_path).decisions if d["decision"].startswith("planned anew: finalists")]
+    assert told[-1].startswith(f"{planned} long fine-tunes need between ")
+
+
 def test_a_number_of_finalists_in_the_config_does_not_grow(tmp_path: Path) -> None:
     session = judged(tmp_path, hours=1.0, finetune=FineTuneConfig(finalists=2), pace=0.3)
     session.state["rungs"] |= {"finalists": 2}
