@@ -110,9 +110,9 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     mean, error = surrogate.predict(_rows(surrogate, trials))
     later, _, hope = surrogate.scale.interval(mean, error)
     points = np.array([_losses(trial, float(accuracy)) for trial, accuracy in zip(trials, later, strict=True)])
-    within = [i for i, t in enumerate(trials) if least is None or hope[i] >= least or hopeful(session, t)]
-    within = within or list(range(len(trials)))  # where none may come within, the nearest show how far it is
-    within = _one_of_each_network(session, trials, within, later)
+    apart = _one_of_each_network(session, trials, later)
+    within = [i for i in apart if least is None or hope[i] >= least or hopeful(session, trials[i])]
+    within = within or apart  # where none may come within, the nearest show how far it is
     front = [within[i] for i in non_dominated(points[within])]
     reference = session.state["reference"]
     floor = least_accuracy(session.state, limits, rung)
@@ -128,13 +128,12 @@ def choose(session: Session, more: int = 0) -> list[TrialRecord]:
     return [trials[i] for i in found]
 
 
-def _one_of_each_network(
-    session: Session, trials: Sequence[TrialRecord], places: Sequence[int], expected: Array
-) -> list[int]:  # fmt: skip
-    """Of the trials in these places one for each network, whose fine-tunes take the same time: what had its long one,
-    or else what is expected to be the most accurate. Others would have a long fine-tune for next to nothing."""
+def _one_of_each_network(session: Session, trials: Sequence[TrialRecord], expected: Array) -> list[int]:
+    """The places of one trial for each network, whose fine-tunes take the same time: what had its long one, also where
+    that showed it to be beyond the limits, or else what is expected to be the most accurate. Others would have a long
+    fine-tune for next to nothing."""
     longs, found = session.store.longs(), dict[str, int]()
-    for place in sorted(places, key=lambda i: (trials[i].number in longs, expected[i])):
+    for place in sorted(range(len(trials)), key=lambda i: (trials[i].number in longs, expected[i])):
         found[network_digest(policy_of(trials[place]))] = place
     return sorted(found.values())
 
