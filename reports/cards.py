@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
+from ..search.config import Limits
 from ..search.records import Quality, RunRecord, TrialRecord, row
 from .figure_base import MOST_TRIALS
-from .front import Limits, breaches, candidates, front, limits, most_interesting, point
+from .front import breaches, candidates, front, limits, most_interesting, point
 from .text import cut, plain, title
 
 DETAIL_BYTES = 3_300_000

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..search import pareto
+from ..search.config import Limits
 from ..search.pareto import losses, non_dominated
 from ..search.records import RunRecord, TrialRecord, row
 from .covered import hypervolumes, reference
-from .front import Limits, Losses, Point, front, point, verified_any
+from .front import Losses, Point, front, point, verified_any
 from .noise import hypervolume_error, hypervolume_errors, noise_of_gain
 from .text import plain
 from .verdict import forced

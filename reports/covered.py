@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..search import pareto
-from ..search.config import Limits as SearchLimits
+from ..search.config import Limits
 from ..search.corner import asked_rung, least_accuracy
 from ..search.records import Rung, RunRecord, TrialRecord, TrialState
 from .clock import clock
@@ -38,7 +38,7 @@ def reference(run: RunRecord, *, verified: bool) -> Losses | None:
     elif verified and given and known.get("accuracy") is not None:
         known["accuracy"] += given["test"]["accuracy"] - given["search"]["accuracy"]
     elif given and known.get("accuracy") is not None:
-        known["accuracy"] = least_accuracy(run.state, SearchLimits(), asked_rung(run.state, Rung.SHORT))
+        known["accuracy"] = least_accuracy(run.state, Limits(), asked_rung(run.state, Rung.SHORT))
     values = [known.get(key) for key in ("accuracy", "latency_ms", "size_bytes")]
     if any(not isinstance(value, int | float) or not math.isfinite(value) for value in values):
         return None

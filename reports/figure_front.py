@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..search import pareto
+from ..search.config import Limits
 from ..search.records import RunRecord, TrialRecord, TrialState
 from .figure_base import (
     GREY,
@@ -19,7 +20,7 @@ from .figure_base import (
     logarithmic,
     no_markup,
 )
-from .front import Limits, breaches, front, limits, most_interesting, picked, point, uncompressed, verified_any
+from .front import breaches, front, limits, most_interesting, picked, point, uncompressed, verified_any
 from .text import counted, size, title
 
 if TYPE_CHECKING:

@@ -6,25 +6,18 @@ placeholder ever stands in for them.
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from ..search import pareto
-from ..search.corner import asked_rung, gap_at
+from ..search.config import Limits
+from ..search.corner import asked_rung, limits_at
 from ..search.records import LEAST_AGREEMENT, Latency, Quality, Rung, RunRecord, TrialRecord, TrialState
 from .text import digits, million_macs, milliseconds, percent, size
 
 PICK_NAMES = {"best": "best", "knee": "knee", "accurate": "most accurate"}
 
 Losses = tuple[float, float, float]
-
-
-class Limits(NamedTuple):
-    """What the user's config rules out; None where it says nothing."""
-
-    max_latency_ms: float | None = None
-    min_accuracy: float | None = None
-    max_size_bytes: float | None = None
-    max_macs: float | None = None
 
 
 class Point(NamedTuple):
@@ -44,10 +37,8 @@ def limits(run: RunRecord, *, verified: bool = True) -> Limits:
     """The limits of the run's config; for points that are not ``verified`` as the search asks them of the search split,
     which is easier by what the uncompressed network's fine-tune has told."""
     given: dict[str, Any] = dict(run.config.get("limits") or {})
-    found = Limits(*(given.get(name) for name in Limits._fields))
-    if verified or found.min_accuracy is None:
-        return found
-    return found._replace(min_accuracy=found.min_accuracy + gap_at(run.state, asked_rung(run.state, Rung.SHORT), 0.0))
+    found = Limits(**{field.name: given.get(field.name) for field in fields(Limits)})
+    return found if verified else limits_at(run.state, found, asked_rung(run.state, Rung.SHORT))
 
 
 def point(trial: TrialRecord) -> Point | None:

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..search import pareto
+from ..search.config import Limits
 from ..search.records import RunRecord, TrialRecord, Verified
 from .covered import reference, sides
-from .front import Limits, Losses, Point, breaches, limits, only_beyond, point
+from .front import Losses, Point, breaches, limits, only_beyond, point
 
 DRAWS = 64
 GAIN_DRAWS = 200

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from .config import Limits
@@ -12,6 +13,13 @@ def gap_at(state: Mapping[str, Any], rung: str, unknown: float) -> float:
     """By how much the search split is easier after this rung; ``unknown`` where no fine-tune has told."""
     short = state.get("split_gap", unknown)
     return float(state.get("long_gap", short) if rung == Rung.LONG else short)
+
+
+def limits_at(state: Mapping[str, Any], limits: Limits, rung: str) -> Limits:
+    """The user's limits for accuracies on the search split at this rung."""
+    if limits.min_accuracy is None:
+        return limits
+    return replace(limits, min_accuracy=limits.min_accuracy + gap_at(state, rung, 0.0))
 
 
 def asked_rung(state: Mapping[str, Any], rung: str) -> str:
@@ -26,7 +34,7 @@ def asked_rung(state: Mapping[str, Any], rung: str) -> str:
 
 def least_accuracy(state: Mapping[str, Any], limits: Limits, rung: str) -> float:
     """Where policies begin to be worth something, for accuracies of this rung on the search split: at the user's limit
-    there (:func:`search_limits`), also where that is less strict than the reference point of a night's ``state``. The
+    there (:func:`limits_at`), also where that is less strict than the reference point of a night's ``state``. The
     reference point is as far below what is remembered of the split as that is below the given network."""
     if limits.min_accuracy is not None:
         return limits.min_accuracy

@@ -9,11 +9,10 @@ are verified in any case, so no candidate's test accuracy is looked at.
 """
 
 import math
-from dataclasses import replace
 
 from ..evaluators.evaluate import Outcome
 from .config import Limits
-from .corner import gap_at
+from .corner import limits_at
 from .records import UNCOMPRESSED, Rung
 from .session import Session
 
@@ -75,12 +74,9 @@ def take_long_gap(session: Session) -> bool:
 
 
 def search_limits(session: Session, rung: str) -> Limits:
-    """The user's limits for accuracies on the search split at this rung. What a trial must show at the short one so
-    that a long one may still bring it within them is another matter: see :func:`least_short`."""
-    limits = session.config.limits
-    if limits.min_accuracy is None:
-        return limits
-    return replace(limits, min_accuracy=limits.min_accuracy + gap_at(session.state, rung, 0.0))
+    """:func:`limits_at` of a night. What a trial must show at the short rung so that a long fine-tune may still bring
+    it within them is another matter: see :func:`least_short`."""
+    return limits_at(session.state, session.config.limits, rung)
 
 
 def least_short(session: Session) -> float | None:

@@ -46,9 +46,9 @@ from nightpress.reports.figure_search import Stage, importances_text, rungs_figu
 from nightpress.reports.figure_sensitivity import Cell, SensitivityInfo, sensitivity_info, sensitivity_text
 from nightpress.reports.figure_staircase import Stair, staircase_figure, staircase_info, staircase_text
 from nightpress.reports.figures import panels
-from nightpress.reports.front import Limits
 from nightpress.reports.importances import Importances, divergence, flatten, importances
 from nightpress.reports.text import local_time
+from nightpress.search.config import Limits
 from nightpress.search.records import NOT_CONTINUED, RunRecord, TrialRecord, TrialState
 
 
