@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from nightpress.evaluators import Task
 from nightpress.evaluators.images import crop_flip, normalise
+from nightpress.spaces.files import cache_folder
 
 ARCHIVE = "cifar10-jpeg.zip"
 WEIGHTS = {
@@ -78,11 +79,7 @@ def normaliser(name: str) -> Callable[[Tensor], Tensor]:
 
 def vgg16_weights() -> Path:
     """Where ``train_vgg16.py`` leaves its weights."""
-    return _cache() / "vgg16_bn_cifar10jpeg.pt"
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+    return cache_folder() / "vgg16_bn_cifar10jpeg.pt"
 
 
 @cache
@@ -91,7 +88,7 @@ def pixels(folder: Path) -> dict[str, Tensor]:
     archive = folder / ARCHIVE
     if not archive.is_file():
         sys.exit(f"{archive} is missing: the benchmark needs the images.")
-    kept = _cache() / "cifar10-jpeg.safetensors"
+    kept = cache_folder() / "cifar10-jpeg.safetensors"
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}.partial")

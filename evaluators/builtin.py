@@ -6,7 +6,6 @@ little is the cost of calling a node, so that compression can show as speed.
 
 import hashlib
 import logging
-import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ..spaces.errors import InputError
-from ..spaces.files import write_whole
+from ..spaces.files import cache_folder, write_whole
 from .compute import has_fast_bf16
 from .data import Arrays, batches, last_line, split_search
 from .task import Task, nearest
@@ -134,7 +133,7 @@ def cached_tensors(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str
 
     A damaged file is made anew; a folder that cannot be written costs a warning.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+    folder = cache_folder()
     path = folder / f"{name}.safetensors"
     if path.exists():
         try:

@@ -7,7 +7,6 @@ module that is rebuilt from the anatomy must answer as the model does.
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..spaces.anatomy import WEIGHTED, Anatomy, Layer, LeftOut, Op, anatomy_from_json, anatomy_to_json, op_macs
 from ..spaces.errors import InputError
-from ..spaces.files import write_whole
+from ..spaces.files import cache_folder, write_whole
 from ..spaces.plan import plan
 from ..spaces.policy import Policy
 from . import dryrun
@@ -192,7 +191,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _cache_path(digest: str, task: Task, step_of: Callable[[int], int]) -> Path:
     """Named after all that an anatomy depends on: model, example, steps, and the code that finds it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+    folder = cache_folder()
     parts = [digest, tuple(task.example_input.shape), [step_of(width) for width in (4, 8, 16, 32, 64, 128, 256, 512)]]
     code = hashlib.sha256()
     here = Path(__file__).parent

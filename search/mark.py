@@ -8,8 +8,8 @@ import hashlib
 import hmac
 import os
 import secrets
-from pathlib import Path
 
+from ..spaces.files import cache_folder
 from .records import RunRecord
 
 KEY_BYTES = 32
@@ -35,7 +35,7 @@ def _signed(key: bytes, task: str, base: object) -> str:
 
 
 def _key(*, make: bool) -> bytes | None:
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress" / "key"
+    path = cache_folder() / "key"
     try:
         if make and not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

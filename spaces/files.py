@@ -10,6 +10,11 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What the system says where a file finds no room."""
 
 
+def cache_folder() -> Path:
+    """Where the user's cache is, by the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in its place in one step. What a full disk cut off goes at
     once: a run's record needs the room. Raises OSError."""

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from ...spaces.anatomy import Anatomy, Layer, Op
 from ...spaces.errors import InputError
-from ...spaces.files import write_whole
+from ...spaces.files import cache_folder, write_whole
 from ...spaces.plan import Plan, plan
 from ...spaces.policy import FP32, INT8, LayerBits, Policy
 from ..runtime import KERNELS, open_session
@@ -184,7 +183,7 @@ def capabilities_from_dict(data: Mapping[str, Any]) -> Capabilities:
 def forget_capabilities() -> None:
     """All that is kept in the user's cache is measured anew where it is needed next."""
     with contextlib.suppress(OSError):
-        for path in _cache_folder().glob("capabilities-*.json"):
+        for path in cache_folder().glob("capabilities-*.json"):
             path.unlink(missing_ok=True)
 
 
@@ -362,14 +361,10 @@ def _change_ms(timings: Mapping[str, Timing]) -> float:
     return max(0.0, (mixed - (integers + floats) / 2) / (CHAIN - 1))
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nightpress"
-
-
 def _cache_path(target: Target) -> Path:
     settings = {**target_to_dict(target), "channel_steps": None, "integer_kernels": None, "integer_bits": None}
     parts = [fingerprint_to_dict(fingerprint(target)), settings, Path(__file__).read_text()]
-    return _cache_folder() / f"capabilities-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
+    return cache_folder() / f"capabilities-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}.json"
 
 
 def _keep(path: Path, found: Capabilities) -> None:
